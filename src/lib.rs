@@ -1,0 +1,32 @@
+#![doc = include_str!("../README.md")]
+//!
+//! # Rooms
+//! | room | what it holds |
+//! |---|---|
+//! | [`Device`] | choosing and reporting what runs the work |
+//! | [`SocketCache`] | keys, values and their index; sparse, dense and prefill attention |
+//! | [`socket::reference`] | the formulas in f64, for reading and for tests |
+//! | [`TensorView`], [`Tensor`] | what goes in, what comes out |
+
+#![deny(missing_docs)]
+
+mod device;
+mod engine;
+mod error;
+mod lsh;
+mod merge;
+pub mod socket;
+mod tensor;
+
+pub use device::Device;
+pub use error::{Error, Result};
+pub use lsh::{Hyperplanes, MAX_PLANES, MAX_TABLES};
+pub use merge::merge_state;
+pub use socket::cache::{DEFAULT_PAGE_TOKENS, DecodeOptions, Mode, SocketCache};
+pub use socket::config::{Budget, CacheShape, Rule, Scoring, SelectionScope, SocketConfig, Temperature};
+pub use socket::executor::{Attended, Memory, Selection};
+pub use tensor::{DType, HostTensor, Tensor, TensorView};
+
+/// The wgpu that the public API speaks; a lent device must come from it.
+#[cfg(feature = "wgpu")]
+pub use wgpu;

@@ -1,0 +1,9 @@
+//! SOCKET: sparse attention for decoding by soft collisions of hashed keys (arXiv 2602.06283).
+
+pub(crate) mod cache;
+pub(crate) mod config;
+pub(crate) mod cpu;
+pub(crate) mod executor;
+pub(crate) mod plan;
+pub(crate) mod problem;
+pub mod reference;

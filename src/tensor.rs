@@ -1,0 +1,342 @@
+//! Tensors: borrowed views over host slices or device buffers going in, device-resident results coming out.
+//!
+//! Layout is NHD, `[batch, token, head, channel]`, row-major unless strides are given.
+
+use crate::error::{Error, Result};
+use half::{bf16, f16};
+
+/// Element type of a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+pub enum DType {
+    /// IEEE 754 single precision.
+    F32,
+    /// IEEE 754 half precision.
+    F16,
+    /// bfloat16, the upper half of an `F32`.
+    Bf16,
+    /// Signed 32-bit integers: indices in results, never an input of attention.
+    I32,
+}
+
+impl DType {
+    /// Bytes of one element.
+    pub const fn size(self) -> usize {
+        match self {
+            Self::F32 | Self::I32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
+    /// Whether attention accepts it for q, k, v and o.
+    pub const fn is_float(self) -> bool {
+        !matches!(self, Self::I32)
+    }
+}
+
+/// Where the elements of a [`TensorView`] are.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Storage<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    Bf16(&'a [bf16]),
+    #[cfg(feature = "wgpu")]
+    Buffer {
+        buffer: &'a wgpu::Buffer,
+        offset: u64,
+    },
+}
+
+/// A borrowed `[batch, token, head, channel]` tensor: a host slice, or a range of a GPU buffer.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorView<'a> {
+    storage: Storage<'a>,
+    dtype: DType,
+    shape: [usize; 4],
+    strides: [usize; 4],
+}
+
+fn row_major(shape: [usize; 4]) -> [usize; 4] {
+    let [_, t, h, d] = shape;
+    [t.saturating_mul(h).saturating_mul(d), h.saturating_mul(d), d, 1]
+}
+
+impl<'a> TensorView<'a> {
+    fn new(storage: Storage<'a>, dtype: DType, shape: [usize; 4]) -> Self {
+        Self { storage, dtype, shape, strides: row_major(shape) }
+    }
+
+    /// A view of `data` as `shape` = `[batch, token, head, channel]`. Sizes are checked where the view is used.
+    pub fn f32(data: &'a [f32], shape: [usize; 4]) -> Self {
+        Self::new(Storage::F32(data), DType::F32, shape)
+    }
+
+    /// As [`TensorView::f32`] for half precision.
+    pub fn f16(data: &'a [f16], shape: [usize; 4]) -> Self {
+        Self::new(Storage::F16(data), DType::F16, shape)
+    }
+
+    /// As [`TensorView::f32`] for bfloat16.
+    pub fn bf16(data: &'a [bf16], shape: [usize; 4]) -> Self {
+        Self::new(Storage::Bf16(data), DType::Bf16, shape)
+    }
+
+    /// A view of a GPU buffer that was created with `STORAGE` usage on the device the operation runs on.
+    ///
+    /// `offset` is in bytes and must be a multiple of the element size. NaN and infinities in it are read as zero
+    /// and counted, see [`crate::SocketCache::non_finite_seen`].
+    #[cfg(feature = "wgpu")]
+    pub fn buffer(buffer: &'a wgpu::Buffer, offset: u64, dtype: DType, shape: [usize; 4]) -> Self {
+        Self::new(Storage::Buffer { buffer, offset }, dtype, shape)
+    }
+
+    /// Replaces the row-major strides; in elements. The channel stride must be 1.
+    #[must_use]
+    pub fn with_strides(mut self, strides: [usize; 4]) -> Self {
+        self.strides = strides;
+        self
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// `[batch, token, head, channel]`.
+    pub fn shape(&self) -> [usize; 4] {
+        self.shape
+    }
+
+    /// Strides in elements.
+    pub fn strides(&self) -> [usize; 4] {
+        self.strides
+    }
+
+    pub(crate) fn storage(&self) -> Storage<'a> {
+        self.storage
+    }
+
+    /// Elements of storage that shape and strides reach, counted from the view's start.
+    pub(crate) fn extent(&self) -> u64 {
+        if self.shape.contains(&0) {
+            return 0;
+        }
+        self.shape
+            .iter()
+            .zip(self.strides)
+            .map(|(&n, s)| (n as u64 - 1).saturating_mul(s as u64))
+            .fold(1, u64::saturating_add)
+    }
+
+    /// Element offset of `[batch, token, head, 0]`.
+    pub(crate) fn row_offset(&self, b: usize, t: usize, h: usize) -> usize {
+        b * self.strides[0] + t * self.strides[1] + h * self.strides[2]
+    }
+
+    /// Checks dtype, shape, strides and storage size; and, for host slices, that every element is finite.
+    pub(crate) fn check(&self, op: &'static str, tensor: &'static str, expected: [Option<usize>; 4]) -> Result<()> {
+        if !self.dtype.is_float() {
+            let expected = "F32, F16 or Bf16".into();
+            return Err(Error::DType { op, tensor, got: self.dtype, expected });
+        }
+        if self.shape.iter().zip(expected).any(|(&n, e)| e.is_some_and(|e| e != n)) {
+            let words: Vec<_> = expected.iter().map(|e| e.map_or("any".into(), |n| n.to_string())).collect();
+            let expected = format!("[{}]", words.join(", "));
+            return Err(Error::Shape { op, tensor, got: self.shape.to_vec(), expected });
+        }
+        if self.strides[3] != 1 {
+            let expected = format!("a channel stride of 1, got strides {:?}", self.strides);
+            return Err(Error::Shape { op, tensor, got: self.shape.to_vec(), expected });
+        }
+        let available = match self.storage {
+            Storage::F32(s) => s.len() as u64,
+            Storage::F16(s) => s.len() as u64,
+            Storage::Bf16(s) => s.len() as u64,
+            #[cfg(feature = "wgpu")]
+            Storage::Buffer { buffer, offset } => {
+                let size = self.dtype.size() as u64;
+                if !offset.is_multiple_of(size) {
+                    let expected = format!("a byte offset that is a multiple of {size}, got {offset}");
+                    return Err(Error::Shape { op, tensor, got: self.shape.to_vec(), expected });
+                }
+                buffer.size().saturating_sub(offset) / size
+            }
+        };
+        if self.extent() > available {
+            return Err(Error::OutOfBounds { op, tensor, needed: self.extent(), available });
+        }
+        self.check_finite(op, tensor)
+    }
+
+    fn check_finite(&self, op: &'static str, tensor: &'static str) -> Result<()> {
+        let [batch, tokens, heads, channels] = self.shape;
+        for b in 0..batch {
+            for t in 0..tokens {
+                for h in 0..heads {
+                    let row = self.row_offset(b, t, h)..self.row_offset(b, t, h) + channels;
+                    let bad = match self.storage {
+                        Storage::F32(s) => s[row].iter().position(|x| !x.is_finite()),
+                        Storage::F16(s) => s[row].iter().position(|x| !x.is_finite()),
+                        Storage::Bf16(s) => s[row].iter().position(|x| !x.is_finite()),
+                        #[cfg(feature = "wgpu")]
+                        Storage::Buffer { .. } => return Ok(()),
+                    };
+                    if let Some(c) = bad {
+                        return Err(Error::NonFinite { op, tensor, index: [b, t, h, c] });
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Elements read back to the host.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HostTensor {
+    dtype: DType,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+impl HostTensor {
+    /// Wraps `bytes` (little endian, row-major) as `shape` of `dtype`.
+    pub(crate) fn new(dtype: DType, shape: Vec<usize>, bytes: Vec<u8>) -> Self {
+        debug_assert_eq!(bytes.len(), shape.iter().product::<usize>() * dtype.size());
+        Self { dtype, shape, bytes }
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Shape, row-major.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The elements as little-endian bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// The elements widened (or converted, for `I32`) to f32.
+    pub fn to_f32(&self) -> Vec<f32> {
+        match self.dtype {
+            DType::F32 => self.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            DType::I32 => self.to_i32().into_iter().map(|x| x as f32).collect(),
+            DType::F16 => self.bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+            DType::Bf16 => self.bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+        }
+    }
+
+    /// The elements as integers; floats are truncated.
+    pub fn to_i32(&self) -> Vec<i32> {
+        match self.dtype {
+            DType::I32 => self.bytes.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            _ => self.to_f32().into_iter().map(|x| x as i32).collect(),
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Resident {
+    Host(HostTensor),
+    #[cfg(feature = "wgpu")]
+    Gpu {
+        context: std::sync::Arc<crate::engine::gpu::Context>,
+        buffer: wgpu::Buffer,
+        bytes: u64,
+    },
+}
+
+/// A result. It stays where it was computed until it is read.
+#[derive(Clone, Debug)]
+pub struct Tensor {
+    dtype: DType,
+    shape: Vec<usize>,
+    resident: Resident,
+}
+
+impl Tensor {
+    pub(crate) fn host(dtype: DType, shape: Vec<usize>, bytes: Vec<u8>) -> Self {
+        let host = HostTensor::new(dtype, shape.clone(), bytes);
+        Self { dtype, shape, resident: Resident::Host(host) }
+    }
+
+    /// Wraps a device buffer holding the elements from its first byte on.
+    #[cfg(feature = "wgpu")]
+    pub(crate) fn gpu(
+        context: std::sync::Arc<crate::engine::gpu::Context>,
+        dtype: DType,
+        shape: Vec<usize>,
+        buffer: wgpu::Buffer,
+    ) -> Self {
+        let bytes = (shape.iter().product::<usize>() * dtype.size()) as u64;
+        Self { dtype, shape, resident: Resident::Gpu { context, buffer, bytes } }
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Shape, row-major.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The GPU buffer that holds the elements from its first byte on; `None` on the CPU path.
+    #[cfg(feature = "wgpu")]
+    pub fn as_buffer(&self) -> Option<&wgpu::Buffer> {
+        match &self.resident {
+            Resident::Host(_) => None,
+            Resident::Gpu { buffer, .. } => Some(buffer),
+        }
+    }
+
+    /// Copies the elements to the host. On a GPU the commands that produce them must have been submitted.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`] where the device went away meanwhile.
+    pub async fn read(&self) -> Result<HostTensor> {
+        match &self.resident {
+            Resident::Host(host) => Ok(host.clone()),
+            #[cfg(feature = "wgpu")]
+            Resident::Gpu { context, buffer, bytes } => {
+                let data = context.read_buffer("read", buffer, 0, *bytes).await?;
+                Ok(HostTensor::new(self.dtype, self.shape.clone(), data))
+            }
+        }
+    }
+
+    /// As [`Tensor::read`], waiting for it. Not available in browsers, which cannot wait.
+    ///
+    /// # Errors
+    /// As [`Tensor::read`].
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn read_blocking(&self) -> Result<HostTensor> {
+        match &self.resident {
+            Resident::Host(host) => Ok(host.clone()),
+            #[cfg(feature = "wgpu")]
+            Resident::Gpu { .. } => pollster::block_on(self.read()),
+        }
+    }
+
+    /// A view for use as an input; `None` where the shape is not four-dimensional or the dtype is not a float.
+    pub fn view(&self) -> Option<TensorView<'_>> {
+        let shape: [usize; 4] = self.shape.as_slice().try_into().ok()?;
+        match &self.resident {
+            Resident::Host(host) => match self.dtype {
+                DType::F32 => Some(TensorView::f32(bytemuck::try_cast_slice(&host.bytes).ok()?, shape)),
+                DType::F16 => Some(TensorView::f16(bytemuck::try_cast_slice(&host.bytes).ok()?, shape)),
+                DType::Bf16 => Some(TensorView::bf16(bytemuck::try_cast_slice(&host.bytes).ok()?, shape)),
+                DType::I32 => None,
+            },
+            #[cfg(feature = "wgpu")]
+            Resident::Gpu { buffer, .. } => {
+                self.dtype.is_float().then(|| TensorView::buffer(buffer, 0, self.dtype, shape))
+            }
+        }
+    }
+}
