@@ -1,6 +1,8 @@
 //! Sizes and decisions of SOCKET decoding: pure arithmetic, no device words.
 
+use crate::socket::config::{Scoring, SelectionScope};
 use crate::socket::problem::CacheSpec;
+use crate::tensor::DType;
 
 /// Whether [`crate::Mode::Auto`] runs the sparse path at this length. The lengths come from the table in
 /// `benches/NOTES.md`: the shortest measured at which sparse won.
@@ -13,4 +15,192 @@ pub(crate) fn prefers_sparse(spec: &CacheSpec, cpu: bool, len: usize) -> bool {
         (false, false) => 128 << 10,
     };
     len >= crossover
+}
+
+/// Invocations of every workgroup.
+pub(crate) const WORKGROUP: usize = 256;
+/// Workgroup memory that the default variants stay within: what WebGPU promises everywhere.
+pub(crate) const WORKGROUP_MEMORY: usize = 16384;
+/// Bins of the first digit of the radix selection.
+pub(crate) const BINS: usize = 1024;
+/// Words of a histogram row: the bins and the number of candidates.
+pub(crate) const HISTOGRAM_ROW: usize = BINS + 1;
+/// Candidates a row's list holds; a row with more is searched whole.
+pub(crate) const CANDIDATES: usize = 8192;
+/// Tokens one workgroup of the candidate kernel looks through.
+pub(crate) const SPAN: usize = 4096;
+/// Header words (bounds, shift) before a query's look-up tables.
+pub(crate) const TABLE_HEADER: usize = 4;
+/// Appends of at most this many tokens are hashed one by one, longer ones in tiles.
+pub(crate) const STEP_TOKENS: usize = 16;
+/// Tokens of one append dispatch.
+pub(crate) const APPEND_TOKENS: usize = 32768;
+
+/// Sizes of one cache that storage and kernels share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Geometry {
+    pub num_q_heads: usize,
+    pub num_kv_heads: usize,
+    pub group: usize,
+    pub head_dim: usize,
+    pub value_dim: usize,
+    pub dtype: DType,
+    pub page: usize,
+    pub tables: usize,
+    pub planes: usize,
+    /// Stored words per key in the index: sign bits, then gain and bias where there are.
+    pub words: usize,
+    pub gain: bool,
+    pub bias: bool,
+    pub value_norm: bool,
+    pub center: bool,
+    pub normalize: bool,
+    pub scoring: Scoring,
+    pub per_group: bool,
+    pub disjoint: bool,
+}
+
+impl Geometry {
+    pub fn new(spec: &CacheSpec) -> Self {
+        let (config, shape) = (&spec.config, &spec.shape);
+        let scalars = config.scalars();
+        Self {
+            num_q_heads: shape.num_q_heads,
+            num_kv_heads: shape.num_kv_heads,
+            group: shape.group(),
+            head_dim: shape.head_dim,
+            value_dim: shape.value_dim,
+            dtype: shape.dtype,
+            page: spec.page_tokens,
+            tables: config.tables,
+            planes: config.planes,
+            words: config.layout().words(),
+            gain: scalars.gain,
+            bias: scalars.bias,
+            value_norm: config.value_norm,
+            center: config.center.is_some(),
+            normalize: config.normalize_query,
+            scoring: config.scoring,
+            per_group: config.scope == SelectionScope::PerGroup,
+            disjoint: config.rule == crate::socket::config::Rule::Disjoint,
+        }
+    }
+
+    /// Elements of one 16-byte piece of a stored row.
+    pub fn piece(&self) -> usize {
+        16 / self.dtype.size()
+    }
+
+    pub fn k_pieces(&self) -> usize {
+        self.head_dim.div_ceil(self.piece())
+    }
+
+    pub fn v_pieces(&self) -> usize {
+        self.value_dim.div_ceil(self.piece())
+    }
+
+    pub fn index_words(&self) -> usize {
+        self.words + usize::from(self.gain) + usize::from(self.bias)
+    }
+
+    /// Bytes of one page: keys, values, index.
+    pub fn page_bytes(&self) -> [u64; 3] {
+        let rows = (self.num_kv_heads * self.page) as u64;
+        [rows * self.k_pieces() as u64 * 16, rows * self.v_pieces() as u64 * 16, rows * self.index_words() as u64 * 4]
+    }
+
+    /// Words of one sequence's state: means, and the largest gain per kv head.
+    pub fn slot_words(&self) -> usize {
+        self.num_kv_heads * (self.head_dim + 1)
+    }
+
+    pub fn digits(&self) -> usize {
+        self.planes.div_ceil(4)
+    }
+
+    pub fn table_entries(&self) -> usize {
+        self.tables * self.digits() * 16
+    }
+
+    pub fn tables_per_word(&self) -> usize {
+        32 / self.planes
+    }
+
+    /// A linear scoring of a group's mean needs the tables of the mean query alone.
+    pub fn mean_query(&self) -> bool {
+        self.per_group && self.scoring == Scoring::SignProjection
+    }
+
+    /// Look-up tables per kv head.
+    pub fn scoring_heads(&self) -> usize {
+        if self.mean_query() { 1 } else { self.group }
+    }
+
+    /// Selections per kv head.
+    pub fn score_rows(&self) -> usize {
+        if self.per_group { 1 } else { self.group }
+    }
+
+    /// Floats of one partial result: peak, sum, two spare, the values.
+    pub fn part_stride(&self) -> usize {
+        4 + self.v_pieces() * self.piece()
+    }
+
+    /// Tokens per workgroup of scoring and attention: long chunks where there is enough work for every core.
+    pub fn chunk(&self, tokens: usize) -> usize {
+        let chunk = if tokens * self.num_kv_heads >= 1 << 20 { 1024 } else { 256 };
+        chunk.min(self.page)
+    }
+
+    /// How the scorer divides its look-up tables: tables per block (whole words), heads per pass.
+    pub fn score_blocks(&self) -> (usize, usize) {
+        let table_bytes = self.digits() * 16 * 4;
+        let room = WORKGROUP_MEMORY - BINS * 4 - 256;
+        let whole = self.words * self.tables_per_word();
+        let tables = (room / table_bytes / self.tables_per_word() * self.tables_per_word()).min(whole);
+        let heads = (room / (tables * table_bytes)).clamp(1, self.scoring_heads().min(4));
+        (tables, heads)
+    }
+
+    /// Heads per tile and keys per tile of the attention kernel, within workgroup memory.
+    pub fn attend_tile(&self, chunk: usize, sparse: bool) -> (usize, usize) {
+        let fixed = 4096 + if sparse { chunk * 4 + 1024 } else { 0 } + 256;
+        let query = self.k_pieces() * self.piece() * 4;
+        for tile in [256, 128, 64] {
+            for tiles in 1..=2 {
+                let heads = self.group.div_ceil(tiles);
+                if heads <= 8 && fixed + heads * (query + tile * 4) <= WORKGROUP_MEMORY {
+                    return (heads, tile);
+                }
+            }
+        }
+        let mut heads = self.group.min(8);
+        while heads > 1 && fixed + heads * (query + 256) > WORKGROUP_MEMORY {
+            heads -= 1;
+        }
+        (heads, 64)
+    }
+
+    /// Projections a query block holds in workgroup memory: whole tables, at most 1024.
+    pub fn query_block(&self) -> usize {
+        1024 / self.planes * self.planes
+    }
+
+    /// Whole words of codes per block of 64 planes of the key hasher.
+    pub fn hash_words(&self) -> usize {
+        64 / (self.tables_per_word() * self.planes)
+    }
+}
+
+/// A grid of at most 65,535 workgroups a side that holds `groups`.
+pub(crate) fn fold(groups: u64) -> Option<(u32, u32)> {
+    const SIDE: u64 = 32768;
+    let x = groups.clamp(1, SIDE);
+    let y = groups.div_ceil(SIDE).max(1);
+    (y <= 65535).then_some((x as u32, y as u32))
+}
+
+/// Padded length of one head's scores.
+pub(crate) fn score_stride(visible: usize) -> usize {
+    visible.div_ceil(64) * 64
 }

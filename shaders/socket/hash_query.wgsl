@@ -1,0 +1,183 @@
+#import params
+#import rows
+#import query
+#import reduce
+// Look-up tables of one query: one workgroup per (row, kv head, scoring head). Also clears the row's histogram.
+// A code is scored in digits of four bits; a table entry is what one value of one digit contributes.
+@group(0) @binding(2) var<storage, read> planes: array<f32>;
+@group(0) @binding(3) var<storage, read> seq_state: array<u32>;
+@group(0) @binding(4) var<storage, read> rows: array<Row>;
+@group(0) @binding(5) var<storage, read_write> tables: array<f32>;
+@group(0) @binding(6) var<storage, read_write> histogram: array<u32>;
+
+const TABLE_ROW: u32 = 4u + ENTRIES;
+var<workgroup> x: array<f32, HEAD_DIM>;
+var<workgroup> u: array<f32, BLOCK_BITS>;
+
+fn logistic(t: f32) -> f32 {
+    return 1.0 / (1.0 + exp(-t));
+}
+
+// tanh by exponentials of a bounded argument: the built-in overflows on some drivers.
+fn bounded_tanh(t: f32) -> f32 {
+    let s = clamp(t, -15.0, 15.0);
+    // Near zero the quotient cancels; the series is exact to f32 there.
+    if abs(s) < 0.02 {
+        let s2 = s * s;
+        return s * (1.0 - s2 * (1.0 / 3.0 - s2 * (2.0 / 15.0)));
+    }
+    let e = exp(2.0 * s);
+    return (e - 1.0) / (e + 1.0);
+}
+
+fn load_head(local: u32, batch: u32, token: u32, head: u32, weight: f32, add: bool) {
+    var norm = 1.0;
+#ifdef NORMALIZE
+    var square = 0.0;
+    for (var c = local; c < HEAD_DIM; c += 256u) {
+        let value = query_element(batch, token, head, c);
+        square += value * value;
+    }
+    let total = reduce_sum(local, square);
+    norm = select(0.0, inverseSqrt(total), total > 0.0);
+#endif
+    for (var c = local; c < HEAD_DIM; c += 256u) {
+        let value = query_element(batch, token, head, c) * (norm * weight);
+        if add {
+            x[c] = x[c] + value;
+        } else {
+            x[c] = value;
+        }
+    }
+}
+
+@compute @workgroup_size(256)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+    let index = group_index(group);
+    if index >= p.groups {
+        return;
+    }
+    let scoring_head = index % SCORING_HEADS;
+    let kv_head = index / SCORING_HEADS % KV_HEADS;
+    let row_index = index / (SCORING_HEADS * KV_HEADS);
+    let row = rows[row_index];
+    let batch = row_index / p.tq;
+    let token = row_index % p.tq;
+
+    for (var i = local; i < HISTOGRAM_ROW; i += 256u) {
+        // One histogram per score row; the first workgroups clear them all.
+        if index < p.groups / SCORING_HEADS * SCORE_ROWS {
+            histogram[index * HISTOGRAM_ROW + i] = 0u;
+        }
+    }
+#ifdef MEAN_QUERY
+    for (var g = 0u; g < GROUP; g++) {
+        load_head(local, batch, token, kv_head * GROUP + g, 1.0 / f32(GROUP), g > 0u);
+    }
+#else
+    load_head(local, batch, token, kv_head * GROUP + scoring_head, 1.0, false);
+#endif
+    workgroupBarrier();
+
+    let at = index * TABLE_ROW;
+    let planes_at = select(0u, kv_head, p.planes_stride > 0u) * p.planes_stride;
+    var low = 0.0;
+    var high = 0.0;
+    for (var block = 0u; block < BITS; block += BLOCK_BITS) {
+        for (var i = local; i < BLOCK_BITS; i += 256u) {
+            var sum = 0.0;
+            if block + i < BITS {
+                for (var c = 0u; c < HEAD_DIM; c++) {
+                    sum += x[c] * planes[planes_at + c * BITS + block + i];
+                }
+            }
+            u[i] = sum;
+        }
+        workgroupBarrier();
+        for (var i = local; i < BLOCK_BITS / PLANES * DIGITS * 16u; i += 256u) {
+            let value = i % 16u;
+            let digit = i / 16u % DIGITS;
+            let table = i / (16u * DIGITS);
+            if block / PLANES + table < TABLES {
+                let bits = min(4u, PLANES - digit * 4u);
+#ifdef SOFT_COLLISION
+                var entry = 1.0;
+#endif
+#ifdef SIGN_PROJECTION
+                var entry = 0.0;
+#endif
+#ifdef HARD_COLLISION
+                var entry = 1.0;
+#endif
+#ifdef HAMMING
+                var entry = 0.0;
+#endif
+                for (var b = 0u; b < bits; b++) {
+                    // Bit b of digit d is bit 4d + b of the code, whose most significant bit is plane 0.
+                    let projection = u[table * PLANES + PLANES - 1u - digit * 4u - b];
+                    let set = ((value >> b) & 1u) == 1u;
+#ifdef SOFT_COLLISION
+                    let t = 2.0 * p.beta * bounded_tanh(projection);
+                    entry *= logistic(select(-t, t, set));
+#endif
+#ifdef SIGN_PROJECTION
+                    entry += select(-projection, projection, set) * p.scale;
+#endif
+#ifdef HARD_COLLISION
+                    entry = select(0.0, entry, set == (projection >= 0.0));
+#endif
+#ifdef HAMMING
+                    entry += select(0.0, 1.0, set == (projection >= 0.0));
+#endif
+                }
+                tables[at + 4u + block / PLANES * DIGITS * 16u + i] = entry;
+            }
+        }
+        // The largest and smallest sum any key could have, for the histogram's bounds.
+        for (var i = local; i < BLOCK_BITS / PLANES; i += 256u) {
+            if block / PLANES + i < TABLES {
+#ifdef SOFT_COLLISION
+                var best = 1.0;
+                for (var plane = 0u; plane < PLANES; plane++) {
+                    best *= logistic(2.0 * p.beta * bounded_tanh(abs(u[i * PLANES + plane])));
+                }
+                high += best;
+#endif
+#ifdef SIGN_PROJECTION
+                for (var plane = 0u; plane < PLANES; plane++) {
+                    high += abs(u[i * PLANES + plane]) * abs(p.scale);
+                }
+#endif
+#ifdef HARD_COLLISION
+                high += 1.0;
+#endif
+#ifdef HAMMING
+                high += f32(PLANES);
+#endif
+            }
+        }
+        workgroupBarrier();
+    }
+    high = reduce_sum(local, high);
+    var shift = 0.0;
+#ifdef SIGN_PROJECTION
+#ifdef CENTER
+    for (var c = local; c < HEAD_DIM; c += 256u) {
+        shift += x[c] * bitcast<f32>(seq_state[row.slot * SLOT_WORDS + kv_head * HEAD_DIM + c]);
+    }
+    shift = reduce_sum(local, shift) * p.scale;
+#endif
+    low = -1.0;
+#endif
+    if local == 0u {
+#ifdef SCALARS
+        high *= bitcast<f32>(seq_state[row.slot * SLOT_WORDS + KV_HEADS * HEAD_DIM + kv_head]);
+#endif
+        low = low * high + shift;
+        high += shift;
+        tables[at] = low;
+        tables[at + 1u] = select(0.0, f32(BINS) / (high - low), high > low);
+        tables[at + 2u] = shift;
+        tables[at + 3u] = 0.0;
+    }
+}
