@@ -1,19 +1,26 @@
-//! The wgpu engine: context, pipelines, parameters, readback.
+//! The wgpu engine: context, pipelines, parameters, readback, timing. It knows nothing of what is computed.
 
-use crate::error::Result;
+mod arena;
+mod assemble;
+mod caps;
+mod context;
+mod open;
+mod pipeline;
+mod readback;
+mod timing;
 
-/// A device, its queue and what was found out about them.
-#[derive(Debug)]
-pub(crate) struct Context {}
+#[cfg(test)]
+mod tests;
 
-impl Context {
-    pub async fn read_buffer(
-        &self,
-        _op: &'static str,
-        _b: &wgpu::Buffer,
-        _offset: u64,
-        _bytes: u64,
-    ) -> Result<Vec<u8>> {
-        Ok(Vec::new())
-    }
+pub(crate) use arena::{Arena, Slot};
+pub(crate) use assemble::Assembler;
+pub(crate) use caps::{Caps, is_software, requirements, verify};
+pub(crate) use context::{Context, Setup};
+pub(crate) use open::{adapters, best_first, open};
+pub(crate) use pipeline::{Binding, KernelKey, KernelSource, Pipeline};
+pub(crate) use timing::Timer;
+
+/// Locks a mutex; a panic of another holder leaves nothing half-written in this engine, so its mark is ignored.
+fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }

@@ -1,0 +1,144 @@
+//! Puts shader text together.
+
+/// Assembles shader text from a main part and shared snippets.
+///
+/// Directives stand on lines of their own: `#import name` is replaced by the snippet of that name the first time
+/// and dropped after that (snippets may import too), `#ifdef X`, `#ifndef X`, `#else` and `#endif` keep or drop
+/// lines and may be nested. Constants come first, as `const NAME: u32 = ..u;`. `enable` directives, which WGSL wants
+/// before everything else, are moved to the front.
+pub(crate) struct Assembler;
+
+impl Assembler {
+    /// # Errors
+    /// In words: an unknown import or directive, a conditional without its end or beginning.
+    pub fn assemble(
+        main: &str,
+        snippets: &[(&str, &str)],
+        defines: &[&str],
+        constants: &[(&str, u32)],
+    ) -> Result<String, String> {
+        let mut text = Text { snippets, defines, imported: Vec::new(), enables: String::new(), body: String::new() };
+        text.add("main", main)?;
+        let mut out = text.enables;
+        for (name, value) in constants {
+            out.push_str(&format!("const {name}: u32 = {value}u;\n"));
+        }
+        out.push_str(&text.body);
+        Ok(out)
+    }
+}
+
+struct Text<'a> {
+    snippets: &'a [(&'a str, &'a str)],
+    defines: &'a [&'a str],
+    imported: Vec<&'a str>,
+    enables: String,
+    body: String,
+}
+
+/// One `#ifdef` that is open.
+struct Open {
+    /// Whether lines are kept here, as far as this conditional decides.
+    keep: bool,
+    has_else: bool,
+}
+
+impl<'a> Text<'a> {
+    fn add(&mut self, part: &str, source: &'a str) -> Result<(), String> {
+        let mut open: Vec<Open> = Vec::new();
+        for (number, line) in source.lines().enumerate() {
+            let at = |what: &str| format!("{part}, line {}: {what}", number + 1);
+            let keep = open.iter().all(|o| o.keep);
+            let trimmed = line.trim();
+            let Some(directive) = trimmed.strip_prefix('#') else {
+                match trimmed.strip_prefix("enable ") {
+                    _ if !keep => {}
+                    Some(_) if self.enables.contains(trimmed) => {}
+                    Some(_) => self.enables.push_str(&format!("{trimmed}\n")),
+                    None => self.body.push_str(&format!("{line}\n")),
+                }
+                continue;
+            };
+            let mut words = directive.split_whitespace();
+            let directive = words.next().unwrap_or_default();
+            let argument = words.next();
+            if words.next().is_some() {
+                return Err(at("more than one word after the directive"));
+            }
+            match (directive, argument) {
+                ("ifdef", Some(name)) => open.push(Open { keep: self.defines.contains(&name), has_else: false }),
+                ("ifndef", Some(name)) => open.push(Open { keep: !self.defines.contains(&name), has_else: false }),
+                ("else", None) => match open.last_mut() {
+                    Some(last) if !last.has_else => {
+                        last.keep = !last.keep;
+                        last.has_else = true;
+                    }
+                    Some(_) => return Err(at("a second #else")),
+                    None => return Err(at("#else without #ifdef")),
+                },
+                ("endif", None) => drop(open.pop().ok_or_else(|| at("#endif without #ifdef"))?),
+                ("import", Some(name)) if keep => self.import(name).map_err(|e| at(&e))?,
+                ("import", Some(_)) => {}
+                _ => return Err(at(&format!("unknown directive {trimmed:?}"))),
+            }
+        }
+        if open.is_empty() { Ok(()) } else { Err(format!("{part}: {} #ifdef without #endif", open.len())) }
+    }
+
+    fn import(&mut self, name: &str) -> Result<(), String> {
+        if self.imported.contains(&name) {
+            return Ok(());
+        }
+        let &(name, source) =
+            self.snippets.iter().find(|(n, _)| *n == name).ok_or_else(|| format!("unknown import {name:?}"))?;
+        self.imported.push(name);
+        self.add(name, source)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Assembler;
+
+    const SNIPPETS: &[(&str, &str)] =
+        &[("low", "fn low() {}\n"), ("high", "#import low\nfn high() {}\n"), ("half", "enable f16;\nfn half() {}\n")];
+
+    #[test]
+    fn imports_come_once_and_constants_first() {
+        let out = Assembler::assemble("#import high\n  #import low\nfn main() {}\n", SNIPPETS, &[], &[("N", 7)]);
+        assert_eq!(out.as_deref(), Ok("const N: u32 = 7u;\nfn low() {}\nfn high() {}\nfn main() {}\n"));
+    }
+
+    #[test]
+    fn enables_move_to_the_front() {
+        let out = Assembler::assemble("enable f16;\nfn main() {}\n#import half\n", SNIPPETS, &[], &[("N", 7)]);
+        assert_eq!(out.as_deref(), Ok("enable f16;\nconst N: u32 = 7u;\nfn main() {}\nfn half() {}\n"));
+    }
+
+    #[test]
+    fn conditionals_nest() {
+        let main = "#ifdef A\na\n#ifndef B\nb\n#else\nc\n#endif\n#else\nd\n#ifdef B\n#import low\n#endif\n#endif\ne\n";
+        let with = |defines: &[&str]| Assembler::assemble(main, SNIPPETS, defines, &[]);
+        assert_eq!(with(&[]).as_deref(), Ok("d\ne\n"));
+        assert_eq!(with(&["A"]).as_deref(), Ok("a\nb\ne\n"));
+        assert_eq!(with(&["A", "B"]).as_deref(), Ok("a\nc\ne\n"));
+        assert_eq!(with(&["B"]).as_deref(), Ok("d\nfn low() {}\ne\n"));
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (main, part) in [
+            ("#import nowhere\n", "unknown import \"nowhere\""),
+            ("x\n#ifdef A\n", "main: 1 #ifdef without #endif"),
+            ("#endif\n", "main, line 1: #endif without #ifdef"),
+            ("#else\n", "#else without #ifdef"),
+            ("#ifdef A\n#else\n#else\n#endif\n", "line 3: a second #else"),
+            ("#ifdef\n#endif\n", "unknown directive"),
+            ("#define A\n", "unknown directive"),
+            ("#ifdef A B\n#endif\n", "more than one word"),
+        ] {
+            let error = Assembler::assemble(main, SNIPPETS, &[], &[]).err();
+            assert!(error.as_ref().is_some_and(|e| e.contains(part)), "{main:?}: {error:?}");
+        }
+    }
+}

@@ -1,0 +1,335 @@
+//! The context: a device, its queue, what was found out about them, and calls that return errors instead of raising
+//! them at the host.
+
+use super::arena::Arena;
+use super::caps::Caps;
+use super::pipeline::{KernelKey, Pipeline, Pipelines};
+use super::readback::Readback;
+use crate::error::{Error, Result};
+use futures::FutureExt;
+use std::sync::{Arc, Mutex, OnceLock};
+
+/// The reason why a device is gone, once it is.
+#[derive(Debug, Default)]
+pub(super) struct Lost(OnceLock<String>);
+
+impl Lost {
+    pub fn set(&self, reason: String) {
+        // The first reason is the cause; later ones follow from it.
+        let _ = self.0.set(reason);
+    }
+
+    pub fn check(&self, op: &'static str) -> Result<()> {
+        match self.0.get() {
+            None => Ok(()),
+            Some(reason) => Err(Error::DeviceLost { op, reason: reason.clone() }),
+        }
+    }
+}
+
+/// What a context is made of.
+pub(crate) struct Setup {
+    pub info: wgpu::AdapterInfo,
+    pub device: wgpu::Device,
+    pub queue: wgpu::Queue,
+    /// Whether a host owns the device: its error handlers stay untouched.
+    pub lent: bool,
+    /// Whether shaders run without run-time checks.
+    pub unchecked: bool,
+    /// What [`Context::pipeline_cache_data`] returned earlier.
+    pub pipeline_cache: Option<Vec<u8>>,
+}
+
+/// A device, its queue and what was found out about them.
+#[derive(Debug)]
+pub(crate) struct Context {
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    info: wgpu::AdapterInfo,
+    caps: Caps,
+    lost: Arc<Lost>,
+    probe: Mutex<Probe>,
+    arena: Arena,
+    pipelines: Pipelines,
+    readback: Readback,
+}
+
+impl Context {
+    pub fn new(setup: Setup) -> Result<Arc<Self>> {
+        let Setup { info, device, queue, lent, unchecked, pipeline_cache } = setup;
+        super::verify(&device.limits())?;
+        let lost = Arc::new(Lost::default());
+        if !lent {
+            let seen = lost.clone();
+            device.set_device_lost_callback(move |reason, message| {
+                let text = if message.is_empty() { format!("{reason:?}") } else { message };
+                seen.set(text);
+            });
+            // wgpu panics on errors that nobody takes; ours are all taken, a caller's own mistakes are logged.
+            device.on_uncaptured_error(Arc::new(|error| tracing::error!("wgpu: {error}")));
+        }
+        let caps = Caps::new(&info, &device, &queue, unchecked);
+        let probe = Mutex::new(Probe::new(&device)?);
+        let pipelines = Pipelines::new(&device, &caps, pipeline_cache.as_deref())?;
+        let arena = Arena::new(&caps);
+        let readback = Readback::new(device.clone(), lost.clone());
+        let context = Self { device, queue, info, caps, lost, probe, arena, pipelines, readback };
+        context.check_alive("device")?;
+        Ok(Arc::new(context))
+    }
+
+    pub fn device(&self) -> &wgpu::Device {
+        &self.device
+    }
+
+    pub fn queue(&self) -> &wgpu::Queue {
+        &self.queue
+    }
+
+    pub fn info(&self) -> &wgpu::AdapterInfo {
+        &self.info
+    }
+
+    pub fn caps(&self) -> &Caps {
+        &self.caps
+    }
+
+    pub fn arena(&self) -> &Arena {
+        &self.arena
+    }
+
+    pub(super) fn lost(&self) -> &Lost {
+        &self.lost
+    }
+
+    /// [`Error::DeviceLost`] once the device is gone.
+    pub fn check_alive(&self, op: &'static str) -> Result<()> {
+        self.lost.check(op)?;
+        if !self.probe_alive() {
+            self.lost.set("destroyed, or given up by the driver".into());
+        }
+        self.lost.check(op)
+    }
+
+    /// Asks the device itself, since wgpu drops errors of a lost device silently and a lent device's callback is not
+    /// ours to set.
+    fn probe_alive(&self) -> bool {
+        let probe = super::lock(&self.probe);
+        self.scoped("device", || probe.alive()).unwrap_or(false)
+    }
+
+    /// Runs `body` inside error scopes, so that what goes wrong in it is returned here and never reaches the handler
+    /// of the host. In browsers, where scopes answer late, such errors are dropped.
+    pub fn scoped<T>(&self, op: &'static str, body: impl FnOnce() -> T) -> Result<T> {
+        scoped(&self.device, op, 0, body)
+    }
+
+    /// Creates a buffer. Its content is zero.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] where the device's largest buffer is smaller, [`Error::OutOfMemory`], [`Error::DeviceLost`].
+    pub fn buffer(&self, op: &'static str, label: &str, bytes: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
+        self.create_buffer(op, label, bytes, usage, false)
+    }
+
+    /// Creates a buffer that holds `data`, padded with zeros to a multiple of four bytes. The content is in place
+    /// without a queue write of its own.
+    pub fn buffer_with(
+        &self,
+        op: &'static str,
+        label: &str,
+        data: &[u8],
+        usage: wgpu::BufferUsages,
+    ) -> Result<wgpu::Buffer> {
+        let bytes = (data.len() as u64).next_multiple_of(4).max(4);
+        let buffer = self.create_buffer(op, label, bytes, usage, true)?;
+        self.scoped(op, || {
+            let filled = buffer.get_mapped_range_mut(..).map(|mut view| {
+                let mut padded = data.to_vec();
+                padded.resize(bytes as usize, 0);
+                view.copy_from_slice(&padded);
+            });
+            if filled.is_ok() {
+                buffer.unmap();
+            }
+            filled
+        })?
+        .map_err(|error| self.gone_or(op, error.to_string()))?;
+        Ok(buffer)
+    }
+
+    fn create_buffer(
+        &self,
+        op: &'static str,
+        label: &str,
+        bytes: u64,
+        usage: wgpu::BufferUsages,
+        mapped_at_creation: bool,
+    ) -> Result<wgpu::Buffer> {
+        self.lost.check(op)?;
+        if bytes > self.caps.max_buffer {
+            return Err(Error::Limit { op, what: "bytes of one buffer", value: bytes, limit: self.caps.max_buffer });
+        }
+        let size = bytes.next_multiple_of(4).max(4).min(self.caps.max_buffer);
+        let descriptor = wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation };
+        scoped(&self.device, op, bytes, || self.device.create_buffer(&descriptor))
+    }
+
+    /// Writes `data` at `offset` before the next submission. Both sizes must be multiples of four bytes.
+    pub fn write(&self, op: &'static str, buffer: &wgpu::Buffer, offset: u64, data: &[u8]) -> Result<()> {
+        self.lost.check(op)?;
+        self.scoped(op, || self.queue.write_buffer(buffer, offset, data))
+    }
+
+    /// Creates a bind group.
+    pub fn bind_group(
+        &self,
+        op: &'static str,
+        label: &str,
+        layout: &wgpu::BindGroupLayout,
+        entries: &[wgpu::BindGroupEntry<'_>],
+    ) -> Result<wgpu::BindGroup> {
+        self.lost.check(op)?;
+        let descriptor = wgpu::BindGroupDescriptor { label: Some(label), layout, entries };
+        self.scoped(op, || self.device.create_bind_group(&descriptor))
+    }
+
+    pub fn encoder(&self, label: &str) -> wgpu::CommandEncoder {
+        self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some(label) })
+    }
+
+    /// Finishes and submits; errors made while recording come out here.
+    pub fn submit(&self, op: &'static str, encoder: wgpu::CommandEncoder) -> Result<()> {
+        self.submit_indexed(op, encoder).map(drop)
+    }
+
+    pub(super) fn submit_indexed(
+        &self,
+        op: &'static str,
+        encoder: wgpu::CommandEncoder,
+    ) -> Result<wgpu::SubmissionIndex> {
+        self.check_alive(op)?;
+        let index = self.scoped(op, || self.queue.submit([encoder.finish()]))?;
+        self.lost.check(op)?;
+        Ok(index)
+    }
+
+    /// The pipeline of `key`, compiled at its first use; concurrent calls for one key compile once.
+    pub fn pipeline(&self, op: &'static str, key: &dyn KernelKey) -> Result<Arc<Pipeline>> {
+        self.lost.check(op)?;
+        self.pipelines.get(self, op, key)
+    }
+
+    /// Compiles all of `keys`, concurrently where there are threads.
+    pub async fn warm_up(&self, keys: &[&dyn KernelKey]) -> Result<()> {
+        self.check_alive("warm_up")?;
+        self.pipelines.warm_up(self, keys)
+    }
+
+    /// Labels of the pipelines compiled so far, sorted.
+    pub fn compiled(&self) -> Vec<String> {
+        self.pipelines.labels()
+    }
+
+    /// What a later context takes as [`Setup::pipeline_cache`]; `None` where the backend has no such cache.
+    pub fn pipeline_cache_data(&self) -> Option<Vec<u8>> {
+        self.pipelines.cache_data()
+    }
+
+    /// Reads a range of a buffer back. Commands that fill it must have been submitted.
+    pub async fn read_buffer(
+        &self,
+        op: &'static str,
+        buffer: &wgpu::Buffer,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<Vec<u8>> {
+        self.readback.read(self, op, buffer, offset, bytes).await
+    }
+
+    /// As [`Context::read_buffer`], waiting on the calling thread.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn read_buffer_blocking(
+        &self,
+        op: &'static str,
+        buffer: &wgpu::Buffer,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<Vec<u8>> {
+        self.readback.read_blocking(self, op, buffer, offset, bytes)
+    }
+
+    /// The device's loss where it is lost, else the runtime's message.
+    pub(super) fn gone_or(&self, op: &'static str, message: String) -> Error {
+        match self.check_alive(op) {
+            Err(lost) => lost,
+            Ok(()) => Error::Gpu { op, message },
+        }
+    }
+}
+
+/// A buffer whose mapping tells at once whether the device still lives.
+#[derive(Debug)]
+struct Probe {
+    #[cfg(not(target_arch = "wasm32"))]
+    buffer: wgpu::Buffer,
+}
+
+impl Probe {
+    #[cfg(not(target_arch = "wasm32"))]
+    fn new(device: &wgpu::Device) -> Result<Self> {
+        let descriptor = wgpu::BufferDescriptor {
+            label: Some("liveness probe"),
+            size: 4,
+            usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        };
+        let buffer = scoped(device, "device", 4, || device.create_buffer(&descriptor))?;
+        Ok(Self { buffer })
+    }
+
+    /// A request to map is refused on the spot by a lost device and merely queued by a live one.
+    #[cfg(not(target_arch = "wasm32"))]
+    fn alive(&self) -> bool {
+        let refused = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let flag = refused.clone();
+        self.buffer.map_async(wgpu::MapMode::Read, .., move |result| {
+            flag.store(result.is_err(), std::sync::atomic::Ordering::Release);
+        });
+        let alive = !refused.load(std::sync::atomic::Ordering::Acquire);
+        if alive {
+            self.buffer.unmap();
+        }
+        alive
+    }
+
+    #[cfg(target_arch = "wasm32")]
+    fn new(_: &wgpu::Device) -> Result<Self> {
+        Ok(Self {})
+    }
+
+    /// Browsers answer later; there the lost callback and failing reads tell.
+    #[cfg(target_arch = "wasm32")]
+    fn alive(&self) -> bool {
+        true
+    }
+}
+
+/// See [`Context::scoped`]; `bytes` is what an out-of-memory error reports.
+pub(super) fn scoped<T>(device: &wgpu::Device, op: &'static str, bytes: u64, body: impl FnOnce() -> T) -> Result<T> {
+    let memory = device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+    let internal = device.push_error_scope(wgpu::ErrorFilter::Internal);
+    let validation = device.push_error_scope(wgpu::ErrorFilter::Validation);
+    let value = body();
+    // All three are popped before any is looked at: each pop must see its own scope on top.
+    let validation = validation.pop().now_or_never().flatten();
+    let internal = internal.pop().now_or_never().flatten();
+    let memory = memory.pop().now_or_never().flatten();
+    if memory.is_some() {
+        return Err(Error::OutOfMemory { op, bytes });
+    }
+    match validation.or(internal) {
+        None => Ok(value),
+        Some(error) => Err(Error::Gpu { op, message: error.to_string() }),
+    }
+}

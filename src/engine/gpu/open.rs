@@ -1,0 +1,54 @@
+//! Finding adapters and opening devices on them.
+
+use super::caps::{is_software, requirements, verify};
+use super::context::{Context, Setup};
+use crate::error::{Error, Result};
+use std::sync::Arc;
+
+/// The adapters of this machine, in the order of the drivers.
+pub(crate) async fn adapters() -> Vec<wgpu::Adapter> {
+    if wgpu::Instance::enabled_backend_features().is_empty() {
+        return Vec::new();
+    }
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+    // Its guard dispatch costs more than the dispatch it guards, and the kernels' own grids are planned.
+    descriptor.flags.remove(wgpu::InstanceFlags::VALIDATION_INDIRECT_CALL);
+    let instance = wgpu::Instance::new(descriptor.with_env());
+    instance.enumerate_adapters(wgpu::Backends::all()).await
+}
+
+/// Sorts the fastest kind of hardware to the front and software to the end.
+pub(crate) fn best_first(adapters: &mut [wgpu::Adapter]) {
+    adapters.sort_by_key(|adapter| {
+        let info = adapter.get_info();
+        match info.device_type {
+            _ if is_software(&info) => 4,
+            wgpu::DeviceType::DiscreteGpu => 0,
+            wgpu::DeviceType::IntegratedGpu => 1,
+            wgpu::DeviceType::VirtualGpu => 2,
+            _ => 3,
+        }
+    });
+}
+
+/// Opens an own device on an adapter.
+pub(crate) async fn open(
+    adapter: &wgpu::Adapter,
+    unchecked: bool,
+    pipeline_cache: Option<Vec<u8>>,
+) -> Result<Arc<Context>> {
+    let (features, limits) = requirements(adapter);
+    verify(&limits)?;
+    let request = wgpu::DeviceDescriptor {
+        label: Some("softhash"),
+        required_features: features,
+        required_limits: limits,
+        ..Default::default()
+    };
+    let info = adapter.get_info();
+    let (device, queue) = adapter
+        .request_device(&request)
+        .await
+        .map_err(|error| Error::Gpu { op: "open device", message: format!("{}: {error}", info.name) })?;
+    Context::new(Setup { info, device, queue, lent: false, unchecked, pipeline_cache })
+}

@@ -1,0 +1,187 @@
+//! Compute pipelines: compiled once from a typed key and kept.
+
+use super::caps::Caps;
+use super::context::{Context, scoped};
+use super::lock;
+use crate::error::{Error, Result};
+use sha2::{Digest, Sha256};
+use std::collections::HashMap;
+use std::num::NonZeroU64;
+use std::sync::{Arc, Mutex};
+
+/// The only input of a shader's text.
+pub(crate) trait KernelKey: Send + Sync {
+    /// The full identity: keys with equal labels have equal sources.
+    fn label(&self) -> String;
+    /// The shader.
+    fn source(&self) -> KernelSource;
+}
+
+/// A shader and what it binds.
+pub(crate) struct KernelSource {
+    pub wgsl: String,
+    /// Bindings of group 0, in order.
+    pub bindings: Vec<Binding>,
+    pub entry: &'static str,
+}
+
+/// What stands at one binding of group 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Binding {
+    /// Uniform in a [`super::Slot`], at a dynamic offset; bound with `size` bytes.
+    Uniform { size: u64 },
+    /// Read-only storage.
+    Read,
+    /// Storage.
+    ReadWrite,
+    /// Read-only storage in a [`super::Slot`], at a dynamic offset; bound with `size` bytes.
+    ReadDynamic { size: u64 },
+}
+
+/// A compiled kernel.
+#[derive(Debug)]
+pub(crate) struct Pipeline {
+    pub pipeline: wgpu::ComputePipeline,
+    pub layout: wgpu::BindGroupLayout,
+    /// [`KernelKey::label`] of its key.
+    pub label: String,
+}
+
+type Cell = Arc<Mutex<Option<Arc<Pipeline>>>>;
+
+#[derive(Debug)]
+pub(super) struct Pipelines {
+    /// The map's lock is held for look-ups, a cell's while its pipeline compiles.
+    cells: Mutex<HashMap<String, Cell>>,
+    cache: Option<wgpu::PipelineCache>,
+}
+
+impl Pipelines {
+    pub fn new(device: &wgpu::Device, caps: &Caps, data: Option<&[u8]>) -> Result<Self> {
+        let cache = if caps.pipeline_cache {
+            let data = data.and_then(unsealed);
+            let descriptor = wgpu::PipelineCacheDescriptor { label: Some("softhash"), data, fallback: true };
+            // SAFETY: the data, if any, carries the checksum that `sealed` put on data of wgpu's own `get_data`, and
+            // wgpu drops data of another adapter or driver.
+            Some(scoped(device, "pipeline cache", 0, || unsafe { device.create_pipeline_cache(&descriptor) })?)
+        } else {
+            None
+        };
+        Ok(Self { cells: Mutex::default(), cache })
+    }
+
+    pub fn get(&self, ctx: &Context, op: &'static str, key: &dyn KernelKey) -> Result<Arc<Pipeline>> {
+        let label = key.label();
+        let cell = lock(&self.cells).entry(label.clone()).or_default().clone();
+        let mut compiled = lock(&cell);
+        if let Some(pipeline) = &*compiled {
+            return Ok(pipeline.clone());
+        }
+        let pipeline = Arc::new(self.compile(ctx, op, label, &key.source())?);
+        *compiled = Some(pipeline.clone());
+        Ok(pipeline)
+    }
+
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn warm_up(&self, ctx: &Context, keys: &[&dyn KernelKey]) -> Result<()> {
+        use rayon::prelude::*;
+        keys.par_iter().try_for_each(|key| self.get(ctx, "warm_up", *key).map(drop))
+    }
+
+    #[cfg(target_arch = "wasm32")]
+    pub fn warm_up(&self, ctx: &Context, keys: &[&dyn KernelKey]) -> Result<()> {
+        keys.iter().try_for_each(|key| self.get(ctx, "warm_up", *key).map(drop))
+    }
+
+    pub fn labels(&self) -> Vec<String> {
+        let cells: Vec<_> = lock(&self.cells).iter().map(|(label, cell)| (label.clone(), cell.clone())).collect();
+        // A cell that is locked is compiling still.
+        let done = |cell: &Cell| cell.try_lock().is_ok_and(|c| c.is_some());
+        let mut labels: Vec<_> = cells.into_iter().filter(|(_, cell)| done(cell)).map(|(label, _)| label).collect();
+        labels.sort_unstable();
+        labels
+    }
+
+    pub fn cache_data(&self) -> Option<Vec<u8>> {
+        self.cache.as_ref()?.get_data().map(sealed)
+    }
+
+    fn compile(&self, ctx: &Context, op: &'static str, label: String, source: &KernelSource) -> Result<Pipeline> {
+        ctx.check_alive(op)?;
+        let device = ctx.device();
+        let entries: Vec<_> = (0..).zip(&source.bindings).map(|(i, binding)| layout_entry(i, *binding)).collect();
+        let name = Some(label.as_str());
+        let made = ctx.scoped(op, || {
+            let module = wgpu::ShaderModuleDescriptor {
+                label: name,
+                source: wgpu::ShaderSource::Wgsl(source.wgsl.as_str().into()),
+            };
+            let module = if ctx.caps().unchecked {
+                // SAFETY: every index of these shaders is bounded by the plan that sizes buffers and dispatches,
+                // their loops end and their divisors are not zero; the checked twin runs in the tests.
+                unsafe { device.create_shader_module_trusted(module, wgpu::ShaderRuntimeChecks::unchecked()) }
+            } else {
+                device.create_shader_module(module)
+            };
+            let layout =
+                device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: name, entries: &entries });
+            let groups =
+                wgpu::PipelineLayoutDescriptor { label: name, bind_group_layouts: &[Some(&layout)], immediate_size: 0 };
+            let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+                label: name,
+                layout: Some(&device.create_pipeline_layout(&groups)),
+                module: &module,
+                entry_point: Some(source.entry),
+                compilation_options: wgpu::PipelineCompilationOptions {
+                    constants: &[],
+                    // The kernels write workgroup memory before they read it.
+                    zero_initialize_workgroup_memory: false,
+                },
+                cache: self.cache.as_ref(),
+            });
+            (pipeline, layout)
+        });
+        match made {
+            Ok((pipeline, layout)) => {
+                ctx.check_alive(op)?;
+                tracing::debug!(kernel = label, "compiled");
+                Ok(Pipeline { pipeline, layout, label })
+            }
+            Err(Error::Gpu { op, message }) => Err(Error::Gpu { op, message: format!("kernel {label}: {message}") }),
+            Err(other) => Err(other),
+        }
+    }
+}
+
+fn layout_entry(binding: u32, what: Binding) -> wgpu::BindGroupLayoutEntry {
+    let storage = |read_only| wgpu::BufferBindingType::Storage { read_only };
+    let (ty, size) = match what {
+        Binding::Uniform { size } => (wgpu::BufferBindingType::Uniform, Some(size)),
+        Binding::Read => (storage(true), None),
+        Binding::ReadWrite => (storage(false), None),
+        Binding::ReadDynamic { size } => (storage(true), Some(size)),
+    };
+    wgpu::BindGroupLayoutEntry {
+        binding,
+        visibility: wgpu::ShaderStages::COMPUTE,
+        ty: wgpu::BindingType::Buffer {
+            ty,
+            has_dynamic_offset: size.is_some(),
+            min_binding_size: size.and_then(NonZeroU64::new),
+        },
+        count: None,
+    }
+}
+
+/// Puts a checksum before pipeline-cache data: drivers trust such data, and files get torn.
+fn sealed(data: Vec<u8>) -> Vec<u8> {
+    let mut out = Sha256::digest(&data).to_vec();
+    out.extend_from_slice(&data);
+    out
+}
+
+/// The data behind its checksum; `None` where they do not agree.
+fn unsealed(sealed: &[u8]) -> Option<&[u8]> {
+    let (sum, data) = sealed.split_at_checked(32)?;
+    (sum == Sha256::digest(data).as_slice()).then_some(data)
+}
