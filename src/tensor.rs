@@ -115,6 +115,18 @@ impl<'a> TensorView<'a> {
         self.storage
     }
 
+    /// The same storage and strides under another shape.
+    #[cfg(feature = "wgpu")]
+    pub(crate) fn with_shape(mut self, shape: [usize; 4]) -> Self {
+        self.shape = shape;
+        self
+    }
+
+    #[cfg(feature = "wgpu")]
+    pub(crate) fn is_contiguous(&self) -> bool {
+        self.strides == row_major(self.shape)
+    }
+
     /// Elements of storage that shape and strides reach, counted from the view's start.
     pub(crate) fn extent(&self) -> u64 {
         if self.shape.contains(&0) {

@@ -63,6 +63,15 @@ impl Memory {
     }
 }
 
+/// Time of one stage of a call.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StageTime {
+    /// What ran.
+    pub stage: &'static str,
+    /// Nanoseconds, by the GPU's own clock; by the host's on the CPU path.
+    pub nanoseconds: f64,
+}
+
 /// One sequence in its backend-free form, as it is saved: all row-major, little endian.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct SequenceData {
@@ -89,6 +98,8 @@ pub(crate) trait Executor: Send {
     fn append(&mut self, rec: Recording<'_>, k: &TensorView<'_>, v: &TensorView<'_>, rows: &[AppendRow]) -> Result<()>;
     /// Runs attention.
     fn attend(&mut self, rec: Recording<'_>, q: &TensorView<'_>, problem: &AttendProblem) -> Result<Attended>;
+    /// Runs attention once, timing each stage.
+    fn profile(&mut self, q: &TensorView<'_>, problem: &AttendProblem) -> Result<Vec<StageTime>>;
     /// Drops the tail of a sequence, down to `state`.
     fn truncate(&mut self, seq: usize, state: SeqState) -> Result<()>;
     /// Adds a sequence at the end that shares the tokens of `seq` (none: an empty one).

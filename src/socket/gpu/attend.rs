@@ -1,0 +1,485 @@
+//! Attention: query hash, score, select, attend, merge; or without the first three; or tiled for a prompt.
+
+use super::input::{Input, stage};
+use super::kernels::Kernel;
+use super::pages::{local_of, slab_of};
+use super::params::{Entry, Params, Row, Strides};
+use super::passes::{Bind, Passes, Ready};
+use super::{GpuExecutor, STORAGE};
+use crate::engine::gpu::Timer;
+use crate::error::{Error, Result};
+use crate::socket::executor::{Attended, Selection, StageTime};
+use crate::socket::plan::{BINS, CANDIDATES, HISTOGRAM_ROW, SPAN, TABLE_HEADER, score_stride};
+use crate::socket::problem::{AttendProblem, Kind};
+use crate::tensor::{DType, Tensor, TensorView};
+use std::ops::Range;
+
+/// Page entries of one slab, sorted by sequence.
+struct SlabEntries {
+    slab: usize,
+    buffer: wgpu::Buffer,
+    /// First entry of each sequence, and the number of all.
+    starts: Vec<u32>,
+}
+
+/// Scratch buffers that calls of one cache share, grown as needed.
+#[derive(Default)]
+pub(super) struct Workspace {
+    buffers: [Option<wgpu::Buffer>; 5],
+    entries: Option<Vec<SlabEntries>>,
+}
+
+#[derive(Clone, Copy)]
+enum Scratch {
+    Tables,
+    Histogram,
+    Scores,
+    Candidates,
+    Partials,
+}
+
+impl Workspace {
+    /// Entries are made anew at the next call.
+    pub fn pages_changed(&mut self) {
+        self.entries = None;
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.buffers.iter().flatten().map(wgpu::Buffer::size).sum()
+    }
+}
+
+/// Sequences whose scores and partial results fit the scratch buffers together.
+struct Block {
+    sequences: Range<usize>,
+    score_words: u64,
+    parts: u64,
+    chunk: usize,
+}
+
+impl GpuExecutor {
+    fn scratch(&mut self, op: &'static str, which: Scratch, bytes: u64) -> Result<wgpu::Buffer> {
+        let limit = self.ctx.caps().max_storage_binding;
+        let name = match which {
+            Scratch::Tables => "bytes of look-up tables",
+            Scratch::Histogram => "bytes of histograms",
+            Scratch::Scores => "bytes of scores",
+            Scratch::Candidates => "bytes of candidates",
+            Scratch::Partials => "bytes of partial results",
+        };
+        if bytes > limit {
+            return Err(Error::Limit { op, what: name, value: bytes, limit });
+        }
+        let held = &mut self.workspace.buffers[which as usize];
+        match held {
+            Some(buffer) if buffer.size() >= bytes => Ok(buffer.clone()),
+            _ => {
+                // Some room to grow, so that a growing context does not allocate at every step.
+                let wish = (bytes + bytes / 4).min(limit).next_multiple_of(256).max(bytes);
+                let buffer = self.ctx.buffer(op, name, wish.min(limit / 4 * 4).max(bytes), STORAGE)?;
+                *held = Some(buffer.clone());
+                Ok(buffer)
+            }
+        }
+    }
+
+    fn make_entries(&mut self, op: &'static str) -> Result<()> {
+        if self.workspace.entries.is_some() {
+            return Ok(());
+        }
+        let mut per_slab = Vec::new();
+        for slab in 0..self.pool.slabs.len() {
+            let mut entries = Vec::new();
+            let mut starts = Vec::with_capacity(self.sequences.len() + 1);
+            for (b, sequence) in self.sequences.iter().enumerate() {
+                starts.push(entries.len() as u32);
+                for (logical, &page) in sequence.pages.iter().enumerate().filter(|(_, p)| slab_of(**p) == slab) {
+                    let (sequence, logical) = (b as u32, logical as u32);
+                    entries.push(Entry { sequence, logical, page: local_of(page), reserved: 0 });
+                }
+            }
+            starts.push(entries.len() as u32);
+            if !entries.is_empty() {
+                let buffer = self.ctx.buffer_with(op, "page entries", bytemuck::cast_slice(&entries), STORAGE)?;
+                per_slab.push(SlabEntries { slab, buffer, starts });
+            }
+        }
+        self.workspace.entries = Some(per_slab);
+        Ok(())
+    }
+
+    fn entries(&self) -> &[SlabEntries] {
+        self.workspace.entries.as_deref().unwrap_or_default()
+    }
+
+    fn output(&self, op: &'static str, dtype: DType, shape: Vec<usize>) -> Result<(Tensor, wgpu::Buffer)> {
+        let bytes = (shape.iter().product::<usize>() * dtype.size()) as u64;
+        let buffer = self.ctx.buffer(op, "output", bytes.max(4), STORAGE)?;
+        Ok((Tensor::gpu(self.ctx.clone(), dtype, shape, buffer.clone()), buffer))
+    }
+
+    /// Makes a call's dispatches ready.
+    pub(super) fn prepare(&mut self, q: &TensorView<'_>, problem: &AttendProblem) -> Result<(Ready, Attended)> {
+        let op = problem.op;
+        let g = self.geometry;
+        if problem.output != DType::F32 && !g.value_dim.is_multiple_of(2) {
+            let why = format!("16-bit outputs of an odd value_dim = {} on a GPU; ask for F32 output", g.value_dim);
+            return Err(Error::Unsupported { op, why });
+        }
+        self.make_entries(op)?;
+        let shape = vec![problem.batch(), problem.tq, g.num_q_heads];
+        let (lse, lse_buffer) = self.output(op, DType::F32, shape.clone())?;
+        let (o, o_buffer) = self.output(op, problem.output, [shape, vec![g.value_dim]].concat())?;
+        let sparse = problem.kind == Kind::Sparse && (problem.want_selection || problem.rows.iter().any(|r| !r.is_dense()));
+        if problem.rows.is_empty() {
+            let selection = if problem.want_selection { Some(self.selection_buffers(problem)?.0) } else { None };
+            return Ok((Passes::new(&self.ctx, op).ready()?, Attended { o, lse, selection }));
+        }
+        let (ready, selection) = if problem.kind == Kind::Prefill {
+            (self.prefill(q, problem, &o_buffer, &lse_buffer)?, None)
+        } else {
+            self.decode(q, problem, sparse, &o_buffer, &lse_buffer)?
+        };
+        Ok((ready, Attended { o, lse, selection }))
+    }
+
+    fn selection_buffers(&self, problem: &AttendProblem) -> Result<(Selection, wgpu::Buffer, wgpu::Buffer)> {
+        let heads = self.geometry.num_kv_heads * self.geometry.score_rows();
+        let shape = vec![problem.batch(), problem.tq, heads, problem.selection_width(&self.spec.config)];
+        let (indices, indices_buffer) = self.output(problem.op, DType::I32, shape.clone())?;
+        let (scores, scores_buffer) = self.output(problem.op, DType::F32, shape)?;
+        Ok((Selection { indices, scores }, indices_buffer, scores_buffer))
+    }
+
+    /// Rows with their places in the scratch buffers, and blocks of sequences that fit them.
+    fn blocks(&self, problem: &AttendProblem, sparse: bool, header: u64) -> (Vec<Row>, Vec<Block>) {
+        let g = &self.geometry;
+        let limit = self.ctx.caps().max_storage_binding;
+        let mut rows = Vec::with_capacity(problem.rows.len());
+        let mut blocks: Vec<Block> = Vec::new();
+        for (b, state) in problem.seqs.iter().enumerate() {
+            let chunk = g.chunk(problem.seqs.iter().map(|s| s.len).sum());
+            let of_sequence = &problem.rows[b * problem.tq..(b + 1) * problem.tq];
+            let heads = (g.num_kv_heads * g.score_rows()) as u64;
+            let words = |visible: usize| if sparse { score_stride(visible) as u64 * heads } else { 0 };
+            let parts = |visible: usize| (visible.div_ceil(chunk) * g.num_q_heads) as u64;
+            let score_words: u64 = of_sequence.iter().map(|r| words(r.visible)).sum();
+            let part_count: u64 = of_sequence.iter().map(|r| parts(r.visible)).sum();
+            let fits = |block: &Block| {
+                (header + block.score_words + score_words) * 4 <= limit
+                    && (block.parts + part_count) * g.part_stride() as u64 * 4 <= limit
+            };
+            if !blocks.last().is_some_and(fits) {
+                blocks.push(Block { sequences: b..b, score_words: 0, parts: 0, chunk });
+            }
+            let Some(block) = blocks.last_mut() else { continue };
+            block.sequences.end = b + 1;
+            for row in of_sequence {
+                rows.push(Row {
+                    visible: row.visible as u32,
+                    heavy: row.heavy.min(u32::MAX as usize) as u32,
+                    slot: self.sequences[b].slot,
+                    unindexed: u32::from(state.indexed < state.len),
+                    score_base: block.score_words as u32,
+                    part_base: block.parts as u32,
+                    part_count: row.visible.div_ceil(chunk) as u32,
+                    reserved: 0,
+                });
+                block.score_words += words(row.visible);
+                block.parts += parts(row.visible);
+            }
+        }
+        (rows, blocks)
+    }
+
+    fn decode(
+        &mut self,
+        q: &TensorView<'_>,
+        problem: &AttendProblem,
+        sparse: bool,
+        o: &wgpu::Buffer,
+        lse: &wgpu::Buffer,
+    ) -> Result<(Ready, Option<Selection>)> {
+        let op = problem.op;
+        let g = self.geometry;
+        let (batch, tq) = (problem.batch(), problem.tq);
+        let q_dtype = q.dtype();
+        let q = stage(&self.ctx, op, q, 0..batch, 0..tq)?;
+        let row_count = (batch * tq) as u64;
+        let score_rows = row_count * (g.num_kv_heads * g.score_rows()) as u64;
+        let table_rows = row_count * (g.num_kv_heads * g.scoring_heads()) as u64;
+        let header = if sparse { (2 * score_rows).next_multiple_of(64) } else { 0 };
+        let (rows, blocks) = self.blocks(problem, sparse, header);
+
+        let score_words = blocks.iter().map(|b| b.score_words).max().unwrap_or(0);
+        let parts = blocks.iter().map(|b| b.parts).max().unwrap_or(0);
+        let partials = self.scratch(op, Scratch::Partials, (parts * g.part_stride() as u64 * 4).max(16))?;
+        let selecting = if sparse {
+            let table_row = (TABLE_HEADER + g.table_entries()) as u64;
+            Some(Selecting {
+                tables: self.scratch(op, Scratch::Tables, table_rows * table_row * 4)?,
+                histogram: self.scratch(op, Scratch::Histogram, score_rows * HISTOGRAM_ROW as u64 * 4)?,
+                scores: self.scratch(op, Scratch::Scores, (header + score_words) * 4)?,
+                candidates: self.scratch(op, Scratch::Candidates, score_rows * (CANDIDATES * 8) as u64)?,
+            })
+        } else {
+            None
+        };
+        let collected = if problem.want_selection && sparse { Some(self.selection_buffers(problem)?) } else { None };
+        let params = Params {
+            batch: batch as u32,
+            tq: tq as u32,
+            scale: problem.scale,
+            beta: self.spec.config.temperature.beta(g.head_dim),
+            planes_stride: self.planes_stride,
+            input: q.strides,
+            sink: self.spec.config.sink as u32,
+            window: self.spec.config.window as u32,
+            header: header as u32,
+            width: problem.selection_width(&self.spec.config) as u32,
+            ..Default::default()
+        };
+
+        let mut passes = Passes::new(&self.ctx, op);
+        let rows_part = passes.part(&rows);
+        if let Some(s) = &selecting {
+            let binds = vec![
+                q.bind.clone(),
+                Bind::from(&self.planes),
+                Bind::from(&self.state),
+                rows_part.clone(),
+                Bind::from(&s.tables),
+                Bind::from(&s.histogram),
+            ];
+            passes.dispatch(self.key(Kernel::HashQuery { q: q_dtype }), params, table_rows, binds)?;
+        }
+        for block in &blocks {
+            let first_row = (block.sequences.start * tq) as u32;
+            let params = Params { first_row, ..params };
+            let block_rows = (block.sequences.len() * tq) as u64;
+            if let Some(s) = &selecting {
+                let visible = rows[first_row as usize..][..block_rows as usize].iter().map(|r| r.visible).max();
+                self.select(&mut passes, s, params, block, &rows_part, visible.unwrap_or(0) as usize)?;
+            }
+            self.attend_block(&mut passes, params, block, q_dtype, &q, &rows_part, &partials, selecting.as_ref())?;
+            let binds = vec![rows_part.clone(), Bind::from(&partials), Bind::from(o), Bind::from(lse)];
+            let kernel = Kernel::MergePartials { output: problem.output };
+            passes.dispatch(self.key(kernel), params, block_rows * g.num_q_heads as u64, binds)?;
+            if let (Some(s), Some((_, indices, values))) = (&selecting, &collected) {
+                let binds =
+                    vec![rows_part.clone(), Bind::from(&s.scores), Bind::from(indices), Bind::from(values)];
+                let groups = block_rows * (g.num_kv_heads * g.score_rows()) as u64;
+                passes.dispatch(self.key(Kernel::Collect), params, groups, binds)?;
+            }
+        }
+        Ok((passes.ready()?, collected.map(|(selection, ..)| selection)))
+    }
+
+    fn select(
+        &self,
+        passes: &mut Passes<'_>,
+        s: &Selecting,
+        params: Params,
+        block: &Block,
+        rows: &Bind,
+        visible: usize,
+    ) -> Result<()> {
+        let g = &self.geometry;
+        for slab in self.entries() {
+            let entries = slab.starts[block.sequences.start]..slab.starts[block.sequences.end];
+            let groups = entries.len() as u64 * (g.page / block.chunk * g.num_kv_heads) as u64 * u64::from(params.tq);
+            let params = Params { first_entry: entries.start, ..params };
+            let binds = vec![
+                Bind::from(&self.pool.slabs[slab.slab].index),
+                Bind::from(&slab.buffer),
+                rows.clone(),
+                Bind::from(&s.tables),
+                Bind::from(&s.scores),
+                Bind::from(&s.histogram),
+            ];
+            passes.dispatch(self.key(Kernel::Score { chunk: block.chunk }), params, groups, binds)?;
+        }
+        let score_rows = (block.sequences.len() * g.num_kv_heads * g.score_rows()) as u64 * u64::from(params.tq);
+        let spans = visible.div_ceil(SPAN) as u64;
+        let candidates = Params { max_count: spans as u32, ..params };
+        let binds = vec![
+            rows.clone(),
+            Bind::from(&s.tables),
+            Bind::from(&s.scores),
+            Bind::from(&s.histogram),
+            Bind::from(&s.candidates),
+        ];
+        passes.dispatch(self.key(Kernel::Candidates), candidates, score_rows * spans, binds.clone())?;
+        passes.dispatch(self.key(Kernel::Threshold), params, score_rows, binds)
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "one call's inputs, all different")]
+    fn attend_block(
+        &self,
+        passes: &mut Passes<'_>,
+        params: Params,
+        block: &Block,
+        q_dtype: DType,
+        q: &Input,
+        rows: &Bind,
+        partials: &wgpu::Buffer,
+        selecting: Option<&Selecting>,
+    ) -> Result<()> {
+        let g = &self.geometry;
+        let sparse = selecting.is_some();
+        let (heads, _) = g.attend_tile(block.chunk, sparse);
+        let kernel = Kernel::Attend { q: q_dtype, chunk: block.chunk, sparse };
+        for slab in self.entries() {
+            let entries = slab.starts[block.sequences.start]..slab.starts[block.sequences.end];
+            let per_entry = g.page / block.chunk * g.num_kv_heads * g.group.div_ceil(heads);
+            let groups = entries.len() as u64 * per_entry as u64 * u64::from(params.tq);
+            let params = Params { first_entry: entries.start, ..params };
+            let s = &self.pool.slabs[slab.slab];
+            let mut binds = vec![
+                q.bind.clone(),
+                Bind::from(&s.k),
+                Bind::from(&s.v),
+                Bind::from(&slab.buffer),
+                rows.clone(),
+                Bind::from(partials),
+            ];
+            binds.extend(selecting.map(|s| Bind::from(&s.scores)));
+            passes.dispatch(self.key(kernel), params, groups, binds)?;
+        }
+        Ok(())
+    }
+
+    fn prefill(
+        &mut self,
+        q: &TensorView<'_>,
+        problem: &AttendProblem,
+        o: &wgpu::Buffer,
+        lse: &wgpu::Buffer,
+    ) -> Result<Ready> {
+        let op = problem.op;
+        let g = self.geometry;
+        let limit = self.ctx.caps().max_storage_binding;
+        let part_bytes = (g.num_q_heads * g.part_stride() * 4) as u64;
+        // Blocks of query tokens: their states fit the scratch buffer, and outputs start at aligned places.
+        let block = ((limit / part_bytes) as usize).min(4096) / 64 * 64;
+        if block == 0 {
+            let what = "bytes of partial results";
+            return Err(Error::Limit { op, what, value: 64 * part_bytes, limit });
+        }
+        let partials = self.scratch(op, Scratch::Partials, part_bytes * block.min(problem.tq) as u64)?;
+        let mut passes = Passes::new(&self.ctx, op);
+        for b in 0..problem.batch() {
+            for first in (0..problem.tq).step_by(block) {
+                let tokens = first..(first + block).min(problem.tq);
+                let input = stage(&self.ctx, op, q, b..b + 1, tokens.clone())?;
+                self.prefill_block(&mut passes, problem, b, tokens, q.dtype(), &input, &partials, o, lse)?;
+            }
+        }
+        passes.ready()
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "one call's inputs, all different")]
+    fn prefill_block(
+        &self,
+        passes: &mut Passes<'_>,
+        problem: &AttendProblem,
+        b: usize,
+        tokens: Range<usize>,
+        q_dtype: DType,
+        q: &Input,
+        partials: &wgpu::Buffer,
+        o: &wgpu::Buffer,
+        lse: &wgpu::Buffer,
+    ) -> Result<()> {
+        let g = &self.geometry;
+        let rows: Vec<Row> = (tokens.clone())
+            .enumerate()
+            .map(|(i, t)| {
+                let visible = problem.rows[b * problem.tq + t].visible as u32;
+                let part_count = u32::from(visible > 0);
+                Row { visible, heavy: visible, part_base: (i * g.num_q_heads) as u32, part_count, ..Default::default() }
+            })
+            .collect();
+        let reach = rows.last().map_or(0, |r| r.visible as usize);
+        let rows_part = passes.part(&rows);
+        let params = Params {
+            batch: 1,
+            tq: tokens.len() as u32,
+            scale: problem.scale,
+            input: Strides { batch: 0, ..q.strides },
+            ..Default::default()
+        };
+        // One dispatch does about this many multiply-adds, well under a second on a slow GPU.
+        const WORK: u64 = 1 << 35;
+        let tiles = (tokens.len() * g.group).div_ceil(32);
+        let per_page = (tokens.len() * g.num_q_heads * g.page * (g.head_dim + g.value_dim)) as u64;
+        let pages = (WORK / per_page.max(1)).max(1) as u32;
+        let mut resumed = 0;
+        for slab in self.entries() {
+            let entries = slab.starts[b]..slab.starts[b + 1];
+            let s = &self.pool.slabs[slab.slab];
+            let in_reach = |entry: u32| {
+                // Entries of a sequence ascend, so pages past the last visible key are at the end.
+                let mine = self.sequences[b].pages.iter().enumerate().filter(|(_, p)| slab_of(**p) == slab.slab);
+                mine.map(|(logical, _)| logical).nth((entry - entries.start) as usize).is_some_and(|l| l * g.page < reach)
+            };
+            let mut first = entries.start;
+            while first < entries.end && in_reach(first) {
+                let count = pages.min(entries.end - first);
+                let params = Params { entries: count, first_entry: first, items: resumed, ..params };
+                let binds = vec![
+                    q.bind.clone(),
+                    Bind::from(&s.k),
+                    Bind::from(&s.v),
+                    Bind::from(&slab.buffer),
+                    rows_part.clone(),
+                    Bind::from(partials),
+                ];
+                let groups = (tiles * g.num_kv_heads) as u64;
+                passes.dispatch(self.key(Kernel::Prefill { q: q_dtype }), params, groups, binds)?;
+                resumed = 1;
+                first += count;
+            }
+        }
+        // Outputs are bound from a row that lies on an aligned place; `first_row` counts from there.
+        let start = b * problem.tq + tokens.start;
+        let aligned = start / 256 * 256;
+        let shift = start - aligned;
+        let bind_rows = |buffer: &wgpu::Buffer, bytes_per_row: usize| {
+            let offset = (aligned * bytes_per_row) as u64;
+            let size = ((shift + tokens.len()) * bytes_per_row) as u64;
+            Bind::Range { buffer: buffer.clone(), offset, size: size.next_multiple_of(4).min(buffer.size() - offset) }
+        };
+        let params = Params { first_row: shift as u32, row_shift: (shift as u32).wrapping_neg(), ..params };
+        let binds = vec![
+            rows_part,
+            Bind::from(partials),
+            bind_rows(o, g.num_q_heads * g.value_dim * problem.output.size()),
+            bind_rows(lse, g.num_q_heads * 4),
+        ];
+        let kernel = Kernel::MergePartials { output: problem.output };
+        passes.dispatch(self.key(kernel), params, (tokens.len() * g.num_q_heads) as u64, binds)
+    }
+
+    pub(super) fn profile_attend(&mut self, q: &TensorView<'_>, problem: &AttendProblem) -> Result<Vec<StageTime>> {
+        let op = "profile";
+        let (ready, _) = self.prepare(q, problem)?;
+        let stages = ready.stages();
+        let timer = Timer::new(&self.ctx, stages.len().max(1) as u32)?;
+        let timer = timer.ok_or(Error::Unsupported { op, why: "this device has no timestamp queries".into() })?;
+        let mut encoder = self.ctx.encoder(op);
+        ready.record(&mut encoder, Some(&timer));
+        let times = timer.read(encoder)?;
+        Ok(stages.into_iter().zip(times).map(|(stage, nanoseconds)| StageTime { stage, nanoseconds }).collect())
+    }
+}
+
+/// Scratch buffers of the selection.
+struct Selecting {
+    tables: wgpu::Buffer,
+    histogram: wgpu::Buffer,
+    scores: wgpu::Buffer,
+    candidates: wgpu::Buffer,
+}
+
+const _: () = assert!(BINS % 256 == 0, "each invocation owns a whole number of bins");

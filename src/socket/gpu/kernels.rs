@@ -1,0 +1,248 @@
+//! The kernels: a typed key each, from which alone its shader is made.
+
+use crate::engine::gpu::{Assembler, Binding, KernelKey, KernelSource};
+use crate::socket::config::Scoring;
+use crate::socket::gpu::params::Params;
+use crate::socket::plan::{BINS, CANDIDATES, Geometry, HISTOGRAM_ROW, SPAN};
+use crate::tensor::DType;
+
+/// What a kernel does; with a [`Geometry`] it names one pipeline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Kernel {
+    StoreKv,
+    MeanKeys,
+    HashKeys,
+    HashStep,
+    HashQuery { q: DType },
+    Score { chunk: usize },
+    Candidates,
+    Threshold,
+    Collect,
+    Attend { q: DType, chunk: usize, sparse: bool },
+    MergePartials { output: DType },
+    Prefill { q: DType },
+}
+
+/// One pipeline.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Key {
+    pub kernel: Kernel,
+    pub geometry: Geometry,
+}
+
+macro_rules! snippets {
+    ($($name:literal),* $(,)?) => {
+        &[$(($name, include_str!(concat!("../../../shaders/common/", $name, ".wgsl")))),*]
+    };
+}
+
+const SNIPPETS: &[(&str, &str)] = snippets!(
+    "params",
+    "rows",
+    "items",
+    "elements",
+    "query",
+    "stored",
+    "pieces",
+    "scan",
+    "reduce",
+    "order",
+    "find_bin",
+    "key_scalars",
+    "output",
+);
+
+impl Kernel {
+    fn text(self) -> &'static str {
+        match self {
+            Self::StoreKv => include_str!("../../../shaders/cache/store_kv.wgsl"),
+            Self::MeanKeys => include_str!("../../../shaders/cache/mean_keys.wgsl"),
+            Self::HashKeys => include_str!("../../../shaders/socket/hash_keys.wgsl"),
+            Self::HashStep => include_str!("../../../shaders/socket/hash_step.wgsl"),
+            Self::HashQuery { .. } => include_str!("../../../shaders/socket/hash_query.wgsl"),
+            Self::Score { .. } => include_str!("../../../shaders/socket/score.wgsl"),
+            Self::Candidates => include_str!("../../../shaders/socket/candidates.wgsl"),
+            Self::Threshold => include_str!("../../../shaders/socket/threshold.wgsl"),
+            Self::Collect => include_str!("../../../shaders/socket/collect.wgsl"),
+            Self::Attend { .. } => include_str!("../../../shaders/attention/attend.wgsl"),
+            Self::MergePartials { .. } => include_str!("../../../shaders/attention/merge_partials.wgsl"),
+            Self::Prefill { .. } => include_str!("../../../shaders/attention/prefill.wgsl"),
+        }
+    }
+
+    /// Stage name, for timings.
+    pub fn stage(self) -> &'static str {
+        match self {
+            Self::StoreKv => "store",
+            Self::MeanKeys => "mean",
+            Self::HashKeys | Self::HashStep => "hash keys",
+            Self::HashQuery { .. } => "hash query",
+            Self::Score { .. } => "score",
+            Self::Candidates => "candidates",
+            Self::Threshold => "threshold",
+            Self::Collect => "collect",
+            Self::Attend { .. } => "attend",
+            Self::MergePartials { .. } => "merge",
+            Self::Prefill { .. } => "prefill",
+        }
+    }
+
+    /// Storage bindings after the uniform: `true` where written.
+    fn storage(self) -> &'static [bool] {
+        const R: bool = false;
+        const W: bool = true;
+        match self {
+            Self::StoreKv => &[R, R, R, R, W, W, W],
+            Self::MeanKeys => &[R, R, R, W],
+            Self::HashKeys | Self::HashStep => &[R, R, R, R, R, W, W],
+            Self::HashQuery { .. } => &[R, R, R, R, W, W],
+            Self::Score { .. } => &[R, R, R, R, W, W],
+            Self::Candidates => &[R, R, R, W, W],
+            Self::Threshold => &[R, R, W, R, R],
+            Self::Collect => &[R, R, W, W],
+            Self::Attend { sparse: true, .. } => &[R, R, R, R, R, W, R],
+            Self::Attend { sparse: false, .. } => &[R, R, R, R, R, W],
+            Self::MergePartials { .. } => &[R, R, W, W],
+            Self::Prefill { .. } => &[R, R, R, R, R, W],
+        }
+    }
+}
+
+fn dtype_define(prefix: &'static str, dtype: DType) -> &'static str {
+    match (prefix, dtype) {
+        ("KV", DType::F16) => "KV_F16",
+        ("KV", DType::Bf16) => "KV_BF16",
+        ("KV", _) => "KV_F32",
+        ("Q", DType::F16) => "Q_F16",
+        ("Q", DType::Bf16) => "Q_BF16",
+        ("Q", _) => "Q_F32",
+        (_, DType::F16) => "OUT_F16",
+        (_, DType::Bf16) => "OUT_BF16",
+        _ => "OUT_F32",
+    }
+}
+
+impl Key {
+    fn defines(&self) -> Vec<&'static str> {
+        let g = &self.geometry;
+        let mut defines = vec![dtype_define("KV", g.dtype)];
+        defines.push(match g.scoring {
+            Scoring::SoftCollision => "SOFT_COLLISION",
+            Scoring::SignProjection => "SIGN_PROJECTION",
+            Scoring::HardCollision => "HARD_COLLISION",
+            Scoring::Hamming => "HAMMING",
+        });
+        let flags = [
+            ("PRODUCT", g.scoring.multiplies()),
+            ("SCALARS", g.gain),
+            ("BIAS", g.bias),
+            ("VALUE_NORM", g.value_norm),
+            ("CENTER", g.center),
+            ("NORMALIZE", g.normalize),
+            ("DISJOINT", g.disjoint),
+            ("MEAN_QUERY", g.mean_query()),
+            ("MEAN_SCORE", g.per_group && !g.mean_query()),
+        ];
+        defines.extend(flags.iter().filter(|(_, on)| *on).map(|(name, _)| *name));
+        match self.kernel {
+            Kernel::HashQuery { q } | Kernel::Prefill { q } => defines.push(dtype_define("Q", q)),
+            Kernel::Attend { q, sparse, .. } => {
+                defines.push(dtype_define("Q", q));
+                if sparse {
+                    defines.push("SPARSE");
+                }
+            }
+            Kernel::MergePartials { output } => defines.push(dtype_define("OUT", output)),
+            _ => {}
+        }
+        defines
+    }
+
+    fn constants(&self) -> Vec<(&'static str, u32)> {
+        let g = &self.geometry;
+        let mut constants = vec![
+            ("Q_HEADS", g.num_q_heads),
+            ("KV_HEADS", g.num_kv_heads),
+            ("GROUP", g.group),
+            ("HEAD_DIM", g.head_dim),
+            ("VALUE_DIM", g.value_dim),
+            ("K_PIECES", g.k_pieces()),
+            ("V_PIECES", g.v_pieces()),
+            ("PAGE", g.page),
+            ("SLOT_WORDS", g.slot_words()),
+            ("TABLES", g.tables),
+            ("PLANES", g.planes),
+            ("TABLES_PER_WORD", g.tables_per_word()),
+            ("BITS", g.tables * g.planes),
+            ("WORDS", g.words),
+            ("INDEX_WORDS", g.index_words()),
+            ("DIGITS", g.digits()),
+            ("ENTRIES", g.table_entries()),
+            ("SCORING_HEADS", g.scoring_heads()),
+            ("SCORE_ROWS", g.score_rows()),
+            ("PART_STRIDE", g.part_stride()),
+            ("BINS", BINS),
+            ("HISTOGRAM_ROW", HISTOGRAM_ROW),
+            ("CANDIDATES", CANDIDATES),
+            ("SPAN", SPAN),
+        ];
+        match self.kernel {
+            Kernel::HashKeys => {
+                let words = g.hash_words();
+                constants.push(("WORDS_PER_BLOCK", words));
+                constants.push(("BLOCK_PLANES", words * g.tables_per_word() * g.planes));
+                constants.push(("BLOCKS", g.words.div_ceil(words)));
+            }
+            Kernel::HashQuery { .. } => constants.push(("BLOCK_BITS", g.query_block())),
+            Kernel::Score { chunk } => {
+                let (tables, heads) = g.score_blocks();
+                constants.push(("BLOCK_TABLES", tables));
+                constants.push(("HEADS_PER_PASS", heads));
+                constants.push(("CHUNK", chunk));
+                constants.push(("TOKENS", chunk.div_ceil(256)));
+            }
+            Kernel::Attend { chunk, sparse, .. } => {
+                let (heads, tile) = g.attend_tile(chunk, sparse);
+                constants.push(("HEADS", heads));
+                constants.push(("HEAD_TILES", g.group.div_ceil(heads)));
+                constants.push(("TILE", tile));
+                constants.push(("CHUNK", chunk));
+                constants.push(("ROW_GROUPS", (256 / g.v_pieces()).min(64)));
+            }
+            _ => {}
+        }
+        if matches!(self.kernel, Kernel::Attend { .. }) {
+            constants.push(("PIECE", g.piece()));
+        }
+        constants.into_iter().map(|(name, value)| (name, value as u32)).collect()
+    }
+}
+
+impl KernelKey for Key {
+    fn label(&self) -> String {
+        let g = &self.geometry;
+        let flags = self.defines().join(",");
+        format!(
+            "{} {:?} heads={}/{} dims={}/{} page={} tables={}x{} [{flags}]",
+            self.kernel.stage(),
+            self.kernel,
+            g.num_q_heads,
+            g.num_kv_heads,
+            g.head_dim,
+            g.value_dim,
+            g.page,
+            g.tables,
+            g.planes,
+        )
+    }
+
+    fn source(&self) -> KernelSource {
+        let assembled = Assembler::assemble(self.kernel.text(), SNIPPETS, &self.defines(), &self.constants());
+        // A text that cannot be put together fails to compile with its reason; a test assembles every variant.
+        let wgsl = assembled.unwrap_or_else(|reason| format!("error: {reason}"));
+        let mut bindings = vec![Binding::Uniform { size: size_of::<Params>() as u64 }];
+        let storage = self.kernel.storage().iter();
+        bindings.extend(storage.map(|&written| if written { Binding::ReadWrite } else { Binding::Read }));
+        KernelSource { wgsl, bindings, entry: "main" }
+    }
+}

@@ -1,0 +1,226 @@
+//! The wgpu executor: pages in slabs, and lists of dispatches over them.
+
+mod append;
+mod attend;
+mod input;
+mod kernels;
+mod pages;
+mod params;
+mod passes;
+mod transfer;
+
+#[cfg(test)]
+mod tests;
+
+use crate::engine::gpu::Context;
+use crate::error::Result;
+use crate::lsh::Planes;
+use crate::socket::executor::{Attended, Executor, Memory, Recording, SequenceData, StageTime};
+use crate::socket::gpu::kernels::{Kernel, Key};
+use crate::socket::gpu::pages::{Page, Pool};
+use crate::socket::gpu::passes::Ready;
+use crate::socket::plan::Geometry;
+use crate::socket::problem::{AppendRow, AttendProblem, CacheSpec, SeqState};
+use crate::tensor::TensorView;
+use attend::Workspace;
+use std::sync::Arc;
+
+#[derive(Clone, Debug, Default)]
+struct Sequence {
+    pages: Vec<Page>,
+    /// Its place in the state buffer.
+    slot: u32,
+}
+
+/// Keys, values and index of a cache on a GPU.
+pub(crate) struct GpuExecutor {
+    ctx: Arc<Context>,
+    spec: CacheSpec,
+    geometry: Geometry,
+    /// Hyperplanes, `[sets, head_dim, bits]`: neighbouring invocations read neighbouring planes.
+    planes: wgpu::Buffer,
+    planes_stride: u32,
+    /// Per slot: means `[kv head, head_dim]`, largest gains `[kv head]`.
+    state: wgpu::Buffer,
+    slots: usize,
+    free_slots: Vec<u32>,
+    /// Non-finite elements seen.
+    counters: wgpu::Buffer,
+    pool: Pool,
+    sequences: Vec<Sequence>,
+    workspace: Workspace,
+}
+
+const STORAGE: wgpu::BufferUsages =
+    wgpu::BufferUsages::STORAGE.union(wgpu::BufferUsages::COPY_SRC).union(wgpu::BufferUsages::COPY_DST);
+
+impl GpuExecutor {
+    pub fn new(ctx: Arc<Context>, spec: &CacheSpec) -> Result<Self> {
+        let op = "new";
+        ctx.check_alive(op)?;
+        let geometry = Geometry::new(spec);
+        Pool::check(&ctx, &geometry)?;
+        let bits = spec.config.layout().bits();
+        let planes = Planes::new(&spec.config.hyperplanes, bits, geometry.head_dim, geometry.num_kv_heads)?;
+        let mut transposed = vec![0f32; planes.rows.len()];
+        let one = bits * geometry.head_dim;
+        for (row, values) in planes.rows.chunks(geometry.head_dim).enumerate() {
+            for (channel, value) in values.iter().enumerate() {
+                transposed[row / bits * one + channel * bits + row % bits] = *value;
+            }
+        }
+        let planes_stride = if planes.sets == 1 { 0 } else { one as u32 };
+        let planes = ctx.buffer_with(op, "hyperplanes", bytemuck::cast_slice(&transposed), STORAGE)?;
+        let slots = 16;
+        let state = ctx.buffer(op, "sequence state", (slots * geometry.slot_words() * 4) as u64, STORAGE)?;
+        let counters = ctx.buffer(op, "counters", 16, STORAGE)?;
+        Ok(Self {
+            spec: spec.clone(),
+            planes,
+            planes_stride,
+            state,
+            slots,
+            free_slots: (0..slots as u32).rev().collect(),
+            counters,
+            pool: Pool::default(),
+            sequences: Vec::new(),
+            workspace: Workspace::default(),
+            geometry,
+            ctx,
+        })
+    }
+
+    fn key(&self, kernel: Kernel) -> Key {
+        Key { kernel, geometry: self.geometry }
+    }
+
+    fn run(&self, op: &'static str, rec: Recording<'_>, ready: &Ready) -> Result<()> {
+        match rec {
+            Recording::Run => {
+                let mut encoder = self.ctx.encoder(op);
+                ready.record(&mut encoder, None);
+                self.ctx.submit(op, encoder)
+            }
+            Recording::Into(encoder) => {
+                ready.record(encoder, None);
+                Ok(())
+            }
+        }
+    }
+
+    fn slot_bytes(&self) -> u64 {
+        (self.geometry.slot_words() * 4) as u64
+    }
+
+    /// A state slot, as zeros or as a copy of another.
+    fn take_slot(&mut self, op: &'static str, from: Option<u32>) -> Result<u32> {
+        let bytes = self.slot_bytes();
+        if self.free_slots.is_empty() {
+            let state = self.ctx.buffer(op, "sequence state", bytes * 2 * self.slots as u64, STORAGE)?;
+            let mut encoder = self.ctx.encoder(op);
+            encoder.copy_buffer_to_buffer(&self.state, 0, &state, 0, bytes * self.slots as u64);
+            self.ctx.submit(op, encoder)?;
+            self.state = state;
+            self.free_slots = (self.slots as u32..2 * self.slots as u32).rev().collect();
+            self.slots *= 2;
+        }
+        let slot = *self.free_slots.last().ok_or(crate::Error::OutOfMemory { op, bytes })?;
+        let mut encoder = self.ctx.encoder(op);
+        let to = u64::from(slot) * bytes;
+        match from {
+            // Copies inside one buffer are not allowed.
+            Some(from) => {
+                let between = self.ctx.buffer(op, "sequence state copy", bytes, STORAGE)?;
+                encoder.copy_buffer_to_buffer(&self.state, u64::from(from) * bytes, &between, 0, bytes);
+                encoder.copy_buffer_to_buffer(&between, 0, &self.state, to, bytes);
+            }
+            None => encoder.clear_buffer(&self.state, to, Some(bytes)),
+        }
+        self.ctx.submit(op, encoder)?;
+        self.free_slots.pop();
+        Ok(slot)
+    }
+}
+
+impl Executor for GpuExecutor {
+    fn reserve(&mut self, tokens: usize) -> Result<()> {
+        let op = "reserve";
+        self.ctx.check_alive(op)?;
+        let pages = tokens.div_ceil(self.geometry.page);
+        let missing = |s: &Sequence| pages.saturating_sub(s.pages.len());
+        let wanted = self.sequences.iter().map(missing).fold(0usize, usize::saturating_add);
+        self.pool.grow(&self.ctx, op, &self.geometry, wanted)
+    }
+
+    fn append(&mut self, rec: Recording<'_>, k: &TensorView<'_>, v: &TensorView<'_>, rows: &[AppendRow]) -> Result<()> {
+        self.append_rows(rec, k, v, rows)
+    }
+
+    fn attend(&mut self, rec: Recording<'_>, q: &TensorView<'_>, problem: &AttendProblem) -> Result<Attended> {
+        self.ctx.check_alive(problem.op)?;
+        let (ready, attended) = self.prepare(q, problem)?;
+        self.run(problem.op, rec, &ready)?;
+        Ok(attended)
+    }
+
+    fn profile(&mut self, q: &TensorView<'_>, problem: &AttendProblem) -> Result<Vec<StageTime>> {
+        self.profile_attend(q, problem)
+    }
+
+    fn truncate(&mut self, seq: usize, state: SeqState) -> Result<()> {
+        self.ctx.check_alive("truncate")?;
+        let keep = state.len.div_ceil(self.geometry.page);
+        let dropped = self.sequences[seq].pages.split_off(keep.min(self.sequences[seq].pages.len()));
+        dropped.into_iter().for_each(|page| self.pool.release(page));
+        self.workspace.pages_changed();
+        Ok(())
+    }
+
+    fn fork(&mut self, seq: Option<usize>, _: SeqState) -> Result<()> {
+        let op = "fork";
+        self.ctx.check_alive(op)?;
+        let source = seq.map(|s| self.sequences[s].clone());
+        let slot = self.take_slot(op, source.as_ref().map(|s| s.slot))?;
+        let pages = source.map(|s| s.pages).unwrap_or_default();
+        pages.iter().for_each(|&page| self.pool.share(page));
+        self.sequences.push(Sequence { pages, slot });
+        self.workspace.pages_changed();
+        Ok(())
+    }
+
+    fn remove(&mut self, seq: usize) -> Result<()> {
+        let sequence = self.sequences.remove(seq);
+        sequence.pages.into_iter().for_each(|page| self.pool.release(page));
+        self.free_slots.push(sequence.slot);
+        self.workspace.pages_changed();
+        Ok(())
+    }
+
+    fn memory(&self) -> Memory {
+        let [keys, values, index] = self.pool.bytes();
+        let g = &self.geometry;
+        let bits = index / g.index_words() as u64 * g.words as u64;
+        let workspace = self.workspace.bytes() + self.planes.size() + self.state.size() + self.counters.size();
+        Memory { keys, values, bits, scalars: index - bits, workspace }
+    }
+
+    #[cfg(not(target_arch = "wasm32"))]
+    fn non_finite_seen(&mut self) -> Result<u64> {
+        let bytes = self.ctx.read_buffer_blocking("non_finite_seen", &self.counters, 0, 4)?;
+        Ok(bytes.first_chunk().map_or(0, |b| u64::from(u32::from_le_bytes(*b))))
+    }
+
+    #[cfg(target_arch = "wasm32")]
+    fn non_finite_seen(&mut self) -> Result<u64> {
+        let why = "browsers cannot wait for the GPU".into();
+        Err(crate::Error::Unsupported { op: "non_finite_seen", why })
+    }
+
+    fn export(&mut self, seq: usize, state: SeqState) -> Result<SequenceData> {
+        self.export_sequence(seq, state)
+    }
+
+    fn import(&mut self, seq: usize, data: &SequenceData) -> Result<()> {
+        self.import_sequence(seq, data)
+    }
+}
