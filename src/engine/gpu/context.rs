@@ -2,7 +2,7 @@
 //! them at the host.
 
 use super::arena::Arena;
-use super::caps::Caps;
+use super::caps::{Caps, verify};
 use super::pipeline::{KernelKey, Pipeline, Pipelines};
 use super::readback::Readback;
 use crate::error::{Error, Result};
@@ -57,7 +57,7 @@ pub(crate) struct Context {
 impl Context {
     pub fn new(setup: Setup) -> Result<Arc<Self>> {
         let Setup { info, device, queue, lent, unchecked, pipeline_cache } = setup;
-        super::verify(&device.limits())?;
+        verify(&device.limits())?;
         let lost = Arc::new(Lost::default());
         if !lent {
             let seen = lost.clone();
@@ -226,9 +226,9 @@ impl Context {
         self.pipelines.warm_up(self, keys)
     }
 
-    /// Labels of the pipelines compiled so far, sorted.
-    pub fn compiled(&self) -> Vec<String> {
-        self.pipelines.labels()
+    /// The pipelines compiled so far, sorted by label.
+    pub fn compiled(&self) -> Vec<Arc<Pipeline>> {
+        self.pipelines.compiled()
     }
 
     /// What a later context takes as [`Setup::pipeline_cache`]; `None` where the backend has no such cache.
