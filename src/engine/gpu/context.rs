@@ -166,7 +166,7 @@ impl Context {
         usage: wgpu::BufferUsages,
         mapped_at_creation: bool,
     ) -> Result<wgpu::Buffer> {
-        self.lost.check(op)?;
+        self.check_alive(op)?;
         if bytes > self.caps.max_buffer {
             return Err(Error::Limit { op, what: "bytes of one buffer", value: bytes, limit: self.caps.max_buffer });
         }
@@ -177,7 +177,7 @@ impl Context {
 
     /// Writes `data` at `offset` before the next submission. Both sizes must be multiples of four bytes.
     pub fn write(&self, op: &'static str, buffer: &wgpu::Buffer, offset: u64, data: &[u8]) -> Result<()> {
-        self.lost.check(op)?;
+        self.check_alive(op)?;
         self.scoped(op, || self.queue.write_buffer(buffer, offset, data))
     }
 
@@ -189,7 +189,7 @@ impl Context {
         layout: &wgpu::BindGroupLayout,
         entries: &[wgpu::BindGroupEntry<'_>],
     ) -> Result<wgpu::BindGroup> {
-        self.lost.check(op)?;
+        self.check_alive(op)?;
         let descriptor = wgpu::BindGroupDescriptor { label: Some(label), layout, entries };
         self.scoped(op, || self.device.create_bind_group(&descriptor))
     }
@@ -210,7 +210,8 @@ impl Context {
     ) -> Result<wgpu::SubmissionIndex> {
         self.check_alive(op)?;
         let index = self.scoped(op, || self.queue.submit([encoder.finish()]))?;
-        self.lost.check(op)?;
+        // A device lost on the way drops commands without a word.
+        self.check_alive(op)?;
         Ok(index)
     }
 

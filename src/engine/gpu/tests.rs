@@ -439,7 +439,11 @@ fn a_lost_device_says_so_everywhere() {
 #[test]
 fn a_loss_is_noticed_by_whatever_call_comes_first() {
     type Call = fn(&Context, &wgpu::Buffer) -> crate::Result<()>;
-    let calls: [(&str, Call); 5] = [
+    let calls: [(&str, Call); 9] = [
+        ("buffer", |ctx, _| ctx.buffer(OP, "late", 16, Usage::STORAGE).map(drop)),
+        ("write", |ctx, buffer| ctx.write(OP, buffer, 0, &[0; 16])),
+        ("arena", |ctx, _| ctx.arena().write(ctx, OP, &[1]).map(drop)),
+        ("warm_up", |ctx, _| pollster::block_on(ctx.warm_up(&[&AddKey::new(0)]))),
         ("buffer_with", |ctx, _| ctx.buffer_with(OP, "late", &[1], Usage::STORAGE).map(drop)),
         ("pipeline", |ctx, _| ctx.pipeline(OP, &TextKey("fill", FILL)).map(drop)),
         ("submit", |ctx, _| ctx.submit(OP, ctx.encoder("late"))),
@@ -448,7 +452,7 @@ fn a_loss_is_noticed_by_whatever_call_comes_first() {
     ];
     for (name, call) in calls {
         let (ctx, seen) = hosted();
-        let buffer = ctx.buffer(OP, "data", 16, Usage::COPY_SRC).unwrap();
+        let buffer = ctx.buffer(OP, "data", 16, Usage::COPY_SRC | Usage::COPY_DST).unwrap();
         ctx.device().destroy();
         let error = call(&ctx, &buffer).expect_err(name);
         assert!(matches!(error, Error::DeviceLost { .. }), "{name}: {error}");
