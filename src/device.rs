@@ -1,35 +1,388 @@
 //! Choosing what runs the work, and saying what was chosen.
 
-use crate::error::Result;
+mod report;
+
+pub use report::{AdapterSummary, GpuReport, KernelReport, Report};
+
+#[cfg(feature = "wgpu")]
+use crate::engine::gpu::{self, Context, Setup, Timer};
+use crate::error::{Error, Result};
 use crate::socket::cpu::CpuExecutor;
 use crate::socket::executor::Executor;
 use crate::socket::problem::CacheSpec;
+use std::sync::Arc;
 
-/// What runs the work: the CPU, or a GPU. Cheap to clone.
+/// Environment variable that names the device [`Device::auto`] takes.
+const DEVICE_VARIABLE: &str = "SOFTHASH_DEVICE";
+/// Environment variable that turns the shaders' run-time checks on.
+const CHECKED_VARIABLE: &str = "SOFTHASH_CHECKED";
+/// The name of the CPU path.
+const CPU: &str = "cpu";
+
+/// What runs the work: the CPU, or a GPU. Cheap to clone; clones are the same device.
+///
+/// ```
+/// let device = softhash::Device::auto()?;
+/// println!("{}", device.report());
+/// # Ok::<(), softhash::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Device {
     kind: Kind,
+    why: Arc<str>,
 }
 
 #[derive(Clone, Debug)]
 enum Kind {
     Cpu,
+    #[cfg(feature = "wgpu")]
+    Gpu(Arc<Context>),
 }
 
+/// How to open a [`Device`].
+#[derive(Clone, Debug, Default)]
+pub struct DeviceOptions {
+    name: Option<String>,
+    checked: Option<bool>,
+    pipeline_cache: Option<Vec<u8>>,
+}
+
+impl DeviceOptions {
+    /// The same as [`Device::auto`].
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The adapter whose name contains `part`, in any case of letters; `"cpu"` is the CPU path.
+    #[must_use]
+    pub fn name(mut self, part: impl Into<String>) -> Self {
+        self.name = Some(part.into());
+        self
+    }
+
+    /// Whether shaders carry run-time checks of bounds, loops and divisions.
+    ///
+    /// The plans prove every index, so the checks only cost time: they are off on devices that this crate opens, and
+    /// on where a host lends its own. The environment variable `SOFTHASH_CHECKED=1` decides where this is not called.
+    #[must_use]
+    pub fn checked(mut self, checked: bool) -> Self {
+        self.checked = Some(checked);
+        self
+    }
+
+    /// Compiled pipelines of an earlier run, from [`Device::pipeline_cache_data`].
+    ///
+    /// Damaged data and data of another adapter or driver are dropped silently. Keep it where only trusted programs
+    /// write, as you would a shared library: the driver runs what is in it.
+    #[must_use]
+    pub fn pipeline_cache(mut self, data: Vec<u8>) -> Self {
+        self.pipeline_cache = Some(data);
+        self
+    }
+
+    /// Whether run-time checks are off, where `default` says what happens if nobody decides.
+    #[cfg(feature = "wgpu")]
+    fn unchecked(&self, default: bool) -> bool {
+        let variable = || match variable(CHECKED_VARIABLE)?.as_str() {
+            "0" | "false" | "off" => None,
+            _ => Some(true),
+        };
+        !self.checked.or_else(variable).unwrap_or(!default)
+    }
+}
+
+/// What a host should ask an adapter for, so that its device can be lent.
+#[cfg(feature = "wgpu")]
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Requirements {
+    /// Features without which [`Device::from_wgpu`] refuses. None at present.
+    pub required_features: wgpu::Features,
+    /// Limits to request: at least the defaults of WebGPU, and the adapter's own where larger ones help. A device
+    /// with the defaults of WebGPU is accepted too.
+    pub required_limits: wgpu::Limits,
+    /// Features of this adapter that add faster variants, timing or a pipeline cache.
+    pub optional_features: wgpu::Features,
+}
+
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+#[cfg(all(feature = "wgpu", not(target_arch = "wasm32")))]
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    pollster::block_on(future)
+}
+
+/// Without the GPU path no future of this module ever waits.
+#[cfg(all(not(feature = "wgpu"), not(target_arch = "wasm32")))]
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    let mut future = std::pin::pin!(future);
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    loop {
+        if let std::task::Poll::Ready(value) = future.as_mut().poll(&mut context) {
+            return value;
+        }
+    }
+}
+
+/// Choosing.
 impl Device {
     /// The CPU path, which always works.
     pub fn cpu() -> Self {
-        Self { kind: Kind::Cpu }
+        Self::on_cpu("asked for")
     }
 
+    fn on_cpu(why: impl Into<Arc<str>>) -> Self {
+        Self { kind: Kind::Cpu, why: why.into() }
+    }
+
+    /// The best GPU (discrete, then integrated, then virtual), else the CPU; [`Device::report`] says why.
+    ///
+    /// Adapters that compute in software (llvmpipe, SwiftShader, WARP) are passed over: the CPU path is faster. The
+    /// environment variable `SOFTHASH_DEVICE` overrides the choice: `cpu`, or a part of any adapter's name.
+    ///
+    /// # Errors
+    /// [`Error::NoAdapter`] where `SOFTHASH_DEVICE` names what does not exist, and that adapter's own error where it
+    /// cannot be opened. Never without that variable.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn auto() -> Result<Self> {
+        block_on(Self::auto_async())
+    }
+
+    /// As [`Device::auto`], without blocking.
+    ///
+    /// # Errors
+    /// As [`Device::auto`].
+    pub async fn auto_async() -> Result<Self> {
+        Self::open_async(DeviceOptions::new()).await
+    }
+
+    /// The device whose name contains `part`, in any case of letters, software adapters included; the best kind where
+    /// several do. `"cpu"` is the CPU path.
+    ///
+    /// # Errors
+    /// [`Error::NoAdapter`], listing what was found; [`Error::Requirement`] and [`Error::Gpu`] where it is there but
+    /// cannot be used.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn by_name(part: &str) -> Result<Self> {
+        block_on(Self::by_name_async(part))
+    }
+
+    /// As [`Device::by_name`], without blocking.
+    ///
+    /// # Errors
+    /// As [`Device::by_name`].
+    pub async fn by_name_async(part: &str) -> Result<Self> {
+        Self::open_async(DeviceOptions::new().name(part)).await
+    }
+
+    /// Opens as `options` say.
+    ///
+    /// # Errors
+    /// As [`Device::by_name`] where a name is given, else as [`Device::auto`].
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn open(options: DeviceOptions) -> Result<Self> {
+        block_on(Self::open_async(options))
+    }
+
+    /// As [`Device::open`], without blocking.
+    ///
+    /// # Errors
+    /// As [`Device::open`].
+    pub async fn open_async(options: DeviceOptions) -> Result<Self> {
+        let (name, source) = match (options.name.clone(), variable(DEVICE_VARIABLE)) {
+            (Some(name), _) => (Some(name), "asked for by name"),
+            (None, Some(name)) => (Some(name), "asked for by SOFTHASH_DEVICE"),
+            (None, None) => (None, ""),
+        };
+        match name {
+            Some(name) if name.eq_ignore_ascii_case(CPU) => Ok(Self::on_cpu(source)),
+            Some(name) => Self::open_named(&name, source, options).await,
+            None => Ok(Self::open_best(options).await),
+        }
+    }
+
+    /// Everything this machine offers: its GPU adapters, the best first, then software ones, then the CPU path.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn enumerate() -> Vec<AdapterSummary> {
+        block_on(Self::enumerate_async())
+    }
+}
+
+#[cfg(feature = "wgpu")]
+impl Device {
+    /// As [`Device::enumerate`], without blocking.
+    pub async fn enumerate_async() -> Vec<AdapterSummary> {
+        let adapters = gpu::adapters_best_first().await;
+        let mut all: Vec<_> = adapters.iter().map(|adapter| AdapterSummary::gpu(&adapter.get_info())).collect();
+        all.push(AdapterSummary::cpu());
+        all
+    }
+
+    async fn open_named(name: &str, why: &str, options: DeviceOptions) -> Result<Self> {
+        let part = name.to_lowercase();
+        let adapters = gpu::adapters_best_first().await;
+        let Some(adapter) = adapters.iter().find(|a| a.get_info().name.to_lowercase().contains(&part)) else {
+            let names: Vec<_> = adapters.iter().map(|a| a.get_info().name).chain([CPU.to_string()]).collect();
+            return Err(Error::NoAdapter { wanted: format!("{name:?}, {why}"), found: names.join(", ") });
+        };
+        let unchecked = options.unchecked(true);
+        let context = gpu::open(adapter, unchecked, options.pipeline_cache).await?;
+        Ok(Self { kind: Kind::Gpu(context), why: why.into() })
+    }
+
+    async fn open_best(options: DeviceOptions) -> Self {
+        let mut passed_over = Vec::new();
+        for adapter in gpu::adapters_best_first().await {
+            let info = adapter.get_info();
+            if gpu::is_software(&info) {
+                passed_over.push(format!("{} computes in software and was not asked for", info.name));
+                continue;
+            }
+            match gpu::open(&adapter, options.unchecked(true), options.pipeline_cache.clone()).await {
+                Ok(context) => return Self { kind: Kind::Gpu(context), why: "the best GPU found".into() },
+                Err(error) => passed_over.push(format!("{}: {error}", info.name)),
+            }
+        }
+        if passed_over.is_empty() {
+            return Self::on_cpu("no GPU adapter was found");
+        }
+        Self::on_cpu(format!("no GPU that can be used: {}", passed_over.join("; ")))
+    }
+
+    /// Runs on a host's own device and queue, on which the host goes on working. `info` is that of the adapter.
+    ///
+    /// The host's error handlers and its lost callback stay as they are and hear nothing of this crate's errors,
+    /// which come back as [`Error`]. Shaders carry run-time checks; [`Device::from_wgpu_with`] can lift them.
+    ///
+    /// # Errors
+    /// [`Error::Requirement`] where a limit is below the defaults of WebGPU (see [`Device::requirements`]),
+    /// [`Error::DeviceLost`].
+    pub fn from_wgpu(info: &wgpu::AdapterInfo, device: wgpu::Device, queue: wgpu::Queue) -> Result<Self> {
+        Self::from_wgpu_with(info, device, queue, DeviceOptions::new())
+    }
+
+    /// As [`Device::from_wgpu`], with options; their name is not used.
+    ///
+    /// # Errors
+    /// As [`Device::from_wgpu`].
+    pub fn from_wgpu_with(
+        info: &wgpu::AdapterInfo,
+        device: wgpu::Device,
+        queue: wgpu::Queue,
+        options: DeviceOptions,
+    ) -> Result<Self> {
+        let unchecked = options.unchecked(false);
+        let pipeline_cache = options.pipeline_cache;
+        let setup = Setup { info: info.clone(), device, queue, lent: true, unchecked, pipeline_cache };
+        Ok(Self { kind: Kind::Gpu(Context::new(setup)?), why: "lent by the host".into() })
+    }
+
+    /// What a host should request of `adapter` for a device that it wants to lend.
+    pub fn requirements(adapter: &wgpu::Adapter) -> Requirements {
+        let (optional_features, required_limits) = gpu::requirements(adapter);
+        Requirements { required_features: wgpu::Features::empty(), required_limits, optional_features }
+    }
+
+    /// The wgpu device and queue, `None` on the CPU path. Buffers given to operations must be made on this device.
+    pub fn as_wgpu(&self) -> Option<(&wgpu::Device, &wgpu::Queue)> {
+        self.context().map(|context| (context.device(), context.queue()))
+    }
+
+    /// Timestamps on the GPU's clock, for benches; `None` where there are none.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] for no or too many spans, [`Error::OutOfMemory`], [`Error::DeviceLost`].
+    #[doc(hidden)]
+    pub fn timer(&self, spans: u32) -> Result<Option<Timer>> {
+        self.context().map_or(Ok(None), |context| Timer::new(context, spans))
+    }
+
+    fn context(&self) -> Option<&Arc<Context>> {
+        match &self.kind {
+            Kind::Cpu => None,
+            Kind::Gpu(context) => Some(context),
+        }
+    }
+}
+
+#[cfg(not(feature = "wgpu"))]
+impl Device {
+    /// As [`Device::enumerate`], without blocking.
+    pub async fn enumerate_async() -> Vec<AdapterSummary> {
+        vec![AdapterSummary::cpu()]
+    }
+
+    async fn open_named(name: &str, why: &str, _: DeviceOptions) -> Result<Self> {
+        let found = format!("{CPU} (built without the feature `wgpu`)");
+        Err(Error::NoAdapter { wanted: format!("{name:?}, {why}"), found })
+    }
+
+    async fn open_best(_: DeviceOptions) -> Self {
+        Self::on_cpu("built without the feature `wgpu`")
+    }
+}
+
+/// Asking.
+impl Device {
     /// Whether this is the CPU path.
     pub fn is_cpu(&self) -> bool {
         matches!(self.kind, Kind::Cpu)
     }
 
+    /// `"cpu"` or `"gpu"`.
+    pub fn path_name(&self) -> &'static str {
+        match &self.kind {
+            Kind::Cpu => CPU,
+            #[cfg(feature = "wgpu")]
+            Kind::Gpu(_) => "gpu",
+        }
+    }
+
+    /// What runs, why, and with which kernels.
+    pub fn report(&self) -> Report {
+        let (gpu, kernels) = match &self.kind {
+            Kind::Cpu => (None, Vec::new()),
+            #[cfg(feature = "wgpu")]
+            Kind::Gpu(context) => (Some(GpuReport::new(context)), KernelReport::all(context)),
+        };
+        Report {
+            path: self.path_name(),
+            why: self.why.to_string(),
+            threads: rayon::current_num_threads(),
+            gpu,
+            kernels,
+        }
+    }
+
+    /// The pipelines compiled so far in a form that [`DeviceOptions::pipeline_cache`] takes at the next start; `None`
+    /// on the CPU path and on backends that keep such caches themselves.
+    pub fn pipeline_cache_data(&self) -> Option<Vec<u8>> {
+        match &self.kind {
+            Kind::Cpu => None,
+            #[cfg(feature = "wgpu")]
+            Kind::Gpu(context) => context.pipeline_cache_data(),
+        }
+    }
+
+    /// A file name for [`Device::pipeline_cache_data`] that differs between adapters.
+    pub fn pipeline_cache_key(&self) -> Option<String> {
+        match &self.kind {
+            Kind::Cpu => None,
+            #[cfg(feature = "wgpu")]
+            Kind::Gpu(context) if !context.caps().pipeline_cache => None,
+            #[cfg(feature = "wgpu")]
+            Kind::Gpu(context) => wgpu::util::pipeline_cache_key(context.info()),
+        }
+    }
+
     pub(crate) fn executor(&self, spec: &CacheSpec) -> Result<Box<dyn Executor>> {
         match &self.kind {
             Kind::Cpu => Ok(Box::new(CpuExecutor::new(spec)?)),
+            // Temporary, until the GPU executor joins here.
+            #[cfg(feature = "wgpu")]
+            Kind::Gpu(_) => Err(Error::Unsupported { op: "cache", why: "the GPU executor is not there yet".into() }),
         }
     }
 }

@@ -18,7 +18,9 @@ mod merge;
 pub mod socket;
 mod tensor;
 
-pub use device::Device;
+#[cfg(feature = "wgpu")]
+pub use device::Requirements;
+pub use device::{AdapterSummary, Device, DeviceOptions, GpuReport, KernelReport, Report};
 pub use error::{Error, Result};
 pub use lsh::{Hyperplanes, MAX_PLANES, MAX_TABLES};
 pub use merge::merge_state;

@@ -331,7 +331,10 @@ impl Tensor {
         match &self.resident {
             Resident::Host(host) => Ok(host.clone()),
             #[cfg(feature = "wgpu")]
-            Resident::Gpu { .. } => pollster::block_on(self.read()),
+            Resident::Gpu { context, buffer, bytes } => {
+                let data = context.read_buffer_blocking("read", buffer, 0, *bytes)?;
+                Ok(HostTensor::new(self.dtype, self.shape.clone(), data))
+            }
         }
     }
 

@@ -98,7 +98,7 @@ pub(crate) fn requirements(adapter: &wgpu::Adapter) -> (Features, Limits) {
 }
 
 /// Refuses limits below what the kernels need: the defaults of WebGPU.
-pub(crate) fn verify(limits: &Limits) -> Result<()> {
+pub(super) fn verify(limits: &Limits) -> Result<()> {
     let floor = Limits::defaults();
     let needs = [
         // The kernels bind seven; one is left to backends that need a buffer of their own.

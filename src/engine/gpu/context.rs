@@ -2,7 +2,7 @@
 //! them at the host.
 
 use super::arena::Arena;
-use super::caps::Caps;
+use super::caps::{Caps, verify};
 use super::pipeline::{KernelKey, Pipeline, Pipelines};
 use super::readback::Readback;
 use crate::error::{Error, Result};
@@ -57,7 +57,7 @@ pub(crate) struct Context {
 impl Context {
     pub fn new(setup: Setup) -> Result<Arc<Self>> {
         let Setup { info, device, queue, lent, unchecked, pipeline_cache } = setup;
-        super::verify(&device.limits())?;
+        verify(&device.limits())?;
         let lost = Arc::new(Lost::default());
         if !lent {
             let seen = lost.clone();
@@ -166,7 +166,7 @@ impl Context {
         usage: wgpu::BufferUsages,
         mapped_at_creation: bool,
     ) -> Result<wgpu::Buffer> {
-        self.lost.check(op)?;
+        self.check_alive(op)?;
         if bytes > self.caps.max_buffer {
             return Err(Error::Limit { op, what: "bytes of one buffer", value: bytes, limit: self.caps.max_buffer });
         }
@@ -177,7 +177,7 @@ impl Context {
 
     /// Writes `data` at `offset` before the next submission. Both sizes must be multiples of four bytes.
     pub fn write(&self, op: &'static str, buffer: &wgpu::Buffer, offset: u64, data: &[u8]) -> Result<()> {
-        self.lost.check(op)?;
+        self.check_alive(op)?;
         self.scoped(op, || self.queue.write_buffer(buffer, offset, data))
     }
 
@@ -189,7 +189,7 @@ impl Context {
         layout: &wgpu::BindGroupLayout,
         entries: &[wgpu::BindGroupEntry<'_>],
     ) -> Result<wgpu::BindGroup> {
-        self.lost.check(op)?;
+        self.check_alive(op)?;
         let descriptor = wgpu::BindGroupDescriptor { label: Some(label), layout, entries };
         self.scoped(op, || self.device.create_bind_group(&descriptor))
     }
@@ -210,7 +210,8 @@ impl Context {
     ) -> Result<wgpu::SubmissionIndex> {
         self.check_alive(op)?;
         let index = self.scoped(op, || self.queue.submit([encoder.finish()]))?;
-        self.lost.check(op)?;
+        // A device lost on the way drops commands without a word.
+        self.check_alive(op)?;
         Ok(index)
     }
 
@@ -226,9 +227,9 @@ impl Context {
         self.pipelines.warm_up(self, keys)
     }
 
-    /// Labels of the pipelines compiled so far, sorted.
-    pub fn compiled(&self) -> Vec<String> {
-        self.pipelines.labels()
+    /// The pipelines compiled so far, sorted by label.
+    pub fn compiled(&self) -> Vec<Arc<Pipeline>> {
+        self.pipelines.compiled()
     }
 
     /// What a later context takes as [`Setup::pipeline_cache`]; `None` where the backend has no such cache.

@@ -14,9 +14,9 @@ mod tests;
 
 pub(crate) use arena::{Arena, Slot};
 pub(crate) use assemble::Assembler;
-pub(crate) use caps::{Caps, is_software, requirements, verify};
+pub(crate) use caps::{Caps, is_software, requirements};
 pub(crate) use context::{Context, Setup};
-pub(crate) use open::{adapters, best_first, open};
+pub(crate) use open::{adapters_best_first, open};
 pub(crate) use pipeline::{Binding, KernelKey, KernelSource, Pipeline};
 pub(crate) use timing::Timer;
 

@@ -5,8 +5,8 @@ use super::context::{Context, Setup};
 use crate::error::{Error, Result};
 use std::sync::Arc;
 
-/// The adapters of this machine, in the order of the drivers.
-pub(crate) async fn adapters() -> Vec<wgpu::Adapter> {
+/// The adapters of this machine: the fastest kind of hardware first, software last.
+pub(crate) async fn adapters_best_first() -> Vec<wgpu::Adapter> {
     if wgpu::Instance::enabled_backend_features().is_empty() {
         return Vec::new();
     }
@@ -14,11 +14,7 @@ pub(crate) async fn adapters() -> Vec<wgpu::Adapter> {
     // Its guard dispatch costs more than the dispatch it guards, and the kernels' own grids are planned.
     descriptor.flags.remove(wgpu::InstanceFlags::VALIDATION_INDIRECT_CALL);
     let instance = wgpu::Instance::new(descriptor.with_env());
-    instance.enumerate_adapters(wgpu::Backends::all()).await
-}
-
-/// Sorts the fastest kind of hardware to the front and software to the end.
-pub(crate) fn best_first(adapters: &mut [wgpu::Adapter]) {
+    let mut adapters = instance.enumerate_adapters(wgpu::Backends::all()).await;
     adapters.sort_by_key(|adapter| {
         let info = adapter.get_info();
         match info.device_type {
@@ -29,6 +25,7 @@ pub(crate) fn best_first(adapters: &mut [wgpu::Adapter]) {
             _ => 3,
         }
     });
+    adapters
 }
 
 /// Opens an own device on an adapter.

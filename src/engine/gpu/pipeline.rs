@@ -45,6 +45,8 @@ pub(crate) struct Pipeline {
     pub layout: wgpu::BindGroupLayout,
     /// [`KernelKey::label`] of its key.
     pub label: String,
+    pub uses_f16: bool,
+    pub uses_subgroups: bool,
 }
 
 type Cell = Arc<Mutex<Option<Arc<Pipeline>>>>;
@@ -93,13 +95,13 @@ impl Pipelines {
         keys.iter().try_for_each(|key| self.get(ctx, "warm_up", *key).map(drop))
     }
 
-    pub fn labels(&self) -> Vec<String> {
-        let cells: Vec<_> = lock(&self.cells).iter().map(|(label, cell)| (label.clone(), cell.clone())).collect();
+    pub fn compiled(&self) -> Vec<Arc<Pipeline>> {
+        let cells: Vec<Cell> = lock(&self.cells).values().cloned().collect();
         // A cell that is locked is compiling still.
-        let done = |cell: &Cell| cell.try_lock().is_ok_and(|c| c.is_some());
-        let mut labels: Vec<_> = cells.into_iter().filter(|(_, cell)| done(cell)).map(|(label, _)| label).collect();
-        labels.sort_unstable();
-        labels
+        let done = |cell: &Cell| cell.try_lock().ok().and_then(|compiled| compiled.clone());
+        let mut pipelines: Vec<_> = cells.iter().filter_map(done).collect();
+        pipelines.sort_unstable_by(|a, b| a.label.cmp(&b.label));
+        pipelines
     }
 
     pub fn cache_data(&self) -> Option<Vec<u8>> {
@@ -145,12 +147,26 @@ impl Pipelines {
             Ok((pipeline, layout)) => {
                 ctx.check_alive(op)?;
                 tracing::debug!(kernel = label, "compiled");
-                Ok(Pipeline { pipeline, layout, label })
+                Ok(Pipeline {
+                    pipeline,
+                    layout,
+                    label,
+                    uses_f16: source.wgsl.lines().any(|line| line.trim() == "enable f16;"),
+                    uses_subgroups: uses_subgroups(&source.wgsl),
+                })
             }
             Err(Error::Gpu { op, message }) => Err(Error::Gpu { op, message: format!("kernel {label}: {message}") }),
             Err(other) => Err(other),
         }
     }
+}
+
+/// Whether the text calls a subgroup function or takes a subgroup's built-in value.
+fn uses_subgroups(wgsl: &str) -> bool {
+    wgsl.contains("@builtin(subgroup")
+        || wgsl
+            .match_indices("subgroup")
+            .any(|(i, word)| wgsl[i + word.len()..].starts_with(|next: char| next.is_ascii_uppercase()))
 }
 
 fn layout_entry(binding: u32, what: Binding) -> wgpu::BindGroupLayoutEntry {

@@ -1,1 +1,519 @@
+//! The engine on a software adapter. These tests fail where none is installed.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use super::*;
+use crate::error::Error;
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use wgpu::BufferUsages as Usage;
+
+const OP: &str = "test";
+
+fn adapter() -> wgpu::Adapter {
+    pollster::block_on(adapters_best_first())
+        .into_iter()
+        .find(|adapter| is_software(&adapter.get_info()))
+        .expect("these tests need lavapipe (Debian: mesa-vulkan-drivers)")
+}
+
+fn context(unchecked: bool) -> Arc<Context> {
+    pollster::block_on(open(&adapter(), unchecked, None)).unwrap()
+}
+
+/// A device as a host has it, together with the count of errors that reached the host's own handler.
+fn hosted() -> (Arc<Context>, Arc<AtomicUsize>) {
+    let adapter = adapter();
+    let (required_features, required_limits) = requirements(&adapter);
+    let request = wgpu::DeviceDescriptor { required_features, required_limits, ..Default::default() };
+    let (device, queue) = pollster::block_on(adapter.request_device(&request)).unwrap();
+    let seen = Arc::new(AtomicUsize::new(0));
+    let count = seen.clone();
+    device.on_uncaptured_error(Arc::new(move |_| {
+        count.fetch_add(1, Ordering::SeqCst);
+    }));
+    let info = adapter.get_info();
+    let setup = Setup { info, device, queue, lent: true, unchecked: false, pipeline_cache: None };
+    (Context::new(setup).unwrap(), seen)
+}
+
+/// Adds `BIAS` to `count` numbers.
+struct AddKey {
+    bias: u32,
+    sources: AtomicUsize,
+}
+
+impl AddKey {
+    fn new(bias: u32) -> Self {
+        Self { bias, sources: AtomicUsize::new(0) }
+    }
+}
+
+impl KernelKey for AddKey {
+    fn label(&self) -> String {
+        format!("add bias={}", self.bias)
+    }
+
+    fn source(&self) -> KernelSource {
+        self.sources.fetch_add(1, Ordering::SeqCst);
+        let main = "
+            struct Params { count: u32, unused_a: u32, unused_b: u32, unused_c: u32 }
+            @group(0) @binding(0) var<uniform> params: Params;
+            @group(0) @binding(1) var<storage, read> input: array<u32>;
+            @group(0) @binding(2) var<storage, read> extra: array<u32>;
+            @group(0) @binding(3) var<storage, read_write> output: array<u32>;
+            #import add
+            @compute @workgroup_size(64)
+            fn main(@builtin(global_invocation_id) id: vec3<u32>) {
+                if id.x < params.count {
+                    output[id.x] = add(input[id.x], extra[0]);
+                }
+            }";
+        let add = "fn add(a: u32, b: u32) -> u32 { return a + b + BIAS; }";
+        KernelSource {
+            wgsl: Assembler::assemble(main, &[("add", add)], &[], &[("BIAS", self.bias)]).unwrap(),
+            bindings: vec![
+                Binding::Uniform { size: 16 },
+                Binding::Read,
+                Binding::ReadDynamic { size: 4 },
+                Binding::ReadWrite,
+            ],
+            entry: "main",
+        }
+    }
+}
+
+struct TextKey(&'static str, &'static str);
+
+impl KernelKey for TextKey {
+    fn label(&self) -> String {
+        self.0.into()
+    }
+
+    fn source(&self) -> KernelSource {
+        KernelSource { wgsl: self.1.into(), bindings: vec![Binding::ReadWrite], entry: "main" }
+    }
+}
+
+const FILL: &str = "
+    @group(0) @binding(0) var<storage, read_write> output: array<u32>;
+    @compute @workgroup_size(1) fn main() { output[0] = 1u; }";
+
+/// Runs the kernel of `key` over `input` with `extra` and returns what it wrote.
+fn add(ctx: &Context, key: &AddKey, input: &[u32], extra: u32) -> Vec<u32> {
+    let bytes: &[u8] = bytemuck::cast_slice(input);
+    let source = ctx.buffer_with(OP, "input", bytes, Usage::STORAGE).unwrap();
+    let output = ctx.buffer(OP, "output", bytes.len() as u64, Usage::STORAGE | Usage::COPY_SRC).unwrap();
+    let pipeline = ctx.pipeline(OP, key).unwrap();
+    let params = [input.len() as u32, 0, 0, 0];
+    let parts: [&[u8]; 2] = [bytemuck::cast_slice(&params), bytemuck::bytes_of(&extra)];
+    let slots = ctx.arena().write_all(ctx, OP, &parts).unwrap();
+    assert_eq!(slots[0].generation, slots[1].generation);
+    let slot = |slot: &Slot| {
+        wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+            buffer: &slots[0].buffer,
+            offset: 0,
+            size: std::num::NonZeroU64::new(slot.size),
+        })
+    };
+    let entries = [
+        wgpu::BindGroupEntry { binding: 0, resource: slot(&slots[0]) },
+        wgpu::BindGroupEntry { binding: 1, resource: source.as_entire_binding() },
+        wgpu::BindGroupEntry { binding: 2, resource: slot(&slots[1]) },
+        wgpu::BindGroupEntry { binding: 3, resource: output.as_entire_binding() },
+    ];
+    let group = ctx.bind_group(OP, "add", &pipeline.layout, &entries).unwrap();
+    let mut encoder = ctx.encoder("add");
+    {
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+        pass.set_pipeline(&pipeline.pipeline);
+        pass.set_bind_group(0, &group, &[slots[0].offset, slots[1].offset]);
+        pass.dispatch_workgroups(input.len().div_ceil(64) as u32, 1, 1);
+    }
+    ctx.submit(OP, encoder).unwrap();
+    let bytes = ctx.read_buffer_blocking(OP, &output, 0, bytes.len() as u64).unwrap();
+    bytemuck::pod_collect_to_vec(&bytes)
+}
+
+#[test]
+fn a_kernel_runs_checked_and_unchecked() {
+    let input: Vec<u32> = (0..1000).collect();
+    for unchecked in [false, true] {
+        let ctx = context(unchecked);
+        assert_eq!(ctx.caps().unchecked, unchecked);
+        for extra in [5, 6] {
+            let expected: Vec<u32> = input.iter().map(|x| x + extra + 3).collect();
+            assert_eq!(add(&ctx, &AddKey::new(3), &input, extra), expected, "unchecked {unchecked}, extra {extra}");
+        }
+    }
+}
+
+#[test]
+fn checks_are_in_the_checked_shader() {
+    // Only checked shaders promise to stay inside the binding: the write far outside must leave the rest alone.
+    let key = TextKey(
+        "outside",
+        "@group(0) @binding(0) var<storage, read_write> output: array<u32>;
+        @compute @workgroup_size(1) fn main() { output[arrayLength(&output) + 15u] = 7u; }",
+    );
+    let ctx = context(false);
+    let buffer = ctx.buffer(OP, "output", 128, Usage::STORAGE | Usage::COPY_SRC).unwrap();
+    let pipeline = ctx.pipeline(OP, &key).unwrap();
+    let bound = wgpu::BufferBinding { buffer: &buffer, offset: 0, size: std::num::NonZeroU64::new(64) };
+    let entry = wgpu::BindGroupEntry { binding: 0, resource: wgpu::BindingResource::Buffer(bound) };
+    let group = ctx.bind_group(OP, "outside", &pipeline.layout, &[entry]).unwrap();
+    let mut encoder = ctx.encoder("outside");
+    {
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+        pass.set_pipeline(&pipeline.pipeline);
+        pass.set_bind_group(0, &group, &[]);
+        pass.dispatch_workgroups(1, 1, 1);
+    }
+    ctx.submit(OP, encoder).unwrap();
+    assert_eq!(ctx.read_buffer_blocking(OP, &buffer, 64, 64).unwrap(), vec![0; 64]);
+}
+
+#[test]
+fn reads_come_back_at_any_offset_and_length() {
+    let ctx = context(true);
+    let data: Vec<u8> = (0..=250).collect();
+    let buffer = ctx.buffer_with(OP, "data", &data, Usage::COPY_SRC).unwrap();
+    assert_eq!(buffer.size(), 252);
+    for (offset, bytes) in [(0, 251), (1, 1), (3, 2), (4, 4), (7, 90), (250, 1), (251, 1), (9, 0)] {
+        let mut padded = data.clone();
+        padded.push(0);
+        let expected = &padded[offset..offset + bytes];
+        let (offset, bytes) = (offset as u64, bytes as u64);
+        assert_eq!(ctx.read_buffer_blocking(OP, &buffer, offset, bytes).unwrap(), expected);
+        assert_eq!(pollster::block_on(ctx.read_buffer(OP, &buffer, offset, bytes)).unwrap(), expected);
+    }
+    for (offset, bytes) in [(0, 253), (252, 1), (u64::MAX, 1), (1, u64::MAX)] {
+        let error = ctx.read_buffer_blocking(OP, &buffer, offset, bytes).unwrap_err();
+        assert!(matches!(error, Error::Limit { limit: 252, .. }), "{error}");
+    }
+}
+
+#[test]
+fn many_reads_at_once_from_many_threads() {
+    let ctx = context(true);
+    std::thread::scope(|scope| {
+        for thread in 0..4u8 {
+            let ctx = &ctx;
+            scope.spawn(move || {
+                for i in 0..25u8 {
+                    let data = vec![thread * 50 + i; 1000];
+                    let buffer = ctx.buffer_with(OP, "data", &data, Usage::COPY_SRC).unwrap();
+                    let read = if i % 2 == 0 {
+                        ctx.read_buffer_blocking(OP, &buffer, 0, 1000)
+                    } else {
+                        pollster::block_on(ctx.read_buffer(OP, &buffer, 0, 1000))
+                    };
+                    assert_eq!(read.unwrap(), data);
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn a_read_can_move_between_threads() {
+    fn sendable<T: Send>(value: T) -> T {
+        value
+    }
+    let ctx = context(true);
+    let buffer = ctx.buffer_with(OP, "data", &[1, 2, 3, 4], Usage::COPY_SRC).unwrap();
+    let read = sendable(ctx.read_buffer(OP, &buffer, 0, 4));
+    assert_eq!(pollster::block_on(read).unwrap(), [1, 2, 3, 4]);
+}
+
+#[test]
+fn buffers_too_large_are_refused() {
+    let (ctx, seen) = hosted();
+    let limit = ctx.caps().max_buffer;
+    let error = ctx.buffer(OP, "huge", limit + 4, Usage::STORAGE).unwrap_err();
+    assert!(matches!(error, Error::Limit { value, limit: l, .. } if value == limit + 4 && l == limit), "{error}");
+    assert!(matches!(ctx.buffer(OP, "huge", u64::MAX, Usage::STORAGE).unwrap_err(), Error::Limit { .. }));
+    assert_eq!(seen.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn mistakes_come_back_as_errors_and_never_reach_the_host() {
+    let (ctx, seen) = hosted();
+    let gpu = |result: crate::Result<()>| {
+        let error = result.unwrap_err();
+        assert!(matches!(error, Error::Gpu { op: OP, .. }), "{error}");
+    };
+    gpu(ctx.buffer(OP, "usage", 16, Usage::MAP_READ | Usage::STORAGE).map(drop));
+    let small = ctx.buffer(OP, "small", 16, Usage::STORAGE).unwrap();
+    gpu(ctx.write(OP, &small, 0, &[0; 16]));
+    gpu(ctx.read_buffer_blocking(OP, &small, 0, 16).map(drop));
+    let mut encoder = ctx.encoder("wrong");
+    encoder.copy_buffer_to_buffer(&small, 0, &small, 0, 64);
+    gpu(ctx.submit(OP, encoder));
+    let pipeline = ctx.pipeline(OP, &TextKey("fill", FILL)).unwrap();
+    gpu(ctx.bind_group(OP, "empty", &pipeline.layout, &[]).map(drop));
+    assert_eq!(seen.load(Ordering::SeqCst), 0);
+    // The handler is the host's own still: a mistake outside of the context does reach it.
+    ctx.queue().write_buffer(&small, 0, &[0; 16]);
+    assert_eq!(seen.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn shaders_that_do_not_compile_name_their_kernel() {
+    let (ctx, seen) = hosted();
+    for key in [
+        TextKey("no sense", "fn main( {"),
+        TextKey("no entry", "@group(0) @binding(0) var<storage, read_write> output: array<u32>;"),
+        TextKey(
+            "wrong binding",
+            "@group(0) @binding(1) var<storage, read_write> output: array<u32>;
+            @compute @workgroup_size(1) fn main() { output[0] = 1u; }",
+        ),
+    ] {
+        for _ in 0..2 {
+            let error = ctx.pipeline(OP, &key).unwrap_err();
+            assert!(matches!(&error, Error::Gpu { op: OP, message } if message.contains(key.0)), "{error}");
+            let error = pollster::block_on(ctx.warm_up(&[&key])).unwrap_err();
+            assert!(matches!(&error, Error::Gpu { op: "warm_up", message } if message.contains(key.0)), "{error}");
+        }
+    }
+    assert!(ctx.compiled().is_empty());
+    assert_eq!(seen.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn a_kernel_compiles_once_however_many_ask() {
+    let ctx = context(true);
+    let key = AddKey::new(1);
+    let pipelines: Vec<_> = std::thread::scope(|scope| {
+        let ask = || ctx.pipeline(OP, &key).unwrap();
+        let threads: Vec<_> = (0..8).map(|_| scope.spawn(ask)).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert_eq!(key.sources.load(Ordering::SeqCst), 1);
+    assert!(pipelines.iter().all(|pipeline| Arc::ptr_eq(pipeline, &pipelines[0])));
+    let others: Vec<AddKey> = (0..6).map(AddKey::new).collect();
+    let keys: Vec<&dyn KernelKey> = others.iter().map(|key| key as &dyn KernelKey).collect();
+    pollster::block_on(ctx.warm_up(&keys)).unwrap();
+    let labels: Vec<_> = ctx.compiled().iter().map(|pipeline| pipeline.label.clone()).collect();
+    assert_eq!(labels, (0..6).map(|bias| format!("add bias={bias}")).collect::<Vec<_>>());
+    let compiled: Vec<_> = others.iter().map(|key| key.sources.load(Ordering::SeqCst)).collect();
+    assert_eq!(compiled, [1, 0, 1, 1, 1, 1], "the second was there already");
+}
+
+#[test]
+fn variants_are_told_from_the_text() {
+    let ctx = context(true);
+    let half = TextKey(
+        "half",
+        "enable f16;
+        @group(0) @binding(0) var<storage, read_write> output: array<f16>;
+        @compute @workgroup_size(1) fn main() { output[0] = 1h; }",
+    );
+    let group = TextKey(
+        "group",
+        "@group(0) @binding(0) var<storage, read_write> output: array<u32>;
+        @compute @workgroup_size(8) fn main() { output[0] = subgroupAdd(1u); }",
+    );
+    assert!(ctx.caps().f16 && ctx.caps().subgroups, "lavapipe has both");
+    let uses = |key: &TextKey| {
+        let pipeline = ctx.pipeline(OP, key).unwrap();
+        (pipeline.uses_f16, pipeline.uses_subgroups)
+    };
+    assert_eq!(uses(&TextKey("fill", FILL)), (false, false));
+    assert_eq!(uses(&half), (true, false));
+    assert_eq!(uses(&group), (false, true));
+}
+
+#[test]
+fn arena_slots_are_never_rewritten() {
+    let ctx = context(true);
+    let align = u64::from(ctx.caps().uniform_align.max(ctx.caps().storage_align));
+    let mut slots = Vec::new();
+    for i in 0..10_000u32 {
+        let slot = ctx.arena().write(&ctx, OP, bytemuck::cast_slice(&[i; 5])).unwrap();
+        assert_eq!((u64::from(slot.offset) % align, slot.size), (0, 20));
+        slots.push(slot);
+        if i % 1000 == 0 {
+            ctx.submit(OP, ctx.encoder("flush")).unwrap();
+        }
+    }
+    let places: HashSet<_> = slots.iter().map(|slot| (slot.generation, slot.offset)).collect();
+    assert_eq!(places.len(), slots.len());
+    // The numbers themselves: copied out of the slots after all of them were written.
+    let gathered = ctx.buffer(OP, "gathered", 4 * 10_000, Usage::COPY_SRC | Usage::COPY_DST | Usage::STORAGE).unwrap();
+    let pipeline = ctx.pipeline(OP, &GatherKey).unwrap();
+    let mut encoder = ctx.encoder("gather");
+    let mut generation = u64::MAX;
+    let mut group = None;
+    for (i, slot) in slots.iter().enumerate() {
+        if generation != slot.generation {
+            generation = slot.generation;
+            let bound = wgpu::BufferBinding { buffer: &slot.buffer, offset: 0, size: std::num::NonZeroU64::new(20) };
+            let entries = [
+                wgpu::BindGroupEntry { binding: 0, resource: wgpu::BindingResource::Buffer(bound) },
+                wgpu::BindGroupEntry { binding: 1, resource: gathered.as_entire_binding() },
+            ];
+            group = Some(ctx.bind_group(OP, "gather", &pipeline.layout, &entries).unwrap());
+        }
+        if i % 97 == 0 {
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+            pass.set_pipeline(&pipeline.pipeline);
+            pass.set_bind_group(0, group.as_ref(), &[slot.offset]);
+            pass.dispatch_workgroups(1, 1, 1);
+        }
+    }
+    ctx.submit(OP, encoder).unwrap();
+    let read = ctx.read_buffer_blocking(OP, &gathered, 0, 4 * 10_000).unwrap();
+    let read: Vec<u32> = bytemuck::pod_collect_to_vec(&read);
+    for i in (0..10_000).step_by(97) {
+        assert_eq!(read[i], i as u32 + 1, "slot {i}");
+    }
+}
+
+/// Marks the place that a slot names: `output[slot[0]] = slot[4] + 1`.
+struct GatherKey;
+
+impl KernelKey for GatherKey {
+    fn label(&self) -> String {
+        "gather".into()
+    }
+
+    fn source(&self) -> KernelSource {
+        let wgsl = "
+            @group(0) @binding(0) var<storage, read> slot: array<u32, 5>;
+            @group(0) @binding(1) var<storage, read_write> output: array<u32>;
+            @compute @workgroup_size(1) fn main() { output[slot[0]] = slot[4] + 1u; }";
+        let bindings = vec![Binding::ReadDynamic { size: 20 }, Binding::ReadWrite];
+        KernelSource { wgsl: wgsl.into(), bindings, entry: "main" }
+    }
+}
+
+#[test]
+fn slots_of_one_call_share_a_buffer() {
+    let ctx = context(true);
+    let large = vec![7u8; 100_000];
+    for round in 0..5 {
+        let slots = ctx.arena().write_all(&ctx, OP, &[&large, &[1, 2, 3], &[], &large]).unwrap();
+        assert!(slots.iter().all(|slot| slot.generation == slots[0].generation), "round {round}");
+        assert_eq!(slots.iter().map(|slot| slot.size).collect::<Vec<_>>(), [100_000, 4, 4, 100_000]);
+        for pair in slots.windows(2) {
+            assert!(u64::from(pair[0].offset) + pair[0].size <= u64::from(pair[1].offset));
+        }
+        let last = &slots[3];
+        assert!(u64::from(last.offset) + last.size <= last.buffer.size());
+    }
+    // More than a whole buffer of slots.
+    let slot = ctx.arena().write(&ctx, OP, &vec![1; 1 << 20]).unwrap();
+    assert_eq!((slot.offset, slot.size), (0, 1 << 20));
+    assert!(ctx.arena().write_all(&ctx, OP, &[]).unwrap().is_empty());
+}
+
+#[test]
+fn a_lost_device_says_so_everywhere() {
+    for (ctx, lent) in [(context(true), false), (hosted().0, true)] {
+        let buffer = ctx.buffer(OP, "data", 16, Usage::STORAGE | Usage::COPY_SRC | Usage::COPY_DST).unwrap();
+        ctx.check_alive(OP).unwrap();
+        let encoder = ctx.encoder("early");
+        ctx.device().destroy();
+        let lost = |what: &str, result: crate::Result<()>| {
+            let error = result.expect_err(what);
+            assert!(matches!(error, Error::DeviceLost { .. }), "lent {lent}, {what}: {error}");
+        };
+        lost("check_alive", ctx.check_alive(OP));
+        lost("submit", ctx.submit(OP, encoder));
+        lost("read", pollster::block_on(ctx.read_buffer(OP, &buffer, 0, 16)).map(drop));
+        lost("read_blocking", ctx.read_buffer_blocking(OP, &buffer, 0, 16).map(drop));
+        lost("empty read", ctx.read_buffer_blocking(OP, &buffer, 0, 0).map(drop));
+        lost("buffer", ctx.buffer(OP, "late", 16, Usage::STORAGE).map(drop));
+        lost("buffer_with", ctx.buffer_with(OP, "late", &[1], Usage::STORAGE).map(drop));
+        lost("write", ctx.write(OP, &buffer, 0, &[0; 16]));
+        lost("arena", ctx.arena().write(&ctx, OP, &[1]).map(drop));
+        lost("pipeline", ctx.pipeline(OP, &TextKey("fill", FILL)).map(drop));
+        lost("warm_up", pollster::block_on(ctx.warm_up(&[&AddKey::new(0)])));
+        lost("timer", Timer::new(&ctx, 1).map(drop));
+        lost("submit", ctx.submit(OP, ctx.encoder("late")));
+    }
+}
+
+#[test]
+fn a_loss_is_noticed_by_whatever_call_comes_first() {
+    type Call = fn(&Context, &wgpu::Buffer) -> crate::Result<()>;
+    let calls: [(&str, Call); 9] = [
+        ("buffer", |ctx, _| ctx.buffer(OP, "late", 16, Usage::STORAGE).map(drop)),
+        ("write", |ctx, buffer| ctx.write(OP, buffer, 0, &[0; 16])),
+        ("arena", |ctx, _| ctx.arena().write(ctx, OP, &[1]).map(drop)),
+        ("warm_up", |ctx, _| pollster::block_on(ctx.warm_up(&[&AddKey::new(0)]))),
+        ("buffer_with", |ctx, _| ctx.buffer_with(OP, "late", &[1], Usage::STORAGE).map(drop)),
+        ("pipeline", |ctx, _| ctx.pipeline(OP, &TextKey("fill", FILL)).map(drop)),
+        ("submit", |ctx, _| ctx.submit(OP, ctx.encoder("late"))),
+        ("read", |ctx, buffer| pollster::block_on(ctx.read_buffer(OP, buffer, 0, 16)).map(drop)),
+        ("read_blocking", |ctx, buffer| ctx.read_buffer_blocking(OP, buffer, 0, 16).map(drop)),
+    ];
+    for (name, call) in calls {
+        let (ctx, seen) = hosted();
+        let buffer = ctx.buffer(OP, "data", 16, Usage::COPY_SRC | Usage::COPY_DST).unwrap();
+        ctx.device().destroy();
+        let error = call(&ctx, &buffer).expect_err(name);
+        assert!(matches!(error, Error::DeviceLost { .. }), "{name}: {error}");
+        assert_eq!(seen.load(Ordering::SeqCst), 0, "{name}");
+    }
+}
+
+#[test]
+fn asking_for_life_costs_little_and_leaves_nothing() {
+    let ctx = context(true);
+    let start = std::time::Instant::now();
+    for _ in 0..20_000 {
+        ctx.check_alive(OP).unwrap();
+    }
+    let each = start.elapsed() / 20_000;
+    println!("check_alive: {each:?}");
+    assert!(each < std::time::Duration::from_micros(100), "{each:?}");
+    ctx.submit(OP, ctx.encoder("empty")).unwrap();
+}
+
+#[test]
+fn pipeline_cache_data_is_taken_and_bad_data_dropped() {
+    let adapter = adapter();
+    let open_with = |data| pollster::block_on(open(&adapter, true, data)).unwrap();
+    let ctx = open_with(None);
+    assert!(ctx.caps().pipeline_cache, "lavapipe has one");
+    ctx.pipeline(OP, &AddKey::new(2)).unwrap();
+    let data = ctx.pipeline_cache_data().unwrap();
+    let mut torn = data.clone();
+    *torn.last_mut().unwrap() ^= 1;
+    let mut cut = data.clone();
+    cut.truncate(40);
+    for given in [data, torn, cut, Vec::new(), vec![0; 1000]] {
+        let ctx = open_with(Some(given));
+        assert_eq!(add(&ctx, &AddKey::new(2), &[1, 2, 3], 4), [7, 8, 9]);
+        assert!(ctx.pipeline_cache_data().is_some());
+    }
+}
+
+#[test]
+fn spans_are_timed() {
+    let ctx = context(true);
+    let timer = Timer::new(&ctx, 2).unwrap().expect("lavapipe has timestamps");
+    let buffer = ctx.buffer(OP, "data", 64 << 20, Usage::COPY_DST | Usage::STORAGE).unwrap();
+    let mut encoder = ctx.encoder("timed");
+    timer.begin(&mut encoder, 0);
+    encoder.clear_buffer(&buffer, 0, None);
+    timer.end(&mut encoder, 0);
+    {
+        let description = wgpu::ComputePassDescriptor { label: None, timestamp_writes: Some(timer.pass(1)) };
+        drop(encoder.begin_compute_pass(&description));
+    }
+    timer.resolve(&mut encoder);
+    let start = std::time::Instant::now();
+    ctx.submit(OP, encoder).unwrap();
+    let spans = timer.read_blocking().unwrap();
+    let wall = start.elapsed().as_nanos() as f64;
+    println!("spans {spans:?} ns within {wall} ns");
+    let cleared = spans[0].expect("lavapipe's stamps are sound");
+    assert!(cleared > 0.0 && cleared < wall, "{cleared} of {wall}");
+    assert!(spans[1].is_some_and(|pass| pass < wall));
+    assert!(matches!(Timer::new(&ctx, 0), Err(Error::Limit { .. })));
+    assert!(matches!(Timer::new(&ctx, 1 << 20), Err(Error::Limit { .. })));
+}
