@@ -380,9 +380,8 @@ impl Device {
     pub(crate) fn executor(&self, spec: &CacheSpec) -> Result<Box<dyn Executor>> {
         match &self.kind {
             Kind::Cpu => Ok(Box::new(CpuExecutor::new(spec)?)),
-            // Temporary, until the GPU executor joins here.
             #[cfg(feature = "wgpu")]
-            Kind::Gpu(_) => Err(Error::Unsupported { op: "cache", why: "the GPU executor is not there yet".into() }),
+            Kind::Gpu(context) => Ok(Box::new(crate::socket::gpu::GpuExecutor::new(context.clone(), spec)?)),
         }
     }
 }

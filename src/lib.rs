@@ -26,7 +26,7 @@ pub use lsh::{Hyperplanes, MAX_PLANES, MAX_TABLES};
 pub use merge::merge_state;
 pub use socket::cache::{DEFAULT_PAGE_TOKENS, DecodeOptions, Mode, SocketCache};
 pub use socket::config::{Budget, CacheShape, Rule, Scoring, SelectionScope, SocketConfig, Temperature};
-pub use socket::executor::{Attended, Memory, Selection};
+pub use socket::executor::{Attended, Memory, Selection, StageTime};
 pub use tensor::{DType, HostTensor, Tensor, TensorView};
 
 /// The wgpu that the public API speaks; a lent device must come from it.

@@ -3,7 +3,7 @@
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::socket::config::{CacheShape, SocketConfig};
-use crate::socket::executor::{Attended, Executor, Memory, Recording, SequenceData};
+use crate::socket::executor::{Attended, Executor, Memory, Recording, SequenceData, StageTime};
 use crate::socket::plan::prefers_sparse;
 use crate::socket::problem::{self, AppendRow, AttendProblem, CacheSpec, Kind, SeqState};
 use crate::tensor::{DType, TensorView};
@@ -32,7 +32,7 @@ pub struct DecodeOptions {
     pub scale: Option<f32>,
     /// Element type of o; q's unless given.
     pub output: Option<DType>,
-    /// Also return the selected indices and their scores.
+    /// Also return the selected indices and their scores, where the sparse path runs.
     pub selection: bool,
 }
 
@@ -320,6 +320,17 @@ impl SocketCache {
         q: &TensorView<'_>,
         options: &DecodeOptions,
     ) -> Result<Attended> {
+        let problem = self.problem(op, kind, q, options)?;
+        self.executor.attend(rec, q, &problem)
+    }
+
+    fn problem(
+        &self,
+        op: &'static str,
+        kind: Kind,
+        q: &TensorView<'_>,
+        options: &DecodeOptions,
+    ) -> Result<AttendProblem> {
         let shape = self.spec.shape;
         q.check(op, "q", [Some(self.seqs.len()), None, Some(shape.num_q_heads), Some(shape.head_dim)])?;
         let scale = options.scale.unwrap_or((1.0 / (shape.head_dim as f64).sqrt()) as f32);
@@ -338,9 +349,8 @@ impl SocketCache {
         }
         let rows = problem::query_rows(&self.spec.config, kind, &self.seqs, tq);
         let seqs = self.seqs.clone();
-        let want_selection = options.selection;
-        let problem = AttendProblem { kind, op, tq, rows, seqs, scale, output, want_selection };
-        self.executor.attend(rec, q, &problem)
+        let want_selection = options.selection && kind == Kind::Sparse;
+        Ok(AttendProblem { kind, op, tq, rows, seqs, scale, output, want_selection })
     }
 
     fn kind(&self, mode: Mode) -> Kind {
@@ -399,6 +409,16 @@ impl SocketCache {
     /// As [`SocketCache::decode`].
     pub fn prefill(&mut self, q: &TensorView<'_>) -> Result<Attended> {
         self.attend(Recording::Run, "prefill", Kind::Prefill, q, &DecodeOptions::default())
+    }
+
+    /// Runs one decode and says how long each stage took.
+    ///
+    /// # Errors
+    /// As [`SocketCache::decode`]; [`Error::Unsupported`] on a GPU without timestamp queries.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn profile_with(&mut self, q: &TensorView<'_>, options: &DecodeOptions) -> Result<Vec<StageTime>> {
+        let problem = self.problem("profile", self.kind(options.mode), q, options)?;
+        self.executor.profile(q, &problem)
     }
 
     pub(crate) fn spec(&self) -> &CacheSpec {

@@ -4,6 +4,8 @@ pub(crate) mod cache;
 pub(crate) mod config;
 pub(crate) mod cpu;
 pub(crate) mod executor;
+#[cfg(feature = "wgpu")]
+pub(crate) mod gpu;
 pub(crate) mod plan;
 pub(crate) mod problem;
 pub mod reference;

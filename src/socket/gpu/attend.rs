@@ -461,6 +461,7 @@ impl GpuExecutor {
         passes.dispatch(self.key(kernel), params, (tokens.len() * g.num_q_heads) as u64, binds)
     }
 
+    #[cfg(not(target_arch = "wasm32"))]
     pub(super) fn profile_attend(&mut self, q: &TensorView<'_>, problem: &AttendProblem) -> Result<Vec<StageTime>> {
         let op = "profile";
         let (ready, _) = self.prepare(q, problem)?;
@@ -469,8 +470,11 @@ impl GpuExecutor {
         let timer = timer.ok_or(Error::Unsupported { op, why: "this device has no timestamp queries".into() })?;
         let mut encoder = self.ctx.encoder(op);
         ready.record(&mut encoder, Some(&timer));
-        let times = timer.read(encoder)?;
-        Ok(stages.into_iter().zip(times).map(|(stage, nanoseconds)| StageTime { stage, nanoseconds }).collect())
+        timer.resolve(&mut encoder);
+        self.ctx.submit(op, encoder)?;
+        let times = timer.read_blocking()?;
+        let timed = |(stage, time): (_, Option<f64>)| StageTime { stage, nanoseconds: time.unwrap_or(f64::NAN) };
+        Ok(stages.into_iter().zip(times).map(timed).collect())
     }
 }
 

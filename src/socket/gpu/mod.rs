@@ -163,6 +163,7 @@ impl Executor for GpuExecutor {
         Ok(attended)
     }
 
+    #[cfg(not(target_arch = "wasm32"))]
     fn profile(&mut self, q: &TensorView<'_>, problem: &AttendProblem) -> Result<Vec<StageTime>> {
         self.profile_attend(q, problem)
     }
@@ -170,7 +171,8 @@ impl Executor for GpuExecutor {
     fn truncate(&mut self, seq: usize, state: SeqState) -> Result<()> {
         self.ctx.check_alive("truncate")?;
         let keep = state.len.div_ceil(self.geometry.page);
-        let dropped = self.sequences[seq].pages.split_off(keep.min(self.sequences[seq].pages.len()));
+        let pages = &mut self.sequences[seq].pages;
+        let dropped = pages.split_off(keep.min(pages.len()));
         dropped.into_iter().for_each(|page| self.pool.release(page));
         self.workspace.pages_changed();
         Ok(())

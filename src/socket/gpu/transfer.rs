@@ -2,7 +2,7 @@
 
 use super::GpuExecutor;
 use super::pages::{local_of, slab_of};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::socket::executor::SequenceData;
 use crate::socket::problem::SeqState;
 
@@ -24,7 +24,7 @@ impl GpuExecutor {
 
     #[cfg(target_arch = "wasm32")]
     pub(super) fn export_sequence(&mut self, _: usize, _: SeqState) -> Result<SequenceData> {
-        Err(Error::Unsupported { op: "save", why: "browsers cannot wait for the GPU".into() })
+        Err(crate::Error::Unsupported { op: "save", why: "browsers cannot wait for the GPU".into() })
     }
 
     #[cfg(not(target_arch = "wasm32"))]
