@@ -95,6 +95,10 @@ pub struct GpuReport {
     pub workgroup_memory: u32,
     /// Invocations of the largest workgroup.
     pub max_invocations: u32,
+    /// Workgroups along one dimension of a dispatch.
+    pub max_groups_per_dim: u32,
+    /// Storage buffers that one kernel may bind.
+    pub max_storage_buffers: u32,
     /// Bytes of the largest storage binding.
     pub max_storage_binding: u64,
     /// Bytes of the largest buffer.
@@ -117,6 +121,8 @@ impl GpuReport {
             pipeline_cache: caps.pipeline_cache,
             workgroup_memory: caps.workgroup_memory,
             max_invocations: caps.max_invocations,
+            max_groups_per_dim: caps.max_groups_per_dim,
+            max_storage_buffers: caps.max_storage_buffers,
             max_storage_binding: caps.max_storage_binding,
             max_buffer: caps.max_buffer,
         }
@@ -172,7 +178,9 @@ impl fmt::Display for Report {
         }
         write!(f, "\ntimestamps: {}, pipeline cache: {}", yes(gpu.timestamps), yes(gpu.pipeline_cache))?;
         write!(f, "\nworkgroups: {} bytes of memory, {} invocations", gpu.workgroup_memory, gpu.max_invocations)?;
-        write!(f, "\nstorage binding: {}, buffer: {}", mib(gpu.max_storage_binding), mib(gpu.max_buffer))?;
+        write!(f, "\ndispatch: {} workgroups per dimension", gpu.max_groups_per_dim)?;
+        write!(f, "\nstorage: {} bindings of {}", gpu.max_storage_buffers, mib(gpu.max_storage_binding))?;
+        write!(f, ", buffers of {}", mib(gpu.max_buffer))?;
         if self.kernels.is_empty() {
             return write!(f, "\nkernels: none compiled yet");
         }

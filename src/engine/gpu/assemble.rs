@@ -76,7 +76,9 @@ impl<'a> Text<'a> {
                     Some(_) => return Err(at("a second #else")),
                     None => return Err(at("#else without #ifdef")),
                 },
-                ("endif", None) => drop(open.pop().ok_or_else(|| at("#endif without #ifdef"))?),
+                ("endif", None) => {
+                    open.pop().ok_or_else(|| at("#endif without #ifdef"))?;
+                }
                 ("import", Some(name)) if keep => self.import(name).map_err(|e| at(&e))?,
                 ("import", Some(_)) => {}
                 _ => return Err(at(&format!("unknown directive {trimmed:?}"))),

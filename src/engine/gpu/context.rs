@@ -121,7 +121,7 @@ impl Context {
     /// Runs `body` inside error scopes, so that what goes wrong in it is returned here and never reaches the handler
     /// of the host. In browsers, where scopes answer late, such errors are dropped.
     pub fn scoped<T>(&self, op: &'static str, body: impl FnOnce() -> T) -> Result<T> {
-        scoped(&self.device, op, 0, body)
+        scoped(&self.device, op, None, body)
     }
 
     /// Creates a buffer. Its content is zero.
@@ -144,11 +144,7 @@ impl Context {
         let bytes = (data.len() as u64).next_multiple_of(4).max(4);
         let buffer = self.create_buffer(op, label, bytes, usage, true)?;
         self.scoped(op, || {
-            let filled = buffer.get_mapped_range_mut(..).map(|mut view| {
-                let mut padded = data.to_vec();
-                padded.resize(bytes as usize, 0);
-                view.copy_from_slice(&padded);
-            });
+            let filled = buffer.get_mapped_range_mut(..).map(|mut view| view.slice(..data.len()).copy_from_slice(data));
             if filled.is_ok() {
                 buffer.unmap();
             }
@@ -172,7 +168,7 @@ impl Context {
         }
         let size = bytes.next_multiple_of(4).max(4).min(self.caps.max_buffer);
         let descriptor = wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation };
-        scoped(&self.device, op, bytes, || self.device.create_buffer(&descriptor))
+        scoped(&self.device, op, Some(bytes), || self.device.create_buffer(&descriptor))
     }
 
     /// Writes `data` at `offset` before the next submission. Both sizes must be multiples of four bytes.
@@ -221,7 +217,7 @@ impl Context {
         self.pipelines.get(self, op, key)
     }
 
-    /// Compiles all of `keys`, concurrently where there are threads.
+    /// Compiles all of `keys`, concurrently where there are threads. The thread that first polls it helps.
     pub async fn warm_up(&self, keys: &[&dyn KernelKey]) -> Result<()> {
         self.check_alive("warm_up")?;
         self.pipelines.warm_up(self, keys)
@@ -285,7 +281,7 @@ impl Probe {
             usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
             mapped_at_creation: false,
         };
-        let buffer = scoped(device, "device", 4, || device.create_buffer(&descriptor))?;
+        let buffer = scoped(device, "device", Some(4), || device.create_buffer(&descriptor))?;
         Ok(Self { buffer })
     }
 
@@ -316,8 +312,13 @@ impl Probe {
     }
 }
 
-/// See [`Context::scoped`]; `bytes` is what an out-of-memory error reports.
-pub(super) fn scoped<T>(device: &wgpu::Device, op: &'static str, bytes: u64, body: impl FnOnce() -> T) -> Result<T> {
+/// See [`Context::scoped`]; `bytes` are those asked for, where that is known.
+pub(super) fn scoped<T>(
+    device: &wgpu::Device,
+    op: &'static str,
+    bytes: Option<u64>,
+    body: impl FnOnce() -> T,
+) -> Result<T> {
     let memory = device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
     let internal = device.push_error_scope(wgpu::ErrorFilter::Internal);
     let validation = device.push_error_scope(wgpu::ErrorFilter::Validation);
@@ -327,7 +328,10 @@ pub(super) fn scoped<T>(device: &wgpu::Device, op: &'static str, bytes: u64, bod
     let internal = internal.pop().now_or_never().flatten();
     let memory = memory.pop().now_or_never().flatten();
     if memory.is_some() {
-        return Err(Error::OutOfMemory { op, bytes });
+        return Err(match bytes {
+            Some(bytes) => Error::OutOfMemory { op, bytes },
+            None => Error::Gpu { op, message: "the device is out of memory".into() },
+        });
     }
     match validation.or(internal) {
         None => Ok(value),

@@ -65,7 +65,7 @@ impl Pipelines {
             let descriptor = wgpu::PipelineCacheDescriptor { label: Some("softhash"), data, fallback: true };
             // SAFETY: the data, if any, carries the checksum that `sealed` put on data of wgpu's own `get_data`, and
             // wgpu drops data of another adapter or driver.
-            Some(scoped(device, "pipeline cache", 0, || unsafe { device.create_pipeline_cache(&descriptor) })?)
+            Some(scoped(device, "pipeline cache", None, || unsafe { device.create_pipeline_cache(&descriptor) })?)
         } else {
             None
         };
