@@ -1,0 +1,47 @@
+//! Memory that is aligned to cache lines, zeroed lazily by the system, and refused rather than aborted on.
+
+use crate::error::{Error, Result};
+use bytemuck::Pod;
+
+const LINE: usize = 64;
+
+/// Zeroed bytes that start on a cache line.
+#[derive(Clone, Debug)]
+pub(crate) struct Buffer {
+    bytes: Box<[u8]>,
+    start: usize,
+    len: usize,
+}
+
+impl Buffer {
+    /// Room for `elements` values of `T`. The system hands out zeroed pages on first touch, so room that is never
+    /// written costs address space alone; an aligned allocation would be written through at once.
+    pub fn zeroed<T: Pod>(op: &'static str, elements: usize) -> Result<Self> {
+        let bytes_asked = (elements as u64).saturating_mul(size_of::<T>() as u64);
+        let failed = || Error::OutOfMemory { op, bytes: bytes_asked };
+        let len = elements.checked_mul(size_of::<T>()).ok_or_else(failed)?;
+        let room = len.checked_add(LINE).ok_or_else(failed)?;
+        let bytes: Box<[u8]> = bytemuck::allocation::try_zeroed_slice_box(room).map_err(|()| failed())?;
+        let start = bytes.as_ptr().align_offset(LINE).min(LINE);
+        Ok(Self { bytes, start, len })
+    }
+
+    pub fn slice<T: Pod>(&self) -> &[T] {
+        bytemuck::cast_slice(&self.bytes[self.start..self.start + self.len])
+    }
+
+    pub fn slice_mut<T: Pod>(&mut self) -> &mut [T] {
+        bytemuck::cast_slice_mut(&mut self.bytes[self.start..self.start + self.len])
+    }
+
+    /// Bytes in use.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+}
+
+/// A vector of `len` zeros.
+pub(crate) fn zeros<T: Pod>(op: &'static str, len: usize) -> Result<Vec<T>> {
+    let bytes = (len as u64).saturating_mul(size_of::<T>() as u64);
+    bytemuck::allocation::try_zeroed_vec(len).map_err(|()| Error::OutOfMemory { op, bytes })
+}

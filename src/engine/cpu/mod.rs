@@ -1,0 +1,20 @@
+//! The CPU engine: aligned memory, run-time dispatched SIMD, matrix products, and work sharing.
+
+pub(crate) mod gemm;
+pub(crate) mod memory;
+pub(crate) mod simd;
+
+use rayon::prelude::*;
+
+/// Work, in multiply-adds or elements moved, below which waking other threads costs more than it saves.
+const WORTH_SHARING: usize = 200_000;
+
+/// Runs `f` on every task, on all threads where `work` (multiply-adds or elements moved, all tasks together) is worth
+/// it. Results are in the order of the tasks, so what is computed does not depend on the number of threads.
+pub(crate) fn map<T: Send, R: Send>(tasks: Vec<T>, work: usize, f: impl Fn(T) -> R + Sync + Send) -> Vec<R> {
+    if work < WORTH_SHARING || tasks.len() < 2 {
+        tasks.into_iter().map(f).collect()
+    } else {
+        tasks.into_par_iter().with_max_len(1).map(f).collect()
+    }
+}

@@ -1,0 +1,282 @@
+//! SIMD chosen at run time. Kernels are written once over [`Lanes`]: pulp's portable operations and the few that the
+//! kernels need beside them.
+
+use half::{bf16, f16};
+use pulp::Simd;
+
+/// Every row of numbers is padded with zeros to a multiple of this, which every vector length divides.
+pub(crate) const ROW: usize = 16;
+
+/// `n` rounded up to whole rows of lanes.
+pub(crate) fn padded(n: usize) -> usize {
+    n.next_multiple_of(ROW)
+}
+
+/// An instruction set. Slices handed to loads hold at least [`Simd::F32_LANES`] elements.
+pub(crate) trait Lanes: Simd {
+    /// Thirty-two vector registers rather than sixteen.
+    const MANY_REGISTERS: bool;
+
+    /// Zero-extends the first elements.
+    fn widen_u16(self, x: &[u16]) -> Self::u32s;
+
+    /// `table[index & 15]` in each lane.
+    fn lookup(self, table: &[f32; 16], index: Self::u32s) -> Self::f32s;
+
+    /// Bit i is set where lane i of `a` is at least that of `b`.
+    fn at_least(self, a: Self::f32s, b: Self::f32s) -> u32;
+
+    #[inline(always)]
+    fn load(self, x: &[f32]) -> Self::f32s {
+        Self::as_simd_f32s(&x[..Self::F32_LANES]).0[0]
+    }
+
+    #[inline(always)]
+    fn load_u32(self, x: &[u32]) -> Self::u32s {
+        Self::as_simd_u32s(&x[..Self::F32_LANES]).0[0]
+    }
+
+    #[inline(always)]
+    fn store(self, x: &mut [f32], value: Self::f32s) {
+        Self::as_mut_simd_f32s(&mut x[..Self::F32_LANES]).0[0] = value;
+    }
+
+    #[inline(always)]
+    fn shift_right(self, x: Self::u32s, by: u32) -> Self::u32s {
+        self.wrapping_dyn_shr_u32s(x, self.splat_u32s(by))
+    }
+
+    #[inline(always)]
+    fn shift_left(self, x: Self::u32s, by: u32) -> Self::u32s {
+        self.wrapping_dyn_shl_u32s(x, self.splat_u32s(by))
+    }
+
+    /// Finite half-precision numbers to f32, exactly.
+    #[inline(always)]
+    fn widen_f16(self, x: &[u16]) -> Self::f32s {
+        let h = self.widen_u16(x);
+        let sign = self.shift_left(self.and_u32s(h, self.splat_u32s(0x8000)), 16);
+        let magnitude = self.shift_left(self.and_u32s(h, self.splat_u32s(0x7fff)), 13);
+        // Moving the bits keeps the number but for the exponent's bias, which is 112 less; the product repairs
+        // subnormals too.
+        let value =
+            self.mul_f32s(self.transmute_f32s_u32s(magnitude), self.splat_f32s(f32::from_bits((127 + 112) << 23)));
+        self.transmute_f32s_u32s(self.or_u32s(self.transmute_u32s_f32s(value), sign))
+    }
+
+    #[inline(always)]
+    fn widen_bf16(self, x: &[u16]) -> Self::f32s {
+        self.transmute_f32s_u32s(self.shift_left(self.widen_u16(x), 16))
+    }
+
+    /// eˣ for x ≤ 0 with a relative error below 2⁻²²; exactly 0 below −87, where f32 loses its normal numbers.
+    #[inline(always)]
+    fn exp(self, x: Self::f32s) -> Self::f32s {
+        // Adding 1.5·2²³ rounds to a whole number, which the low bits then hold.
+        let magic = self.splat_f32s(12_582_912.0);
+        let lowest = self.splat_f32s(-87.0);
+        let kept = self.greater_than_or_equal_f32s(x, lowest);
+        let clamped = self.max_f32s(x, lowest);
+        let shifted = self.mul_add_e_f32s(clamped, self.splat_f32s(std::f32::consts::LOG2_E), magic);
+        let n = self.sub_f32s(shifted, magic);
+        // ln 2 in two parts, the first with few bits so that its product with n is exact.
+        let r = self.mul_add_e_f32s(n, self.splat_f32s(-0.693_359_4), clamped);
+        let r = self.mul_add_e_f32s(n, self.splat_f32s(2.121_944_4e-4), r);
+        let mut p = self.splat_f32s(1.0 / 720.0);
+        for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+            p = self.mul_add_e_f32s(p, r, self.splat_f32s(c));
+        }
+        let exponent = self.shift_left(self.transmute_u32s_f32s(shifted), 23);
+        let scaled = self.transmute_f32s_u32s(self.add_u32s(self.transmute_u32s_f32s(p), exponent));
+        self.select_f32s(kept, scaled, self.splat_f32s(0.0))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Lanes for pulp::x86::V4 {
+    const MANY_REGISTERS: bool = true;
+
+    #[inline(always)]
+    fn widen_u16(self, x: &[u16]) -> Self::u32s {
+        let x: [u16; 16] = std::array::from_fn(|i| x[..16][i]);
+        pulp::cast(self.avx512f._mm512_cvtepu16_epi32(pulp::cast(x)))
+    }
+
+    #[inline(always)]
+    fn widen_f16(self, x: &[u16]) -> Self::f32s {
+        let x: [u16; 16] = std::array::from_fn(|i| x[..16][i]);
+        pulp::cast(self.avx512f._mm512_cvtph_ps(pulp::cast(x)))
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: &[f32; 16], index: Self::u32s) -> Self::f32s {
+        pulp::cast(self.avx512f._mm512_permutexvar_ps(pulp::cast(index), pulp::cast(*table)))
+    }
+
+    #[inline(always)]
+    fn at_least(self, a: Self::f32s, b: Self::f32s) -> u32 {
+        const GREATER_OR_EQUAL: i32 = std::arch::x86_64::_CMP_GE_OQ;
+        u32::from(self.avx512f._mm512_cmp_ps_mask::<GREATER_OR_EQUAL>(pulp::cast(a), pulp::cast(b)))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Lanes for pulp::x86::V3 {
+    const MANY_REGISTERS: bool = false;
+
+    #[inline(always)]
+    fn widen_u16(self, x: &[u16]) -> Self::u32s {
+        let x: [u16; 8] = std::array::from_fn(|i| x[..8][i]);
+        pulp::cast(self.avx2._mm256_cvtepu16_epi32(pulp::cast(x)))
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: &[f32; 16], index: Self::u32s) -> Self::f32s {
+        let [low, high]: [[f32; 8]; 2] = pulp::cast(*table);
+        let low = self.avx2._mm256_permutevar8x32_ps(pulp::cast(low), pulp::cast(index));
+        let high = self.avx2._mm256_permutevar8x32_ps(pulp::cast(high), pulp::cast(index));
+        // The blend reads sign bits: bit 3 of the index moves there.
+        let pick = self.shift_left(index, 28);
+        pulp::cast(self.avx._mm256_blendv_ps(low, high, pulp::cast(pick)))
+    }
+
+    #[inline(always)]
+    fn at_least(self, a: Self::f32s, b: Self::f32s) -> u32 {
+        let mask = self.greater_than_or_equal_f32s(a, b);
+        self.avx._mm256_movemask_ps(pulp::cast(mask)) as u32
+    }
+}
+
+/// Lanes by way of memory, for instruction sets of four lanes: the compiler turns the short loops into vector code.
+macro_rules! four_lanes {
+    ($simd: ty, $many: expr) => {
+        impl Lanes for $simd {
+            const MANY_REGISTERS: bool = $many;
+
+            #[inline(always)]
+            fn widen_u16(self, x: &[u16]) -> Self::u32s {
+                let x = &x[..4];
+                pulp::cast([u32::from(x[0]), u32::from(x[1]), u32::from(x[2]), u32::from(x[3])])
+            }
+
+            #[inline(always)]
+            fn lookup(self, table: &[f32; 16], index: Self::u32s) -> Self::f32s {
+                let index: [u32; 4] = pulp::cast(index);
+                pulp::cast(index.map(|i| table[(i & 15) as usize]))
+            }
+
+            #[inline(always)]
+            fn at_least(self, a: Self::f32s, b: Self::f32s) -> u32 {
+                let (a, b): ([f32; 4], [f32; 4]) = (pulp::cast(a), pulp::cast(b));
+                (0..4).map(|i| u32::from(a[i] >= b[i]) << i).sum()
+            }
+        }
+    };
+}
+
+four_lanes!(pulp::Scalar128b, false);
+#[cfg(target_arch = "aarch64")]
+four_lanes!(pulp::aarch64::Neon, true);
+
+/// A computation written over any instruction set. `run` and all it calls must be `inline(always)`, or the compiler
+/// emits it without the instruction set.
+pub(crate) trait Kernel {
+    type Output;
+    fn run<S: Lanes>(self, simd: S) -> Self::Output;
+}
+
+/// An instruction set that was found to be there.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Level {
+    #[cfg(target_arch = "x86_64")]
+    V4(pulp::x86::V4),
+    #[cfg(target_arch = "x86_64")]
+    V3(pulp::x86::V3),
+    #[cfg(target_arch = "aarch64")]
+    Neon(pulp::aarch64::Neon),
+    Portable,
+}
+
+impl Level {
+    /// All that this machine has, best first.
+    pub fn available() -> Vec<Self> {
+        let mut levels = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        levels.extend(pulp::x86::V4::try_new().map(Self::V4));
+        #[cfg(target_arch = "x86_64")]
+        levels.extend(pulp::x86::V3::try_new().map(Self::V3));
+        #[cfg(target_arch = "aarch64")]
+        levels.extend(pulp::aarch64::Neon::try_new().map(Self::Neon));
+        levels.push(Self::Portable);
+        levels
+    }
+
+    /// The best one.
+    pub fn best() -> Self {
+        static BEST: std::sync::OnceLock<Level> = std::sync::OnceLock::new();
+        *BEST.get_or_init(|| Self::available()[0])
+    }
+
+    pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::V4(simd) => Simd::vectorize(simd, Run(simd, kernel)),
+            #[cfg(target_arch = "x86_64")]
+            Self::V3(simd) => Simd::vectorize(simd, Run(simd, kernel)),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(simd) => Simd::vectorize(simd, Run(simd, kernel)),
+            Self::Portable => Simd::vectorize(pulp::Scalar128b, Run(pulp::Scalar128b, kernel)),
+        }
+    }
+}
+
+/// Carries our token past pulp's dispatch, whose own bound is pulp's trait alone.
+struct Run<S, K>(S, K);
+
+impl<S: Lanes, K: Kernel> pulp::WithSimd for Run<S, K> {
+    type Output = K::Output;
+
+    #[inline(always)]
+    fn with_simd<T: Simd>(self, _: T) -> K::Output {
+        self.1.run(self.0)
+    }
+}
+
+/// Element types that kernels read, widening in registers.
+pub(crate) trait Element: bytemuck::Pod + Send + Sync + std::fmt::Debug {
+    fn load<S: Lanes>(simd: S, x: &[Self]) -> S::f32s;
+    fn to_f32(self) -> f32;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn load<S: Lanes>(simd: S, x: &[Self]) -> S::f32s {
+        simd.load(x)
+    }
+
+    fn to_f32(self) -> f32 {
+        self
+    }
+}
+
+impl Element for f16 {
+    #[inline(always)]
+    fn load<S: Lanes>(simd: S, x: &[Self]) -> S::f32s {
+        simd.widen_f16(bytemuck::cast_slice(x))
+    }
+
+    fn to_f32(self) -> f32 {
+        f16::to_f32(self)
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    fn load<S: Lanes>(simd: S, x: &[Self]) -> S::f32s {
+        simd.widen_bf16(bytemuck::cast_slice(x))
+    }
+
+    fn to_f32(self) -> f32 {
+        bf16::to_f32(self)
+    }
+}

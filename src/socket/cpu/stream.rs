@@ -1,0 +1,288 @@
+//! Attention of a few query heads over keys read row by row: bound by memory, so every row is read once for all of
+//! the heads and widened in registers.
+
+use crate::engine::cpu::simd::{Element, Kernel, Lanes};
+
+/// Keys taken together: their logits are known before their values are weighed.
+pub(crate) const BLOCK: usize = 64;
+
+/// Softmax over the keys seen so far, for `heads` query heads: largest logit, sum of exponentials relative to it, and
+/// the weighted sum of values.
+#[derive(Clone, Debug)]
+pub(crate) struct Partial {
+    pub max: Vec<f32>,
+    pub sum: Vec<f32>,
+    /// `[head][dv]`.
+    pub o: Vec<f32>,
+}
+
+impl Partial {
+    pub fn empty(heads: usize, dv: usize) -> Self {
+        Self { max: vec![f32::NEG_INFINITY; heads], sum: vec![0.0; heads], o: vec![0.0; heads * dv] }
+    }
+
+    /// Adds the keys of `other`, which are none of ours.
+    pub fn merge(&mut self, other: &Self) {
+        let dv = self.o.len() / self.max.len().max(1);
+        for h in 0..self.max.len() {
+            if other.max[h] == f32::NEG_INFINITY && other.sum[h] == 0.0 {
+                continue;
+            }
+            let max = self.max[h].max(other.max[h]);
+            let (ours, theirs) = ((self.max[h] - max).exp(), (other.max[h] - max).exp());
+            self.max[h] = max;
+            self.sum[h] = ours * self.sum[h] + theirs * other.sum[h];
+            for (o, x) in self.o[h * dv..][..dv].iter_mut().zip(&other.o[h * dv..]) {
+                *o = ours * *o + theirs * x;
+            }
+        }
+    }
+
+    /// Writes o (`value_dim` of each row) and lse; an empty set gives 0 and −∞.
+    pub fn finish(&self, value_dim: usize, o: &mut [f32], lse: &mut [f32]) {
+        let dv = self.o.len() / self.max.len().max(1);
+        for h in 0..self.max.len() {
+            let out = &mut o[h * value_dim..][..value_dim];
+            if self.sum[h] == 0.0 {
+                out.fill(0.0);
+                lse[h] = f32::NEG_INFINITY;
+            } else {
+                let scale = 1.0 / self.sum[h];
+                out.iter_mut().zip(&self.o[h * dv..]).for_each(|(o, x)| *o = x * scale);
+                lse[h] = self.max[h] + self.sum[h].ln();
+            }
+        }
+    }
+}
+
+/// Attends `count` keys; `k` and `v` give the rows of the i-th.
+pub(crate) struct Stream<'a, K, V> {
+    /// `[head][dk]`.
+    pub q: &'a [f32],
+    pub heads: usize,
+    pub dk: usize,
+    pub dv: usize,
+    pub scale: f32,
+    pub count: usize,
+    pub k: K,
+    pub v: V,
+    /// Rows are scattered: ask for them ahead.
+    pub scattered: bool,
+}
+
+impl<'a, E: Element, K: Fn(usize) -> &'a [E], V: Fn(usize) -> &'a [E]> Kernel for Stream<'a, K, V> {
+    type Output = Partial;
+
+    #[inline(always)]
+    fn run<S: Lanes>(self, simd: S) -> Partial {
+        let mut state = Partial::empty(self.heads, self.dv);
+        let mut logits = vec![0.0f32; self.heads * BLOCK];
+        for first in (0..self.count).step_by(BLOCK) {
+            let n = BLOCK.min(self.count - first);
+            let empty: &[E] = &[];
+            let (mut keys, mut values) = ([empty; BLOCK], [empty; BLOCK]);
+            for i in 0..n {
+                keys[i] = (self.k)(first + i);
+                values[i] = (self.v)(first + i);
+            }
+            if self.scattered {
+                for value in &values[..n] {
+                    prefetch(value);
+                }
+                for i in first + BLOCK..(first + 2 * BLOCK).min(self.count) {
+                    prefetch((self.k)(i));
+                }
+            }
+            self.dots(simd, &keys[..n], &mut logits);
+            for (h, logits) in logits.chunks_exact_mut(BLOCK).enumerate() {
+                logits[n..].fill(f32::NEG_INFINITY);
+                let (max, sum) = (&mut state.max[h], &mut state.sum[h]);
+                let shrink = soften(simd, logits, self.scale, max, sum);
+                rescale(simd, &mut state.o[h * self.dv..][..self.dv], shrink);
+            }
+            self.weigh(simd, &values[..n], &logits, &mut state.o);
+        }
+        state
+    }
+}
+
+/// Asks for the lines of a row that will be read soon.
+#[inline(always)]
+fn prefetch<E>(row: &[E]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..size_of_val(row)).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: prefetching reads nothing into the program and faults on no address; this one is inside the row.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(row.as_ptr().cast::<i8>().add(line)) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = row;
+}
+
+/// Turns raw logits into weights relative to the new maximum; returns the factor for what was summed before.
+/// Logits of −∞ are masked keys.
+#[inline(always)]
+pub(crate) fn soften<S: Lanes>(simd: S, logits: &mut [f32], scale: f32, max: &mut f32, sum: &mut f32) -> f32 {
+    let (logits, _) = S::as_mut_simd_f32s(logits);
+    let factor = simd.splat_f32s(scale);
+    let masked = simd.splat_f32s(f32::NEG_INFINITY);
+    let mut best = masked;
+    for x in logits.iter_mut() {
+        // A masked key stays masked whatever the sign of the scale.
+        let seen = simd.greater_than_f32s(*x, masked);
+        *x = simd.select_f32s(seen, simd.mul_f32s(*x, factor), masked);
+        best = simd.max_f32s(best, *x);
+    }
+    let new = max.max(simd.reduce_max_f32s(best));
+    if new == f32::NEG_INFINITY {
+        logits.fill(simd.splat_f32s(0.0));
+        return 1.0;
+    }
+    let shrink = if *max == new { 1.0 } else { (*max - new).exp() };
+    let reference = simd.splat_f32s(new);
+    let mut total = simd.splat_f32s(0.0);
+    for x in logits.iter_mut() {
+        *x = simd.exp(simd.sub_f32s(*x, reference));
+        total = simd.add_f32s(total, *x);
+    }
+    *sum = *sum * shrink + simd.reduce_sum_f32s(total);
+    *max = new;
+    shrink
+}
+
+#[inline(always)]
+pub(crate) fn rescale<S: Lanes>(simd: S, o: &mut [f32], factor: f32) {
+    if factor != 1.0 {
+        let factor = simd.splat_f32s(factor);
+        for o in S::as_mut_simd_f32s(o).0 {
+            *o = simd.mul_f32s(*o, factor);
+        }
+    }
+}
+
+impl<K, V> Stream<'_, K, V> {
+    /// Raw logits `[head][BLOCK]` of the keys.
+    #[inline(always)]
+    fn dots<S: Lanes, E: Element>(&self, simd: S, keys: &[&[E]], logits: &mut [f32]) {
+        let mut head = 0;
+        while head < self.heads {
+            head += match self.heads - head {
+                4.. => self.dots_of::<S, E, 4, 2>(simd, head, keys, logits),
+                2.. => self.dots_of::<S, E, 2, 4>(simd, head, keys, logits),
+                _ => self.dots_of::<S, E, 1, 4>(simd, head, keys, logits),
+            };
+        }
+    }
+
+    #[inline(always)]
+    fn dots_of<S: Lanes, E: Element, const H: usize, const N: usize>(
+        &self,
+        simd: S,
+        head: usize,
+        keys: &[&[E]],
+        logits: &mut [f32],
+    ) -> usize {
+        let q: [&[f32]; H] = std::array::from_fn(|h| &self.q[(head + h) * self.dk..][..self.dk]);
+        let (whole, rest) = keys.as_chunks::<N>();
+        for (i, keys) in whole.iter().enumerate() {
+            let keys = keys.map(|k| &k[..self.dk]);
+            for (h, sums) in dot_tile::<S, E, H, N>(simd, q, keys).iter().enumerate() {
+                logits[(head + h) * BLOCK + i * N..][..N].copy_from_slice(sums);
+            }
+        }
+        for (i, key) in rest.iter().enumerate() {
+            for (h, sum) in dot_tile::<S, E, H, 1>(simd, q, [&key[..self.dk]]).iter().enumerate() {
+                logits[(head + h) * BLOCK + whole.len() * N + i] = sum[0];
+            }
+        }
+        H
+    }
+
+    /// o += weights · values.
+    #[inline(always)]
+    fn weigh<S: Lanes, E: Element>(&self, simd: S, values: &[&[E]], weights: &[f32], o: &mut [f32]) {
+        let mut head = 0;
+        while head < self.heads {
+            let weights = &weights[head * BLOCK..];
+            let o = &mut o[head * self.dv..];
+            head += match self.heads - head {
+                4.. => self.weigh_of::<S, E, 4, 2>(simd, values, weights, o),
+                2.. => self.weigh_of::<S, E, 2, 4>(simd, values, weights, o),
+                _ => self.weigh_of::<S, E, 1, 8>(simd, values, weights, o),
+            };
+        }
+    }
+
+    #[inline(always)]
+    fn weigh_of<S: Lanes, E: Element, const H: usize, const N: usize>(
+        &self,
+        simd: S,
+        values: &[&[E]],
+        weights: &[f32],
+        o: &mut [f32],
+    ) -> usize {
+        let mut d = 0;
+        while d < self.dv {
+            let left = (self.dv - d) / S::F32_LANES;
+            d += if left >= N {
+                self.weigh_tile::<S, E, H, N>(simd, d, values, weights, o)
+            } else if left >= 2 {
+                self.weigh_tile::<S, E, H, 2>(simd, d, values, weights, o)
+            } else {
+                self.weigh_tile::<S, E, H, 1>(simd, d, values, weights, o)
+            };
+        }
+        H
+    }
+
+    #[inline(always)]
+    fn weigh_tile<S: Lanes, E: Element, const H: usize, const N: usize>(
+        &self,
+        simd: S,
+        d: usize,
+        values: &[&[E]],
+        weights: &[f32],
+        o: &mut [f32],
+    ) -> usize {
+        let lanes = S::F32_LANES;
+        let mut sums: [[S::f32s; N]; H] =
+            std::array::from_fn(|h| std::array::from_fn(|j| simd.load(&o[h * self.dv + d + j * lanes..])));
+        let weights: [&[f32]; H] = std::array::from_fn(|h| &weights[h * BLOCK..][..BLOCK]);
+        for (i, value) in values.iter().enumerate().take(BLOCK) {
+            let value = &value[d..][..N * lanes];
+            let value: [S::f32s; N] = std::array::from_fn(|j| E::load(simd, &value[j * lanes..]));
+            for (sums, weights) in sums.iter_mut().zip(weights) {
+                let weight = simd.splat_f32s(weights[i]);
+                for (sum, value) in sums.iter_mut().zip(value) {
+                    *sum = simd.mul_add_e_f32s(weight, value, *sum);
+                }
+            }
+        }
+        for (h, sums) in sums.iter().enumerate() {
+            for (j, sum) in sums.iter().enumerate() {
+                simd.store(&mut o[h * self.dv + d + j * lanes..], *sum);
+            }
+        }
+        N * lanes
+    }
+}
+
+/// Inner products of H query rows and N keys.
+#[inline(always)]
+fn dot_tile<S: Lanes, E: Element, const H: usize, const N: usize>(
+    simd: S,
+    q: [&[f32]; H],
+    keys: [&[E]; N],
+) -> [[f32; N]; H] {
+    let mut sums = [[simd.splat_f32s(0.0); N]; H];
+    for d in (0..q[0].len()).step_by(S::F32_LANES) {
+        let keys: [S::f32s; N] = std::array::from_fn(|i| E::load(simd, &keys[i][d..]));
+        for (sums, q) in sums.iter_mut().zip(q) {
+            let q = simd.load(&q[d..]);
+            for (sum, key) in sums.iter_mut().zip(keys) {
+                *sum = simd.mul_add_e_f32s(q, key, *sum);
+            }
+        }
+    }
+    sums.map(|sums| sums.map(|sum| simd.reduce_sum_f32s(sum)))
+}
