@@ -34,6 +34,29 @@ pub enum Hyperplanes {
     Supplied(Arc<[f32]>),
 }
 
+impl Hyperplanes {
+    /// The hyperplanes as rows: `[tables * planes, head_dim]`, or `[num_kv_heads, tables * planes, head_dim]` where
+    /// supplied per kv head. What a cache of these sizes hashes with (for [`Hyperplanes::Hadamard`] up to the rounding
+    /// of its fast transform).
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a size of zero or above its limit, and for supplied values that are not finite or do not
+    /// fit.
+    pub fn rows(&self, tables: usize, planes: usize, head_dim: usize, num_kv_heads: usize) -> Result<Vec<f32>> {
+        for (field, value, limit) in [
+            ("tables", tables, MAX_TABLES),
+            ("planes", planes, MAX_PLANES),
+            ("head_dim", head_dim, 512),
+            ("num_kv_heads", num_kv_heads, 1024),
+        ] {
+            if value == 0 || value > limit {
+                return Err(Error::config(field, value, format!("must be 1 to {limit}")));
+            }
+        }
+        Ok(Planes::new(self, tables * planes, head_dim, num_kv_heads)?.rows)
+    }
+}
+
 /// The random signs of one Hadamard block: `first` is applied before the first transform, `second` before the second.
 #[derive(Clone, Debug)]
 pub(crate) struct HadamardBlock {

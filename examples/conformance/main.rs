@@ -1,0 +1,78 @@
+//! Checks golden cases against the library and against its f64 reference.
+//!
+//! One line per checked tensor. Exit code 0 where everything passes, 1 on any FAIL, 2 on a file that cannot be read or
+//! is of no known kind, 3 where beside passes there are cases the library does not offer.
+
+mod suite;
+
+use clap::Parser;
+use softhash::Device;
+use std::{collections::BTreeSet, path::PathBuf, process::ExitCode};
+use suite::{Outcome, fixture::Fixture};
+
+#[derive(Parser)]
+struct Arguments {
+    /// `cpu`, `auto`, or part of a GPU adapter's name.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Fixture files. A `_kv` file stands for the case that it completes.
+    #[arg(required = true)]
+    files: Vec<PathBuf>,
+}
+
+fn open_device(name: &str) -> softhash::Result<Device> {
+    match name {
+        "cpu" => Ok(Device::cpu()),
+        other => Err(softhash::Error::NoAdapter { wanted: other.into(), found: "cpu".into() }),
+    }
+}
+
+/// Replaces a `_kv` companion by its case, so that each case is judged once.
+fn case_path(path: PathBuf) -> PathBuf {
+    let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+    match stem.strip_suffix("_kv") {
+        Some(stem) => path.with_file_name(format!("{stem}.safetensors")),
+        None => path,
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let device = match open_device(&arguments.device) {
+        Ok(device) => device,
+        Err(error) => {
+            eprintln!("{error}");
+            return ExitCode::from(2);
+        }
+    };
+    let (mut passed, mut failed, mut unreadable, mut unsupported) = (0usize, 0usize, 0usize, 0usize);
+    let mut seen = BTreeSet::new();
+    for path in arguments.files.into_iter().map(case_path) {
+        if !seen.insert(path.clone()) {
+            continue;
+        }
+        match Fixture::read(&path).and_then(|case| suite::judge(&device, &case)) {
+            Ok(Outcome::Checked(checks)) => {
+                for check in checks {
+                    println!("{check}");
+                    *(if check.passes() { &mut passed } else { &mut failed }) += 1;
+                }
+            }
+            Ok(Outcome::Unsupported(why)) => {
+                println!("{}: unsupported: {why}", path.display());
+                unsupported += 1;
+            }
+            Err(failure) => {
+                println!("{}: unreadable: {failure}", path.display());
+                unreadable += 1;
+            }
+        }
+    }
+    println!("{passed} passed, {failed} failed, {unreadable} files unreadable, {unsupported} unsupported");
+    ExitCode::from(match (failed, unreadable, unsupported) {
+        (1.., _, _) => 1,
+        (0, 1.., _) => 2,
+        (0, 0, 1..) => 3,
+        (0, 0, 0) => 0,
+    })
+}
