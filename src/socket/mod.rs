@@ -4,6 +4,7 @@ pub(crate) mod cache;
 pub(crate) mod config;
 pub(crate) mod cpu;
 pub(crate) mod executor;
+mod persist;
 pub(crate) mod plan;
 pub(crate) mod problem;
 pub mod reference;
