@@ -155,6 +155,11 @@ impl<'a> TensorView<'a> {
             let expected = format!("[{}]", words.join(", "));
             return Err(Error::Shape { op, tensor, got: self.shape.to_vec(), expected });
         }
+        // Strides of 0 let a small slice stand for any number of tokens; walking them all must end.
+        let (value, limit) = (self.shape[1] as u64, 1 << 30);
+        if value > limit {
+            return Err(Error::Limit { op, what: "tokens of a tensor", value, limit });
+        }
         if self.strides[3] != 1 {
             let expected = format!("a channel stride of 1, got strides {:?}", self.strides);
             return Err(Error::Shape { op, tensor, got: self.shape.to_vec(), expected });

@@ -178,6 +178,8 @@ impl SocketConfig {
         range("tables", self.tables, 1, MAX_TABLES)?;
         range("planes", self.planes, 1, MAX_PLANES)?;
         range("tables * planes", self.tables * self.planes, 1, 8192)?;
+        range("sink", self.sink, 0, 1 << 30)?;
+        range("window", self.window, 0, 1 << 30)?;
         let (field, value) = match self.temperature {
             Temperature::Beta(x) => ("temperature (beta)", x),
             Temperature::Tau(x) => ("temperature (tau)", x),
@@ -200,8 +202,6 @@ impl SocketConfig {
                 ));
             }
         }
-        range("sink", self.sink, 0, 1 << 30)?;
-        range("window", self.window, 0, 1 << 30)?;
         if let Some(c) = self.center {
             range("center", c, 1, 1 << 20)?;
         }

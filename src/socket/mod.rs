@@ -6,6 +6,7 @@ pub(crate) mod cpu;
 pub(crate) mod executor;
 #[cfg(feature = "wgpu")]
 pub(crate) mod gpu;
+mod persist;
 pub(crate) mod plan;
 pub(crate) mod problem;
 pub mod reference;
