@@ -150,7 +150,7 @@ impl Stream {
         let mut stream = Self { shape, k: Vec::new(), v: Vec::new(), heads, topics: Vec::new(), rng };
         let mut topic = 0;
         for t in 0..tokens {
-            if stream.rng.next_u32() % RUN_LENGTH == 0 {
+            if stream.rng.next_u32().is_multiple_of(RUN_LENGTH) {
                 topic = below(&mut stream.rng, TOPICS);
             }
             stream.push(t, topic, at.iter().position(|&n| n == t));
