@@ -30,7 +30,7 @@ const SINK: usize = 4;
 const VALUE_SPREAD: f32 = 0.25;
 /// Parts of a query along the common mean and along the sink's direction.
 const QUERY_ON_MEAN: f32 = 3.0;
-const QUERY_ON_SINK: f32 = 9.0;
+const QUERY_ON_SINK: f32 = 9.6;
 
 /// Heads and channels of a stream.
 #[derive(Clone, Copy, Debug)]

@@ -107,3 +107,59 @@ pub fn write(dir: &Path) -> Result<()> {
     std::fs::write(dir.join("config.json"), config.to_string())?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Model;
+
+    fn refused(dir: &Path) -> String {
+        Model::load(dir).err().map(|e| e.to_string()).unwrap_or_default()
+    }
+
+    fn edit(path: &Path, from: &str, to: &str) -> Result<()> {
+        let text = std::fs::read_to_string(path)?;
+        assert!(text.contains(from), "{} has no {from}", path.display());
+        Ok(std::fs::write(path, text.replace(from, to))?)
+    }
+
+    #[test]
+    fn what_is_written_loads_whole() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        write(dir.path())?;
+        let counted: usize = shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        assert_eq!(Model::load(dir.path())?.parameters(), counted);
+        assert!(write(dir.path()).is_err(), "an existing model must not be overwritten");
+        Ok(())
+    }
+
+    #[test]
+    fn broken_directories_are_refused_by_name() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let (config, index) = (dir.path().join("config.json"), dir.path().join("model.safetensors.index.json"));
+        let second = dir.path().join("model-00002-of-00002.safetensors");
+        assert!(refused(dir.path()).contains("config.json"));
+        write(dir.path())?;
+
+        edit(&config, "\"intermediate_size\":160", "\"intermediate_size\":161")?;
+        assert!(refused(dir.path()).contains("mlp.gate_proj.weight has shape [160, 64]"));
+        edit(&config, "\"intermediate_size\":161", "\"intermediate_size\":160,\"mlp_bias\":true")?;
+        assert!(refused(dir.path()).contains("mlp.gate_proj.bias is missing"));
+        edit(&config, ",\"mlp_bias\":true", "")?;
+        edit(&config, "\"num_hidden_layers\":2", "\"num_hidden_layers\":1")?;
+        assert!(refused(dir.path()).contains("model.layers.1.") && refused(dir.path()).contains("not part"));
+        edit(&config, "\"num_hidden_layers\":1", "\"num_hidden_layers\":2")?;
+        Model::load(dir.path())?;
+
+        let whole = std::fs::read(&second)?;
+        std::fs::write(&second, &whole[..whole.len() / 2])?;
+        assert!(refused(dir.path()).contains("model-00002-of-00002.safetensors"));
+        std::fs::remove_file(&second)?;
+        assert!(refused(dir.path()).contains("model-00002-of-00002.safetensors"));
+        edit(&index, "model-00002-of-00002", "../model-00002-of-00002")?;
+        assert!(refused(dir.path()).contains("no plain file name"));
+        std::fs::remove_file(&index)?;
+        assert!(refused(dir.path()).contains("neither model.safetensors"));
+        Ok(())
+    }
+}

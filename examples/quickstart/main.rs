@@ -72,9 +72,16 @@ fn contenders() -> Vec<Contender> {
 /// What was measured of one contender.
 struct Outcome {
     name: &'static str,
+    /// `None` for the perfect selector, which is no way to run.
+    cost: Option<Cost>,
+    nearness: Nearness,
+}
+
+/// What one decode step takes.
+#[derive(Clone, Copy)]
+struct Cost {
     bytes_per_key: f64,
     step: Duration,
-    nearness: Nearness,
 }
 
 /// The truth of one decode step.
@@ -169,7 +176,7 @@ fn decode(
 ) -> softhash::Result<Outcome> {
     let dim = SHAPE.head_dim;
     let options = DecodeOptions { mode: contender.mode, output: Some(DType::F32), ..Default::default() };
-    let (mut times, mut sum, mut attended) = (Vec::new(), Nearness::default(), 0);
+    let (mut times, mut near, mut attended) = (Vec::new(), Vec::new(), 0);
     for (i, step) in steps.iter().enumerate() {
         let visible = tokens + i + 1;
         let (k, v) = tokens_of(stream, visible - 1..visible);
@@ -185,18 +192,32 @@ fn decode(
             _ => selected(cache, &q, &options)?,
         };
         for (h, truth) in step.heads.iter().enumerate() {
-            let near = truth.compare(&o[h * dim..(h + 1) * dim], &selected[h], &step.heavy[h]);
-            sum.recall += near.recall;
-            sum.mass += near.mass;
-            sum.error += near.error;
+            let o: Vec<f64> = o[h * dim..(h + 1) * dim].iter().map(|x| f64::from(*x)).collect();
+            near.push(truth.compare(&o, &selected[h], &step.heavy[h]));
             attended += selected[h].len();
         }
     }
-    let rows = (steps.len() * SHAPE.q_heads) as f64;
-    let nearness = Nearness { recall: sum.recall / rows, mass: sum.mass / rows, error: sum.error / rows };
-    let bytes_per_key =
-        bytes_per_key(cache, contender.mode, attended as f64 / rows, (tokens + steps.len().div_ceil(2)) as f64);
-    Ok(Outcome { name: contender.name, bytes_per_key, step: median(times), nearness })
+    let visible = tokens as f64 + (steps.len() + 1) as f64 / 2.0;
+    let bytes_per_key = bytes_per_key(cache, contender.mode, attended as f64 / near.len() as f64, visible);
+    let cost = Some(Cost { bytes_per_key, step: median(times) });
+    Ok(Outcome { name: contender.name, cost, nearness: Nearness::mean(&near) })
+}
+
+/// What a selector that knew the true weights would reach: the heaviest keys beside sink and window.
+fn perfect(stream: &Stream, tokens: usize, steps: &[Step]) -> Outcome {
+    let config = SocketConfig::paper();
+    let mut near = Vec::new();
+    for (i, step) in steps.iter().enumerate() {
+        let visible = tokens + i + 1;
+        for (truth, heavy) in step.heads.iter().zip(&step.heavy) {
+            let mut keys: Vec<usize> = (0..config.sink).chain(visible - config.window..visible).collect();
+            keys.extend(heavy);
+            keys.sort_unstable();
+            let o = truth.output_over(stream, keys.iter().copied());
+            near.push(truth.compare(&o, &keys, heavy));
+        }
+    }
+    Outcome { name: "(a perfect selector)", cost: None, nearness: Nearness::mean(&near) }
 }
 
 /// The keys that each query head attends to, ascending.
@@ -212,20 +233,23 @@ fn selected(cache: &mut SocketCache, q: &TensorView<'_>, options: &DecodeOptions
 }
 
 fn report(outcomes: &[Outcome]) {
-    let Some(dense) = outcomes.first() else { return };
+    let Some(dense) = outcomes.first().and_then(|o| o.cost) else { return };
     let rows: Vec<Vec<String>> = outcomes
         .iter()
         .map(|o| {
-            vec![
-                o.name.to_string(),
-                format!("{:.1}", o.bytes_per_key),
-                format!("{:.2}x", dense.bytes_per_key / o.bytes_per_key),
-                format!("{:.3}", o.step.as_secs_f64() * 1e3),
-                format!("{:.2}x", dense.step.as_secs_f64() / o.step.as_secs_f64()),
-                format!("{:.3}", o.nearness.recall),
-                format!("{:.3}", o.nearness.mass),
-                format!("{:.1e}", o.nearness.error),
-            ]
+            let mut cells = vec![o.name.to_string()];
+            cells.extend(match o.cost {
+                None => ["", "", "", ""].map(String::from),
+                Some(cost) => [
+                    format!("{:.1}", cost.bytes_per_key),
+                    format!("{:.2}x", dense.bytes_per_key / cost.bytes_per_key),
+                    format!("{:.3}", cost.step.as_secs_f64() * 1e3),
+                    format!("{:.2}x", dense.step.as_secs_f64() / cost.step.as_secs_f64()),
+                ],
+            });
+            let Nearness { recall, mass, error } = o.nearness;
+            cells.extend([format!("{recall:.3}"), format!("{mass:.3}"), format!("{error:.1e}")]);
+            cells
         })
         .collect();
     let headers = ["", "bytes/key", "less", "ms/step", "faster", "recall", "mass", "error"];
@@ -255,6 +279,7 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
         cache.decode_with(&q, &DecodeOptions { mode: contender.mode, ..Default::default() })?.o.read_blocking()?;
         outcomes.push(decode(contender, &mut cache, &stream, tokens, &steps)?);
     }
+    outcomes.push(perfect(&stream, tokens, &steps));
     bar.finish_and_clear();
 
     report(&outcomes);
