@@ -138,7 +138,7 @@ fn report(names: &[&str], scores: &[Score], bytes: f64, positions: usize) {
             ]
         })
         .collect();
-    table::print(&["", "bits/byte", "less dense", "seconds", "ms/token"], &rows);
+    table::print(&["", "bits/byte", "over dense", "seconds", "ms/token"], &rows);
 }
 
 fn run(args: &Args) -> Result<()> {
