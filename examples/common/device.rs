@@ -2,15 +2,10 @@
 
 use softhash::{Device, Result};
 
-/// The device that `name` asks for: `cpu`, `auto`, or part of an adapter's name.
+/// The device that `name` asks for: `auto`, `cpu`, or part of an adapter's name.
 pub fn choose(name: &str) -> Result<Device> {
     match name {
-        "cpu" => Ok(Device::cpu()),
-        _ => Ok(Device::cpu()),
+        "auto" => Device::auto(),
+        part => Device::by_name(part),
     }
-}
-
-/// Which path runs, and why.
-pub fn report(device: &Device) -> String {
-    format!("{device:?}")
 }

@@ -1,6 +1,7 @@
 //! Linear layers and norms on the CPU.
 
 use gemm::{Parallelism, gemm};
+use rayon::prelude::*;
 
 use crate::Result;
 use crate::weights::Weights;
@@ -89,7 +90,7 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
 
 /// SiLU(gate)·up, in place of `gate`.
 pub fn silu_times(gate: &mut [f32], up: &[f32]) {
-    gate.iter_mut().zip(up).for_each(|(g, u)| *g = *g / (1.0 + (-*g).exp()) * u);
+    gate.par_iter_mut().zip(up).for_each(|(g, u)| *g = *g / (1.0 + (-*g).exp()) * u);
 }
 
 #[cfg(test)]

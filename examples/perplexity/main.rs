@@ -160,7 +160,7 @@ fn run(args: &Args) -> Result<()> {
     let tokens = tokens(args, &model)?;
     let windows = tokens.windows(args.windows as usize, plan.context + 1)?;
 
-    println!("{}", device::report(&device));
+    println!("{}", device.report());
     println!(
         "model: {:.1} M weights, {} layers, {} query heads, {} kv heads, {} channels",
         model.parameters() as f64 * 1e-6,

@@ -259,7 +259,7 @@ fn report(outcomes: &[Outcome]) {
 fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     let (tokens, count) = (args.tokens as usize, args.steps as usize);
     let device = device::choose(&args.device)?;
-    println!("{}", device::report(&device));
+    println!("{}", device.report());
     println!(
         "{tokens} tokens, {} query heads, {} kv heads, {} channels, bf16",
         SHAPE.q_heads, SHAPE.kv_heads, SHAPE.head_dim
@@ -289,6 +289,11 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     println!("recall     share of the true heaviest {} keys found", steps[0].heavy[0].len());
     println!("mass       true attention weight of the attended keys");
     println!("error      of the output, relative to exact attention in f64; means over heads and steps");
+    let kernels = device.report().kernels;
+    if !kernels.is_empty() {
+        let labels: Vec<&str> = kernels.iter().map(|k| k.label.as_str()).collect();
+        println!("kernels    {}", labels.join(", "));
+    }
     Ok(())
 }
 
