@@ -170,14 +170,16 @@ fn run(args: &Args) -> Result<()> {
         config.head_dim
     );
     println!(
-        "last {} positions of {} window(s) at {} tokens; budget {} with sink {} and window {}; {:?} cache",
+        "last {} positions of {} window(s) at {} tokens, {:?} cache; budget {}: {} keys of the last position, {} first \
+         and {} last ones among them",
         plan.scored,
         windows.len(),
         plan.context,
+        plan.dtype,
         args.budget,
+        ((plan.context as f64 * f64::from(args.budget)).ceil() as usize).max(args.sink + args.window).min(plan.context),
         args.sink,
         args.window,
-        plan.dtype
     );
     let bar = progress::bar(plan.work(config.layers, others.len() + 1) * windows.len() as u64);
     let mut totals = vec![Score::default(); others.len() + 1];
