@@ -160,6 +160,8 @@ fn run(args: &Args) -> Result<()> {
     let tokens = tokens(args, &model)?;
     let windows = tokens.windows(args.windows as usize, plan.context + 1)?;
 
+    let share = (plan.context as f64 * f64::from(args.budget)).ceil() as usize;
+    let attended = share.max(args.sink + args.window).min(plan.context);
     println!("{}", device.report());
     println!(
         "model: {:.1} M weights, {} layers, {} query heads, {} kv heads, {} channels",
@@ -177,7 +179,7 @@ fn run(args: &Args) -> Result<()> {
         plan.context,
         plan.dtype,
         args.budget,
-        ((plan.context as f64 * f64::from(args.budget)).ceil() as usize).max(args.sink + args.window).min(plan.context),
+        attended,
         args.sink,
         args.window,
     );
