@@ -80,20 +80,20 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let row = ((page & 0xfffffu) * KV_HEADS + head) * PAGE + position % PAGE;
     var words = vec4<u32>();
     if piece < K_PIECES {
-        let from = p.in_offset + item.batch_row * p.in_batch + token * p.in_token + head * p.in_head;
+        let source_at = p.in_offset + item.batch_row * p.in_batch + token * p.in_token + head * p.in_head;
         for (var i = 0u; i < 4u * PER_WORD; i++) {
             let channel = piece * 4u * PER_WORD + i;
             if channel < HEAD_DIM {
-                words[i / PER_WORD] |= k_element(from + channel) << (i % PER_WORD * 16u);
+                words[i / PER_WORD] |= k_element(source_at + channel) << (i % PER_WORD * 16u);
             }
         }
         k_pages[row * K_PIECES + piece] = words;
     } else {
-        let from = p.in2_offset + item.batch_row * p.in2_batch + token * p.in2_token + head * p.in2_head;
+        let source_at = p.in2_offset + item.batch_row * p.in2_batch + token * p.in2_token + head * p.in2_head;
         for (var i = 0u; i < 4u * PER_WORD; i++) {
             let channel = (piece - K_PIECES) * 4u * PER_WORD + i;
             if channel < VALUE_DIM {
-                words[i / PER_WORD] |= v_element(from + channel) << (i % PER_WORD * 16u);
+                words[i / PER_WORD] |= v_element(source_at + channel) << (i % PER_WORD * 16u);
             }
         }
         v_pages[row * V_PIECES + piece - K_PIECES] = words;

@@ -115,19 +115,19 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 for (var b = 0u; b < bits; b++) {
                     // Bit b of digit d is bit 4d + b of the code, whose most significant bit is plane 0.
                     let projection = u[table * PLANES + PLANES - 1u - digit * 4u - b];
-                    let set = ((value >> b) & 1u) == 1u;
+                    let is_one = ((value >> b) & 1u) == 1u;
 #ifdef SOFT_COLLISION
                     let t = 2.0 * p.beta * bounded_tanh(projection);
-                    entry *= logistic(select(-t, t, set));
+                    entry *= logistic(select(-t, t, is_one));
 #endif
 #ifdef SIGN_PROJECTION
-                    entry += select(-projection, projection, set) * p.scale;
+                    entry += select(-projection, projection, is_one) * p.scale;
 #endif
 #ifdef HARD_COLLISION
-                    entry = select(0.0, entry, set == (projection >= 0.0));
+                    entry = select(0.0, entry, is_one == (projection >= 0.0));
 #endif
 #ifdef HAMMING
-                    entry += select(0.0, 1.0, set == (projection >= 0.0));
+                    entry += select(0.0, 1.0, is_one == (projection >= 0.0));
 #endif
                 }
                 tables[at + 4u + block / PLANES * DIGITS * 16u + i] = entry;

@@ -130,7 +130,8 @@ impl GpuExecutor {
         let shape = vec![problem.batch(), problem.tq, g.num_q_heads];
         let (lse, lse_buffer) = self.output(op, DType::F32, shape.clone())?;
         let (o, o_buffer) = self.output(op, problem.output, [shape, vec![g.value_dim]].concat())?;
-        let sparse = problem.kind == Kind::Sparse && (problem.want_selection || problem.rows.iter().any(|r| !r.is_dense()));
+        let sparse =
+            problem.kind == Kind::Sparse && (problem.want_selection || problem.rows.iter().any(|r| !r.is_dense()));
         if problem.rows.is_empty() {
             let selection = if problem.want_selection { Some(self.selection_buffers(problem)?.0) } else { None };
             return Ok((Passes::new(&self.ctx, op).ready()?, Attended { o, lse, selection }));
@@ -266,8 +267,7 @@ impl GpuExecutor {
             let kernel = Kernel::MergePartials { output: problem.output };
             passes.dispatch(self.key(kernel), params, block_rows * g.num_q_heads as u64, binds)?;
             if let (Some(s), Some((_, indices, values))) = (&selecting, &collected) {
-                let binds =
-                    vec![rows_part.clone(), Bind::from(&s.scores), Bind::from(indices), Bind::from(values)];
+                let binds = vec![rows_part.clone(), Bind::from(&s.scores), Bind::from(indices), Bind::from(values)];
                 let groups = block_rows * (g.num_kv_heads * g.score_rows()) as u64;
                 passes.dispatch(self.key(Kernel::Collect), params, groups, binds)?;
             }
@@ -421,7 +421,9 @@ impl GpuExecutor {
             let in_reach = |entry: u32| {
                 // Entries of a sequence ascend, so pages past the last visible key are at the end.
                 let mine = self.sequences[b].pages.iter().enumerate().filter(|(_, p)| slab_of(**p) == slab.slab);
-                mine.map(|(logical, _)| logical).nth((entry - entries.start) as usize).is_some_and(|l| l * g.page < reach)
+                mine.map(|(logical, _)| logical)
+                    .nth((entry - entries.start) as usize)
+                    .is_some_and(|l| l * g.page < reach)
             };
             let mut first = entries.start;
             while first < entries.end && in_reach(first) {

@@ -52,7 +52,10 @@ pub(crate) fn stage(
         let at = start / align * align;
         let bytes = (start - at + extent * size as u64).next_multiple_of(4).max(4);
         if at + bytes > buffer.size() {
-            return Err(Error::Unsupported { op, why: "input buffers must have a size that is a multiple of 4".into() });
+            return Err(Error::Unsupported {
+                op,
+                why: "input buffers must have a size that is a multiple of 4".into(),
+            });
         }
         if bytes > limit || extent > u64::from(u32::MAX) / 2 {
             return Err(too_large(bytes));

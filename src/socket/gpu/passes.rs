@@ -12,7 +12,11 @@ use std::sync::Arc;
 #[derive(Clone)]
 pub(crate) enum Bind {
     Whole(wgpu::Buffer),
-    Range { buffer: wgpu::Buffer, offset: u64, size: u64 },
+    Range {
+        buffer: wgpu::Buffer,
+        offset: u64,
+        size: u64,
+    },
     /// A part given to [`Passes::part`].
     Part(usize),
 }

@@ -1,1 +1,197 @@
+//! Every variant of every shader: parsed, validated, checked against its bindings and limits, and written as SPIR-V,
+//! MSL and HLSL.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use super::kernels::{Kernel, Key};
+use super::params::{Entry, Item, Params, Row};
+use crate::engine::gpu::{Binding, KernelKey};
+use crate::socket::config::{CacheShape, Rule, Scoring, SelectionScope, SocketConfig};
+use crate::socket::plan::{Geometry, WORKGROUP_MEMORY};
+use crate::socket::problem::CacheSpec;
+use crate::tensor::DType;
+use naga::valid::{Capabilities, ValidationFlags, Validator};
+
+fn geometries() -> Vec<Geometry> {
+    let mut all = Vec::new();
+    let mut add = |config: SocketConfig, heads: (usize, usize), dims: (usize, usize), dtype, page_tokens| {
+        let shape =
+            CacheShape { num_q_heads: heads.0, num_kv_heads: heads.1, head_dim: dims.0, value_dim: dims.1, dtype };
+        all.push(Geometry::new(&CacheSpec { config, shape, page_tokens }));
+    };
+    for dtype in [DType::F32, DType::F16, DType::Bf16] {
+        add(SocketConfig::paper(), (32, 8), (128, 128), dtype, 1024);
+        add(SocketConfig::fast(), (8, 1), (256, 256), dtype, 64);
+    }
+    for (heads, dims) in
+        [((4, 4), (64, 80)), ((6, 2), (96, 64)), ((16, 1), (80, 128)), ((3, 1), (5, 7)), ((2, 1), (512, 512))]
+    {
+        add(SocketConfig::paper(), heads, dims, DType::F32, 64);
+        add(SocketConfig::fast(), heads, dims, DType::Bf16, 4096);
+    }
+    for scoring in [Scoring::SoftCollision, Scoring::SignProjection, Scoring::HardCollision, Scoring::Hamming] {
+        for scope in [SelectionScope::PerHead, SelectionScope::PerGroup] {
+            for (rule, value_norm, center) in [(Rule::Disjoint, true, Some(100)), (Rule::Union, false, None)] {
+                let normalize_query = value_norm;
+                let config =
+                    SocketConfig { scoring, scope, rule, value_norm, center, normalize_query, ..SocketConfig::paper() };
+                add(config, (32, 8), (128, 128), DType::Bf16, 1024);
+            }
+        }
+    }
+    for planes in 1..=16 {
+        let config = SocketConfig { planes, tables: 480 / planes, ..SocketConfig::paper() };
+        add(config, (8, 2), (64, 64), DType::F16, 256);
+    }
+    all
+}
+
+fn keys() -> Vec<Key> {
+    let mut keys = Vec::new();
+    for geometry in geometries() {
+        let mut add = |kernel| keys.push(Key { kernel, geometry });
+        [Kernel::StoreKv, Kernel::MeanKeys, Kernel::HashKeys, Kernel::HashStep].map(&mut add);
+        [Kernel::Candidates, Kernel::Threshold, Kernel::Collect].map(&mut add);
+        for dtype in [DType::F32, DType::F16, DType::Bf16] {
+            add(Kernel::HashQuery { q: dtype });
+            add(Kernel::MergePartials { output: dtype });
+            add(Kernel::Prefill { q: dtype });
+        }
+        for chunk in [256, 1024].map(|chunk: usize| chunk.min(geometry.page)) {
+            add(Kernel::Score { chunk });
+            add(Kernel::Attend { q: DType::Bf16, chunk, sparse: true });
+            add(Kernel::Attend { q: DType::F32, chunk, sparse: false });
+        }
+    }
+    keys.sort_by_key(KernelKey::label);
+    keys.dedup_by_key(|key| key.label());
+    keys
+}
+
+fn parse(key: &Key) -> naga::Module {
+    let source = key.source();
+    naga::front::wgsl::parse_str(&source.wgsl)
+        .unwrap_or_else(|e| panic!("{}: {}", key.label(), e.emit_to_string(&source.wgsl)))
+}
+
+#[test]
+fn every_variant_validates_and_translates() {
+    for key in keys() {
+        let label = key.label();
+        let module = parse(&key);
+        // The one capability is core WebGPU: half floats unpacked from integers.
+        let mut validator = Validator::new(ValidationFlags::all(), Capabilities::SHADER_FLOAT16_IN_FLOAT32);
+        let info =
+            validator.validate(&module).unwrap_or_else(|e| panic!("{label}: {}", e.emit_to_string(&key.source().wgsl)));
+        let spirv = naga::back::spv::write_vec(&module, &info, &naga::back::spv::Options::default(), None).unwrap();
+        assert!(!spirv.is_empty(), "{label}");
+        let options = naga::back::msl::Options { fake_missing_bindings: true, ..Default::default() };
+        let (msl, _) =
+            naga::back::msl::write_string(&module, &info, &options, &naga::back::msl::PipelineOptions::default())
+                .unwrap_or_else(|e| panic!("{label}: {e}"));
+        assert!(msl.contains("kernel void"), "{label}");
+        let options = naga::back::hlsl::Options { fake_missing_bindings: true, ..Default::default() };
+        let mut hlsl = String::new();
+        naga::back::hlsl::Writer::new(&mut hlsl, &options, &naga::back::hlsl::PipelineOptions::default())
+            .write(&module, &info, None)
+            .unwrap_or_else(|e| panic!("{label}: {e}"));
+        assert!(hlsl.contains("numthreads"), "{label}");
+    }
+}
+
+#[test]
+fn bindings_and_workgroup_memory_stay_in_limits() {
+    for key in keys() {
+        let (label, module, bindings) = (key.label(), parse(&key), key.source().bindings);
+        let mut layouter = naga::proc::Layouter::default();
+        layouter.update(module.to_ctx()).unwrap();
+        let mut storage = 0;
+        let mut workgroup = 0;
+        for (_, variable) in module.global_variables.iter() {
+            match variable.space {
+                naga::AddressSpace::WorkGroup => {
+                    workgroup += layouter[variable.ty].size.next_multiple_of(16) as usize;
+                }
+                naga::AddressSpace::Storage { access } => {
+                    storage += 1;
+                    let written = access.contains(naga::StorageAccess::STORE);
+                    let place = variable.binding.as_ref().unwrap().binding as usize;
+                    let expected = if written { Binding::ReadWrite } else { Binding::Read };
+                    assert_eq!(bindings[place], expected, "{label}: binding {place}");
+                }
+                naga::AddressSpace::Uniform => {
+                    assert_eq!(bindings[0], Binding::Uniform { size: layouter[variable.ty].size.into() }, "{label}");
+                }
+                _ => {}
+            }
+        }
+        assert_eq!(storage + 1, bindings.len(), "{label}: unused bindings");
+        assert!(storage <= 7, "{label}: {storage} storage buffers");
+        assert!(workgroup <= WORKGROUP_MEMORY, "{label}: {workgroup} bytes of workgroup memory");
+    }
+}
+
+#[test]
+fn structs_have_the_offsets_of_their_rust_twins() {
+    let mut seen = std::collections::BTreeMap::new();
+    for key in keys() {
+        for (_, ty) in parse(&key).types.iter() {
+            if let (Some(name), naga::TypeInner::Struct { members, span }) = (&ty.name, &ty.inner) {
+                let fields: Vec<_> = members.iter().map(|m| (m.name.clone().unwrap(), m.offset)).collect();
+                seen.insert(name.clone(), (fields, *span as usize));
+            }
+        }
+    }
+    macro_rules! same {
+        ($name:literal, $ty:ty, $($field:ident).+ => $wgsl:literal) => {
+            let (fields, span) = &seen[$name];
+            assert_eq!(*span, size_of::<$ty>(), $name);
+            let offset = fields.iter().find(|(name, _)| name == $wgsl).unwrap_or_else(|| panic!("{} lacks {}", $name, $wgsl)).1;
+            assert_eq!(offset as usize, std::mem::offset_of!($ty, $($field).+), "{}.{}", $name, $wgsl);
+        };
+    }
+    macro_rules! check {
+        ($name:literal, $ty:ty, [$($field:ident),* $(,)?]) => {
+            $(
+                let (fields, span) = &seen[$name];
+                assert_eq!(*span, size_of::<$ty>(), $name);
+                let found = fields.iter().find(|(name, _)| name == stringify!($field));
+                let offset = found.unwrap_or_else(|| panic!("{} lacks {}", $name, stringify!($field))).1;
+                assert_eq!(offset as usize, std::mem::offset_of!($ty, $field), "{}.{}", $name, stringify!($field));
+            )*
+        };
+    }
+    check!(
+        "Params",
+        Params,
+        [
+            groups,
+            group_width,
+            batch,
+            tq,
+            entries,
+            first_entry,
+            slab,
+            max_count,
+            scale,
+            beta,
+            planes_stride,
+            items,
+            sink,
+            window,
+            header,
+            width,
+            first_row,
+            row_shift,
+        ]
+    );
+    same!("Params", Params, input.offset => "in_offset");
+    same!("Params", Params, input.batch => "in_batch");
+    same!("Params", Params, input.token => "in_token");
+    same!("Params", Params, input.head => "in_head");
+    same!("Params", Params, input2.offset => "in2_offset");
+    same!("Params", Params, input2.head => "in2_head");
+    check!("Row", Row, [visible, heavy, slot, unindexed, score_base, part_base, part_count, reserved]);
+    check!("Item", Item, [batch_row, start, count, first_page, pages_at, slot, hash_start, hash_end]);
+    check!("Entry", Entry, [sequence, logical, page, reserved]);
+}

@@ -52,7 +52,8 @@ impl GpuExecutor {
             let range = |row: usize| tokens.start * heads * row..tokens.end * heads * row;
             self.rows(&mut parts[0], &mut data.k[range(k_row)], g.k_pieces() * 16, k_row, false);
             self.rows(&mut parts[1], &mut data.v[range(v_row)], g.v_pieces() * 16, v_row, false);
-            let index: Vec<u32> = parts[2].chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+            let index: Vec<u32> =
+                parts[2].chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
             for token in tokens.start..tokens.end.min(state.indexed).max(tokens.start) {
                 for head in 0..heads {
                     let word = |w: usize| index[(head * g.index_words() + w) * g.page + token - first];
