@@ -146,6 +146,17 @@ impl<'a> TensorView<'a> {
 
     /// Checks dtype, shape, strides and storage size; and, for host slices, that every element is finite.
     pub(crate) fn check(&self, op: &'static str, tensor: &'static str, expected: [Option<usize>; 4]) -> Result<()> {
+        self.check_layout(op, tensor, expected)?;
+        self.check_finite(op, tensor)
+    }
+
+    /// As [`TensorView::check`], leaving the elements unread.
+    pub(crate) fn check_layout(
+        &self,
+        op: &'static str,
+        tensor: &'static str,
+        expected: [Option<usize>; 4],
+    ) -> Result<()> {
         if !self.dtype.is_float() {
             let expected = "F32, F16 or Bf16".into();
             return Err(Error::DType { op, tensor, got: self.dtype, expected });
@@ -181,7 +192,7 @@ impl<'a> TensorView<'a> {
         if self.extent() > available {
             return Err(Error::OutOfBounds { op, tensor, needed: self.extent(), available });
         }
-        self.check_finite(op, tensor)
+        Ok(())
     }
 
     fn check_finite(&self, op: &'static str, tensor: &'static str) -> Result<()> {

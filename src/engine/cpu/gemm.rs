@@ -96,10 +96,14 @@ impl Strip {
         let lanes = S::F32_LANES;
         // SAFETY: the caller vouches for all rows, columns and depths; unaligned accesses are used throughout.
         unsafe {
-            let mut sum = [[simd.splat_f32s(0.0); NV]; M];
+            let zero = simd.splat_f32s(0.0);
+            let mut sum = [[zero; NV]; M];
             for d in 0..self.depth {
                 let row = self.b.add(d * self.b_stride + col);
-                let b: [S::f32s; NV] = std::array::from_fn(|j| row.add(j * lanes).cast::<S::f32s>().read_unaligned());
+                let mut b = [zero; NV];
+                for (j, b) in b.iter_mut().enumerate() {
+                    *b = row.add(j * lanes).cast::<S::f32s>().read_unaligned();
+                }
                 for (i, sum) in sum.iter_mut().enumerate() {
                     let a = simd.splat_f32s(*self.a.add(i * self.a_stride + d));
                     for (sum, b) in sum.iter_mut().zip(b) {

@@ -98,13 +98,13 @@ impl Lanes for pulp::x86::V4 {
 
     #[inline(always)]
     fn widen_u16(self, x: &[u16]) -> Self::u32s {
-        let x: [u16; 16] = std::array::from_fn(|i| x[..16][i]);
+        let x: [u16; 16] = x[..16].as_chunks().0[0];
         pulp::cast(self.avx512f._mm512_cvtepu16_epi32(pulp::cast(x)))
     }
 
     #[inline(always)]
     fn widen_f16(self, x: &[u16]) -> Self::f32s {
-        let x: [u16; 16] = std::array::from_fn(|i| x[..16][i]);
+        let x: [u16; 16] = x[..16].as_chunks().0[0];
         pulp::cast(self.avx512f._mm512_cvtph_ps(pulp::cast(x)))
     }
 
@@ -126,7 +126,7 @@ impl Lanes for pulp::x86::V3 {
 
     #[inline(always)]
     fn widen_u16(self, x: &[u16]) -> Self::u32s {
-        let x: [u16; 8] = std::array::from_fn(|i| x[..8][i]);
+        let x: [u16; 8] = x[..8].as_chunks().0[0];
         pulp::cast(self.avx2._mm256_cvtepu16_epi32(pulp::cast(x)))
     }
 
@@ -179,7 +179,7 @@ four_lanes!(pulp::Scalar128b, false);
 four_lanes!(pulp::aarch64::Neon, true);
 
 /// A computation written over any instruction set. `run` and all it calls must be `inline(always)`, or the compiler
-/// emits it without the instruction set.
+/// emits it without the instruction set; closures that compute with vectors cannot be, so kernels have none.
 pub(crate) trait Kernel {
     type Output;
     fn run<S: Lanes>(self, simd: S) -> Self::Output;

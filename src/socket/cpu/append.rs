@@ -237,8 +237,8 @@ impl<E: Element> Kernel for HashKernel<'_, E> {
                 let value = &task.v[(first + t) * g.dv..][..g.dv];
                 if config.scoring == Scoring::SignProjection {
                     let key = &centred[t * g.dk..][..g.dk];
-                    let spread = sum_of(simd, signs, |x| simd.abs_f32s(x));
-                    let square = sum_of(simd, key, |x| simd.mul_f32s(x, x));
+                    let spread = sum_of_magnitudes(simd, signs);
+                    let square = sum_of_squares(simd, key);
                     task.gain[first + t] = if spread > 0.0 { square / spread } else { 0.0 };
                     if config.value_norm {
                         task.bias[first + t] = norm(simd, value).max(f32::MIN_POSITIVE).ln();
@@ -264,17 +264,27 @@ pub(crate) fn pack<S: Lanes>(simd: S, projected: &[f32]) -> u32 {
 }
 
 #[inline(always)]
-fn sum_of<S: Lanes, E: Element>(simd: S, row: &[E], f: impl Fn(S::f32s) -> S::f32s) -> f32 {
+fn sum_of_magnitudes<S: Lanes>(simd: S, row: &[f32]) -> f32 {
     let mut sum = simd.splat_f32s(0.0);
     for i in (0..row.len()).step_by(S::F32_LANES) {
-        sum = simd.add_f32s(sum, f(E::load(simd, &row[i..])));
+        sum = simd.add_f32s(sum, simd.abs_f32s(simd.load(&row[i..])));
+    }
+    simd.reduce_sum_f32s(sum)
+}
+
+#[inline(always)]
+fn sum_of_squares<S: Lanes, E: Element>(simd: S, row: &[E]) -> f32 {
+    let mut sum = simd.splat_f32s(0.0);
+    for i in (0..row.len()).step_by(S::F32_LANES) {
+        let x = E::load(simd, &row[i..]);
+        sum = simd.mul_add_e_f32s(x, x, sum);
     }
     simd.reduce_sum_f32s(sum)
 }
 
 #[inline(always)]
 fn norm<S: Lanes, E: Element>(simd: S, row: &[E]) -> f32 {
-    sum_of(simd, row, |x| simd.mul_f32s(x, x)).sqrt()
+    sum_of_squares(simd, row).sqrt()
 }
 
 /// Projects rows `[n][dk]` (padded) on the planes of a kv head: `[n][columns]`.

@@ -9,7 +9,8 @@ mod stream;
 mod tables;
 mod tile;
 
-use crate::engine::cpu::simd::{Element, padded};
+use crate::engine::cpu::memory::zeros;
+use crate::engine::cpu::simd::Element;
 use crate::error::{Error, Result};
 use crate::lsh::Planes;
 use crate::socket::executor::{Attended, Executor, Memory, Recording, Selection, SequenceData};
@@ -128,24 +129,31 @@ impl<E: Stored> Cpu<E> {
         let count = self.seqs.len();
         self.seqs.get_mut(index).ok_or(Error::NoSuchSequence { op, index, count })
     }
+}
 
-    /// q as f32 rows `[batch * tq][query head][dk]`.
-    fn query(&self, op: &'static str, q: &TensorView<'_>) -> Result<Vec<f32>> {
-        let [batch, tokens, heads, dim] = q.shape();
-        let dk = padded(dim);
-        let mut out = crate::engine::cpu::memory::zeros::<f32>(op, batch * tokens * heads * dk)?;
-        for (i, row) in out.chunks_exact_mut(dk).enumerate() {
-            let at = q.row_offset(i / heads / tokens, i / heads % tokens, i % heads);
-            match q.storage() {
-                Storage::F32(s) => row[..dim].copy_from_slice(&s[at..at + dim]),
-                Storage::F16(s) => row.iter_mut().zip(&s[at..at + dim]).for_each(|(o, x)| *o = x.to_f32()),
-                Storage::Bf16(s) => row.iter_mut().zip(&s[at..at + dim]).for_each(|(o, x)| *o = x.to_f32()),
-                #[cfg(feature = "wgpu")]
-                Storage::Buffer { .. } => return Err(on_gpu(op, "q")),
-            }
-        }
-        Ok(out)
+/// A host tensor as f32, row-major, each row of channels padded with zeros to `stride`.
+fn rows(op: &'static str, tensor: &'static str, view: &TensorView<'_>, stride: usize) -> Result<Vec<f32>> {
+    let [batch, tokens, heads, dim] = view.shape();
+    let mut out = zeros::<f32>(op, batch * tokens * heads * stride)?;
+    if out.is_empty() {
+        return Ok(out);
     }
+    for (i, row) in out.chunks_exact_mut(stride).enumerate() {
+        let at = view.row_offset(i / heads / tokens, i / heads % tokens, i % heads);
+        match view.storage() {
+            Storage::F32(s) => row[..dim].copy_from_slice(&s[at..at + dim]),
+            Storage::F16(s) => row.iter_mut().zip(&s[at..at + dim]).for_each(|(o, x)| *o = x.to_f32()),
+            Storage::Bf16(s) => row.iter_mut().zip(&s[at..at + dim]).for_each(|(o, x)| *o = x.to_f32()),
+            #[cfg(feature = "wgpu")]
+            Storage::Buffer { .. } => return Err(on_gpu(op, tensor)),
+        }
+    }
+    Ok(out)
+}
+
+/// A host tensor as f32, row-major.
+pub(crate) fn host_values(op: &'static str, tensor: &'static str, view: &TensorView<'_>) -> Result<Vec<f32>> {
+    rows(op, tensor, view, view.shape()[3])
 }
 
 /// f32 values rounded to the nearest of `dtype` (ties to even), little endian.
@@ -196,7 +204,7 @@ impl<E: Stored> Executor for Cpu<E> {
     }
 
     fn attend(&mut self, _: Recording<'_>, q: &TensorView<'_>, problem: &AttendProblem) -> Result<Attended> {
-        let q = self.query(problem.op, q)?;
+        let q = rows(problem.op, "q", q, self.g.dk)?;
         let call = Call {
             config: &self.spec.config,
             g: &self.g,

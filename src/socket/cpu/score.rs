@@ -68,7 +68,10 @@ impl Score<'_> {
         let layout = self.layout;
         let (tables, _) = self.tables.as_chunks::<{ BitLayout::DIGIT }>();
         let per_head = layout.tables * DIGITS;
-        let tables: [&[[f32; 16]]; H] = std::array::from_fn(|h| &tables[(head + h) * per_head..][..per_head]);
+        let mut of_head: [&[[f32; 16]]; H] = [&[]; H];
+        for (h, of_head) in of_head.iter_mut().enumerate() {
+            *of_head = &tables[(head + h) * per_head..][..per_head];
+        }
         let zero = simd.splat_f32s(0.0);
         let scale = simd.splat_f32s(self.scale);
         let end = self.keys.next_multiple_of(2 * ROW).min(self.stride);
@@ -82,9 +85,13 @@ impl Score<'_> {
                     if entry == per_head {
                         break;
                     }
-                    let index: [[S::u32s; 2]; DIGITS] =
-                        std::array::from_fn(|d| word.map(|w| simd.shift_right(w, shift + 4 * d as u32)));
-                    for (sums, tables) in sums.iter_mut().zip(tables) {
+                    let mut index = [word; DIGITS];
+                    for (d, index) in index.iter_mut().enumerate() {
+                        for index in index {
+                            *index = simd.shift_right(*index, shift + 4 * d as u32);
+                        }
+                    }
+                    for (sums, tables) in sums.iter_mut().zip(of_head) {
                         let table: &[[f32; 16]; DIGITS] = match tables[entry..entry + DIGITS].try_into() {
                             Ok(table) => table,
                             Err(_) => return H,
@@ -118,9 +125,15 @@ impl Score<'_> {
                 let out = &mut self.out[(head + h) * self.stride..][..self.stride];
                 for (i, sum) in sums.iter().enumerate() {
                     let at = key + i * lanes;
-                    let gain = self.gain.map_or(simd.splat_f32s(1.0), |g| simd.load(&g[at..]));
+                    let gain = match self.gain {
+                        Some(gain) => simd.load(&gain[at..]),
+                        None => simd.splat_f32s(1.0),
+                    };
                     let logit = simd.mul_f32s(simd.mul_add_e_f32s(gain, *sum, shift), scale);
-                    let bias = self.bias.map_or(zero, |b| simd.load(&b[at..]));
+                    let bias = match self.bias {
+                        Some(bias) => simd.load(&bias[at..]),
+                        None => zero,
+                    };
                     simd.store(&mut out[at..], simd.add_f32s(logit, bias));
                 }
             }

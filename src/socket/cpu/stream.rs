@@ -182,16 +182,18 @@ impl<K, V> Stream<'_, K, V> {
         keys: &[&[E]],
         logits: &mut [f32],
     ) -> usize {
-        let q: [&[f32]; H] = std::array::from_fn(|h| &self.q[(head + h) * self.dk..][..self.dk]);
+        let mut q: [&[f32]; H] = [&[]; H];
+        for (h, q) in q.iter_mut().enumerate() {
+            *q = &self.q[(head + h) * self.dk..][..self.dk];
+        }
         let (whole, rest) = keys.as_chunks::<N>();
         for (i, keys) in whole.iter().enumerate() {
-            let keys = keys.map(|k| &k[..self.dk]);
-            for (h, sums) in dot_tile::<S, E, H, N>(simd, q, keys).iter().enumerate() {
+            for (h, sums) in dot_tile::<S, E, H, N>(simd, q, *keys).iter().enumerate() {
                 logits[(head + h) * BLOCK + i * N..][..N].copy_from_slice(sums);
             }
         }
         for (i, key) in rest.iter().enumerate() {
-            for (h, sum) in dot_tile::<S, E, H, 1>(simd, q, [&key[..self.dk]]).iter().enumerate() {
+            for (h, sum) in dot_tile::<S, E, H, 1>(simd, q, [key]).iter().enumerate() {
                 logits[(head + h) * BLOCK + whole.len() * N + i] = sum[0];
             }
         }
@@ -245,13 +247,22 @@ impl<K, V> Stream<'_, K, V> {
         o: &mut [f32],
     ) -> usize {
         let lanes = S::F32_LANES;
-        let mut sums: [[S::f32s; N]; H] =
-            std::array::from_fn(|h| std::array::from_fn(|j| simd.load(&o[h * self.dv + d + j * lanes..])));
-        let weights: [&[f32]; H] = std::array::from_fn(|h| &weights[h * BLOCK..][..BLOCK]);
+        let zero = simd.splat_f32s(0.0);
+        let mut sums = [[zero; N]; H];
+        let mut of_head: [&[f32]; H] = [&[]; H];
+        for (h, sums) in sums.iter_mut().enumerate() {
+            for (j, sum) in sums.iter_mut().enumerate() {
+                *sum = simd.load(&o[h * self.dv + d + j * lanes..]);
+            }
+            of_head[h] = &weights[h * BLOCK..][..BLOCK];
+        }
         for (i, value) in values.iter().enumerate().take(BLOCK) {
-            let value = &value[d..][..N * lanes];
-            let value: [S::f32s; N] = std::array::from_fn(|j| E::load(simd, &value[j * lanes..]));
-            for (sums, weights) in sums.iter_mut().zip(weights) {
+            let row = &value[d..][..N * lanes];
+            let mut value = [zero; N];
+            for (j, value) in value.iter_mut().enumerate() {
+                *value = E::load(simd, &row[j * lanes..]);
+            }
+            for (sums, weights) in sums.iter_mut().zip(of_head) {
                 let weight = simd.splat_f32s(weights[i]);
                 for (sum, value) in sums.iter_mut().zip(value) {
                     *sum = simd.mul_add_e_f32s(weight, value, *sum);
@@ -274,9 +285,18 @@ fn dot_tile<S: Lanes, E: Element, const H: usize, const N: usize>(
     q: [&[f32]; H],
     keys: [&[E]; N],
 ) -> [[f32; N]; H] {
-    let mut sums = [[simd.splat_f32s(0.0); N]; H];
-    for d in (0..q[0].len()).step_by(S::F32_LANES) {
-        let keys: [S::f32s; N] = std::array::from_fn(|i| E::load(simd, &keys[i][d..]));
+    let zero = simd.splat_f32s(0.0);
+    let mut sums = [[zero; N]; H];
+    let dk = q[0].len();
+    let mut rows = keys;
+    for row in &mut rows {
+        *row = &row[..dk];
+    }
+    for d in (0..dk).step_by(S::F32_LANES) {
+        let mut keys = [zero; N];
+        for (key, row) in keys.iter_mut().zip(rows) {
+            *key = E::load(simd, &row[d..]);
+        }
         for (sums, q) in sums.iter_mut().zip(q) {
             let q = simd.load(&q[d..]);
             for (sum, key) in sums.iter_mut().zip(keys) {
@@ -284,5 +304,11 @@ fn dot_tile<S: Lanes, E: Element, const H: usize, const N: usize>(
             }
         }
     }
-    sums.map(|sums| sums.map(|sum| simd.reduce_sum_f32s(sum)))
+    let mut out = [[0.0; N]; H];
+    for (out, sums) in out.iter_mut().zip(sums) {
+        for (out, sum) in out.iter_mut().zip(sums) {
+            *out = simd.reduce_sum_f32s(sum);
+        }
+    }
+    out
 }
