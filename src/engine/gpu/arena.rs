@@ -21,7 +21,6 @@ pub(crate) struct Arena {
 #[derive(Debug, Default)]
 struct Current {
     buffer: Option<wgpu::Buffer>,
-    generation: u64,
     used: u64,
 }
 
@@ -29,8 +28,6 @@ struct Current {
 #[derive(Clone, Debug)]
 pub(crate) struct Slot {
     pub buffer: wgpu::Buffer,
-    /// Names the buffer: another generation is another buffer.
-    pub generation: u64,
     /// Bytes from the buffer's start; fits dynamic offsets of uniform and storage bindings.
     pub offset: u32,
     /// Bytes of the content, rounded up to a multiple of four.
@@ -41,12 +38,6 @@ impl Arena {
     pub(super) fn new(caps: &Caps) -> Self {
         let align = u64::from(caps.uniform_align.max(caps.storage_align).max(4));
         Self { align, current: Mutex::default() }
-    }
-
-    /// Writes one slot.
-    pub fn write(&self, ctx: &Context, op: &'static str, data: &[u8]) -> Result<Slot> {
-        let slots = self.write_all(ctx, op, &[data])?;
-        slots.into_iter().next().ok_or_else(|| ctx.gone_or(op, "no slot was written".into()))
     }
 
     /// Writes one slot for each of `parts`, all in one buffer and with one transfer.
@@ -74,19 +65,16 @@ impl Arena {
                 let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
                 let buffer = ctx.buffer(op, "parameters", bytes.max(CAPACITY), usage)?;
                 current.buffer = Some(buffer.clone());
-                current.generation += 1;
                 current.used = 0;
                 (buffer, 0)
             }
         };
         // Taken even where the write fails, so that no later write can meet it.
         current.used = start + bytes;
-        let generation = current.generation;
         drop(current);
         ctx.write(op, &buffer, start, &image)?;
         let slot = |(place, size): (u64, u64)| Slot {
             buffer: buffer.clone(),
-            generation,
             // A buffer of slots passes 4 GiB only if one call brings that much, which the largest buffer forbids.
             offset: (start + place) as u32,
             size,

@@ -20,7 +20,6 @@ pub(crate) struct Caps {
     pub subgroup_max: u32,
     pub timestamps: bool,
     pub pipeline_cache: bool,
-    pub immediates: bool,
     /// Bytes of the largest storage binding.
     pub max_storage_binding: u64,
     /// Bytes of the largest buffer.
@@ -61,7 +60,6 @@ impl Caps {
             subgroup_max: info.subgroup_max_size,
             timestamps,
             pipeline_cache: features.contains(Features::PIPELINE_CACHE),
-            immediates: features.contains(Features::IMMEDIATES),
             max_storage_binding: limits.max_storage_buffer_binding_size,
             max_buffer: limits.max_buffer_size,
             workgroup_memory: limits.max_compute_workgroup_storage_size,

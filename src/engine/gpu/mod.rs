@@ -12,9 +12,9 @@ mod timing;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use arena::{Arena, Slot};
+pub(crate) use arena::Slot;
 pub(crate) use assemble::Assembler;
-pub(crate) use caps::{Caps, is_software, requirements};
+pub(crate) use caps::{is_software, requirements};
 pub(crate) use context::{Context, Setup};
 pub(crate) use open::{adapters_best_first, open};
 pub(crate) use pipeline::{Binding, KernelKey, KernelSource, Pipeline};

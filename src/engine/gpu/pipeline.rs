@@ -34,8 +34,6 @@ pub(crate) enum Binding {
     Read,
     /// Storage.
     ReadWrite,
-    /// Read-only storage in a [`super::Slot`], at a dynamic offset; bound with `size` bytes.
-    ReadDynamic { size: u64 },
 }
 
 /// A compiled kernel.
@@ -175,7 +173,6 @@ fn layout_entry(binding: u32, what: Binding) -> wgpu::BindGroupLayoutEntry {
         Binding::Uniform { size } => (wgpu::BufferBindingType::Uniform, Some(size)),
         Binding::Read => (storage(true), None),
         Binding::ReadWrite => (storage(false), None),
-        Binding::ReadDynamic { size } => (storage(true), Some(size)),
     };
     wgpu::BindGroupLayoutEntry {
         binding,

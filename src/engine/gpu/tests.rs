@@ -62,13 +62,13 @@ impl KernelKey for AddKey {
             struct Params { count: u32, unused_a: u32, unused_b: u32, unused_c: u32 }
             @group(0) @binding(0) var<uniform> params: Params;
             @group(0) @binding(1) var<storage, read> input: array<u32>;
-            @group(0) @binding(2) var<storage, read> extra: array<u32>;
+            @group(0) @binding(2) var<uniform> extra: u32;
             @group(0) @binding(3) var<storage, read_write> output: array<u32>;
             #import add
             @compute @workgroup_size(64)
             fn main(@builtin(global_invocation_id) id: vec3<u32>) {
                 if id.x < params.count {
-                    output[id.x] = add(input[id.x], extra[0]);
+                    output[id.x] = add(input[id.x], extra);
                 }
             }";
         let add = "fn add(a: u32, b: u32) -> u32 { return a + b + BIAS; }";
@@ -77,7 +77,7 @@ impl KernelKey for AddKey {
             bindings: vec![
                 Binding::Uniform { size: 16 },
                 Binding::Read,
-                Binding::ReadDynamic { size: 4 },
+                Binding::Uniform { size: 4 },
                 Binding::ReadWrite,
             ],
             entry: "main",
@@ -101,6 +101,11 @@ const FILL: &str = "
     @group(0) @binding(0) var<storage, read_write> output: array<u32>;
     @compute @workgroup_size(1) fn main() { output[0] = 1u; }";
 
+/// Writes one slot.
+fn write(ctx: &Context, data: &[u8]) -> crate::Result<Slot> {
+    Ok(ctx.arena().write_all(ctx, OP, &[data])?.remove(0))
+}
+
 /// Runs the kernel of `key` over `input` with `extra` and returns what it wrote.
 fn add(ctx: &Context, key: &AddKey, input: &[u32], extra: u32) -> Vec<u32> {
     let bytes: &[u8] = bytemuck::cast_slice(input);
@@ -110,7 +115,7 @@ fn add(ctx: &Context, key: &AddKey, input: &[u32], extra: u32) -> Vec<u32> {
     let params = [input.len() as u32, 0, 0, 0];
     let parts: [&[u8]; 2] = [bytemuck::cast_slice(&params), bytemuck::bytes_of(&extra)];
     let slots = ctx.arena().write_all(ctx, OP, &parts).unwrap();
-    assert_eq!(slots[0].generation, slots[1].generation);
+    assert_eq!(slots[0].buffer, slots[1].buffer);
     let slot = |slot: &Slot| {
         wgpu::BindingResource::Buffer(wgpu::BufferBinding {
             buffer: &slots[0].buffer,
@@ -333,25 +338,33 @@ fn arena_slots_are_never_rewritten() {
     let align = u64::from(ctx.caps().uniform_align.max(ctx.caps().storage_align));
     let mut slots = Vec::new();
     for i in 0..10_000u32 {
-        let slot = ctx.arena().write(&ctx, OP, bytemuck::cast_slice(&[i; 5])).unwrap();
-        assert_eq!((u64::from(slot.offset) % align, slot.size), (0, 20));
+        let slot = write(&ctx, bytemuck::cast_slice(&[i; 4])).unwrap();
+        assert_eq!((u64::from(slot.offset) % align, slot.size), (0, 16));
         slots.push(slot);
         if i % 1000 == 0 {
             ctx.submit(OP, ctx.encoder("flush")).unwrap();
         }
     }
-    let places: HashSet<_> = slots.iter().map(|slot| (slot.generation, slot.offset)).collect();
-    assert_eq!(places.len(), slots.len());
+    let mut buffers: Vec<&wgpu::Buffer> = Vec::new();
+    let mut places = HashSet::new();
+    for slot in &slots {
+        let known = buffers.iter().position(|buffer| **buffer == slot.buffer);
+        let buffer = known.unwrap_or_else(|| {
+            buffers.push(&slot.buffer);
+            buffers.len() - 1
+        });
+        assert!(places.insert((buffer, slot.offset)), "a slot was given twice");
+    }
     // The numbers themselves: copied out of the slots after all of them were written.
     let gathered = ctx.buffer(OP, "gathered", 4 * 10_000, Usage::COPY_SRC | Usage::COPY_DST | Usage::STORAGE).unwrap();
     let pipeline = ctx.pipeline(OP, &GatherKey).unwrap();
     let mut encoder = ctx.encoder("gather");
-    let mut generation = u64::MAX;
+    let mut bound_buffer = None;
     let mut group = None;
     for (i, slot) in slots.iter().enumerate() {
-        if generation != slot.generation {
-            generation = slot.generation;
-            let bound = wgpu::BufferBinding { buffer: &slot.buffer, offset: 0, size: std::num::NonZeroU64::new(20) };
+        if bound_buffer != Some(&slot.buffer) {
+            bound_buffer = Some(&slot.buffer);
+            let bound = wgpu::BufferBinding { buffer: &slot.buffer, offset: 0, size: std::num::NonZeroU64::new(16) };
             let entries = [
                 wgpu::BindGroupEntry { binding: 0, resource: wgpu::BindingResource::Buffer(bound) },
                 wgpu::BindGroupEntry { binding: 1, resource: gathered.as_entire_binding() },
@@ -373,7 +386,7 @@ fn arena_slots_are_never_rewritten() {
     }
 }
 
-/// Marks the place that a slot names: `output[slot[0]] = slot[4] + 1`.
+/// Marks the place that a slot names: `output[slot.x] = slot.w + 1`.
 struct GatherKey;
 
 impl KernelKey for GatherKey {
@@ -383,10 +396,10 @@ impl KernelKey for GatherKey {
 
     fn source(&self) -> KernelSource {
         let wgsl = "
-            @group(0) @binding(0) var<storage, read> slot: array<u32, 5>;
+            @group(0) @binding(0) var<uniform> slot: vec4<u32>;
             @group(0) @binding(1) var<storage, read_write> output: array<u32>;
-            @compute @workgroup_size(1) fn main() { output[slot[0]] = slot[4] + 1u; }";
-        let bindings = vec![Binding::ReadDynamic { size: 20 }, Binding::ReadWrite];
+            @compute @workgroup_size(1) fn main() { output[slot.x] = slot.w + 1u; }";
+        let bindings = vec![Binding::Uniform { size: 16 }, Binding::ReadWrite];
         KernelSource { wgsl: wgsl.into(), bindings, entry: "main" }
     }
 }
@@ -397,7 +410,7 @@ fn slots_of_one_call_share_a_buffer() {
     let large = vec![7u8; 100_000];
     for round in 0..5 {
         let slots = ctx.arena().write_all(&ctx, OP, &[&large, &[1, 2, 3], &[], &large]).unwrap();
-        assert!(slots.iter().all(|slot| slot.generation == slots[0].generation), "round {round}");
+        assert!(slots.iter().all(|slot| slot.buffer == slots[0].buffer), "round {round}");
         assert_eq!(slots.iter().map(|slot| slot.size).collect::<Vec<_>>(), [100_000, 4, 4, 100_000]);
         for pair in slots.windows(2) {
             assert!(u64::from(pair[0].offset) + pair[0].size <= u64::from(pair[1].offset));
@@ -406,7 +419,7 @@ fn slots_of_one_call_share_a_buffer() {
         assert!(u64::from(last.offset) + last.size <= last.buffer.size());
     }
     // More than a whole buffer of slots.
-    let slot = ctx.arena().write(&ctx, OP, &vec![1; 1 << 20]).unwrap();
+    let slot = write(&ctx, &vec![1; 1 << 20]).unwrap();
     assert_eq!((slot.offset, slot.size), (0, 1 << 20));
     assert!(ctx.arena().write_all(&ctx, OP, &[]).unwrap().is_empty());
 }
@@ -430,7 +443,7 @@ fn a_lost_device_says_so_everywhere() {
         lost("buffer", ctx.buffer(OP, "late", 16, Usage::STORAGE).map(drop));
         lost("buffer_with", ctx.buffer_with(OP, "late", &[1], Usage::STORAGE).map(drop));
         lost("write", ctx.write(OP, &buffer, 0, &[0; 16]));
-        lost("arena", ctx.arena().write(&ctx, OP, &[1]).map(drop));
+        lost("arena", write(&ctx, &[1]).map(drop));
         lost("pipeline", ctx.pipeline(OP, &TextKey("fill", FILL)).map(drop));
         lost("warm_up", pollster::block_on(ctx.warm_up(&[&AddKey::new(0)])));
         lost("timer", Timer::new(&ctx, 1).map(drop));
@@ -444,7 +457,7 @@ fn a_loss_is_noticed_by_whatever_call_comes_first() {
     let calls: [(&str, Call); 9] = [
         ("buffer", |ctx, _| ctx.buffer(OP, "late", 16, Usage::STORAGE).map(drop)),
         ("write", |ctx, buffer| ctx.write(OP, buffer, 0, &[0; 16])),
-        ("arena", |ctx, _| ctx.arena().write(ctx, OP, &[1]).map(drop)),
+        ("arena", |ctx, _| write(ctx, &[1]).map(drop)),
         ("warm_up", |ctx, _| pollster::block_on(ctx.warm_up(&[&AddKey::new(0)]))),
         ("buffer_with", |ctx, _| ctx.buffer_with(OP, "late", &[1], Usage::STORAGE).map(drop)),
         ("pipeline", |ctx, _| ctx.pipeline(OP, &TextKey("fill", FILL)).map(drop)),
