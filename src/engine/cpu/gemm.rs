@@ -1,5 +1,8 @@
 //! Small f32 matrix products over memory that is laid out for them: rows of B and C are whole vectors.
 
+// Loops by index over arrays of constant length unroll into registers; iterators keep state in memory.
+#![allow(clippy::needless_range_loop)]
+
 use crate::engine::cpu::simd::Lanes;
 
 /// A row-major matrix: elements and the distance between rows.
@@ -101,20 +104,20 @@ impl Strip {
             for d in 0..self.depth {
                 let row = self.b.add(d * self.b_stride + col);
                 let mut b = [zero; NV];
-                for (j, b) in b.iter_mut().enumerate() {
-                    *b = row.add(j * lanes).cast::<S::f32s>().read_unaligned();
+                for j in 0..NV {
+                    b[j] = row.add(j * lanes).cast::<S::f32s>().read_unaligned();
                 }
-                for (i, sum) in sum.iter_mut().enumerate() {
+                for i in 0..M {
                     let a = simd.splat_f32s(*self.a.add(i * self.a_stride + d));
-                    for (sum, b) in sum.iter_mut().zip(b) {
-                        *sum = simd.mul_add_e_f32s(a, b, *sum);
+                    for j in 0..NV {
+                        sum[i][j] = simd.mul_add_e_f32s(a, b[j], sum[i][j]);
                     }
                 }
             }
-            for (i, sum) in sum.iter().enumerate() {
-                for (j, sum) in sum.iter().enumerate() {
+            for i in 0..M {
+                for j in 0..NV {
                     let c = self.c.add(i * self.c_stride + col + j * lanes).cast::<S::f32s>();
-                    c.write_unaligned(simd.add_f32s(c.read_unaligned(), *sum));
+                    c.write_unaligned(simd.add_f32s(c.read_unaligned(), sum[i][j]));
                 }
             }
         }
