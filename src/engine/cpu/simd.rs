@@ -323,3 +323,86 @@ impl Element for bf16 {
         bf16::to_f32(self)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Widen<'a, E>(&'a [E], &'a mut [f32]);
+
+    impl<E: Element> Kernel for Widen<'_, E> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Lanes>(self, simd: S) {
+            for i in (0..self.0.len()).step_by(S::F32_LANES) {
+                simd.store(&mut self.1[i..], E::load(simd, &self.0[i..]));
+            }
+        }
+    }
+
+    /// All finite numbers of both half types, subnormals and zeros of both signs too, bit by bit.
+    #[test]
+    fn widening_is_exact() {
+        for level in Level::available() {
+            let halves: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).filter(|x| x.is_finite()).collect();
+            let brains: Vec<bf16> = (0..=u16::MAX).map(bf16::from_bits).filter(|x| x.is_finite()).collect();
+            let (halves, brains) = (&halves[..halves.len() / 16 * 16], &brains[..brains.len() / 16 * 16]);
+            let mut out = vec![0.0; halves.len()];
+            level.run(Widen(halves, &mut out));
+            assert!(out.iter().zip(halves).all(|(a, b)| a.to_bits() == b.to_f32().to_bits()), "{level:?} f16");
+            let mut out = vec![0.0; brains.len()];
+            level.run(Widen(brains, &mut out));
+            assert!(out.iter().zip(brains).all(|(a, b)| a.to_bits() == b.to_f32().to_bits()), "{level:?} bf16");
+        }
+    }
+
+    struct Exp<'a>(&'a mut [f32]);
+
+    impl Kernel for Exp<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Lanes>(self, simd: S) {
+            for x in S::as_mut_simd_f32s(self.0).0 {
+                *x = simd.exp(*x);
+            }
+        }
+    }
+
+    #[test]
+    fn exponential_within_its_bound() {
+        for level in Level::available() {
+            let x: Vec<f32> = (0..16 * 8000).map(|i| i as f32 * -87.0 / 128_000.0).collect();
+            let mut y = x.clone();
+            level.run(Exp(&mut y));
+            for (x, y) in x.iter().zip(y) {
+                let expected = f64::from(*x).exp();
+                assert!((f64::from(y) / expected - 1.0).abs() < 2f64.powi(-22), "{level:?} e^{x} = {y}");
+            }
+            let mut y = [f32::NEG_INFINITY, -87.5, -1e30, 0.0, -0.0, -1e-30].repeat(8);
+            level.run(Exp(&mut y));
+            assert_eq!(y, [0.0, 0.0, 0.0, 1.0, 1.0, 1.0].repeat(8), "{level:?}");
+        }
+    }
+
+    struct Compare<'a>(&'a [f32], f32);
+
+    impl Kernel for Compare<'_> {
+        type Output = u32;
+        #[inline(always)]
+        fn run<S: Lanes>(self, simd: S) -> u32 {
+            let mut bits = 0;
+            for i in (0..16).step_by(S::F32_LANES) {
+                bits |= simd.at_least(simd.load(&self.0[i..]), simd.splat_f32s(self.1)) << i;
+            }
+            bits
+        }
+    }
+
+    #[test]
+    fn comparison_bits() {
+        let x: Vec<f32> = [0.0, -0.0, 1.0, -1.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e-40].repeat(2);
+        for level in Level::available() {
+            assert_eq!(level.run(Compare(&x, 0.0)), 0b1010_0111_1010_0111, "{level:?}");
+        }
+    }
+}

@@ -146,3 +146,93 @@ pub(crate) fn mean(scores: &[f32], stride: usize, keys: usize, out: &mut [f32]) 
     }
     out[..keys].iter_mut().for_each(|o| *o /= heads as f32);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::cpu::simd::Level;
+
+    /// The formula over codes, table by table.
+    fn naive(score: &Score<'_>, head: usize, key: usize) -> f64 {
+        let layout = score.layout;
+        let table = &score.tables[head * layout.entries()..];
+        let mut sum = 0.0;
+        for l in 0..layout.tables {
+            let code = layout.code(score.bits[l / layout.tables_per_word() * score.stride + key], l);
+            let digit = |d: usize| f64::from(table[(l * layout.digits() + d) * 16 + (code >> (4 * d) & 15) as usize]);
+            sum += match score.multiplies {
+                true => (0..layout.digits()).map(digit).product::<f64>(),
+                false => (0..layout.digits()).map(digit).sum::<f64>(),
+            };
+        }
+        let gain = score.gain.map_or(1.0, |g| f64::from(g[key]));
+        let bias = score.bias.map_or(0.0, |b| f64::from(b[key]));
+        (gain * sum + f64::from(score.shifts[head])) * f64::from(score.scale) + bias
+    }
+
+    /// Every instruction set here, every width of a code, group sizes with remainders, odd key counts. Tables of whole
+    /// codes repeat in their top digit, as the query's tables do.
+    #[test]
+    fn every_level_equals_the_formula() {
+        let stride = 128;
+        let mut state = 7u32;
+        let mut random = move || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            state >> 1 ^ state << 17
+        };
+        for level in Level::available() {
+            for planes in 1..=16 {
+                for (tables, heads, keys) in [(1, 1, 1), (7, 3, 37), (13, 7, 127), (5, 8, 128)] {
+                    let layout = BitLayout { tables, planes };
+                    let bits: Vec<u32> = (0..layout.words() * stride).map(|_| random()).collect();
+                    let mut float =
+                        |n: usize| -> Vec<f32> { (0..n).map(|_| (random() >> 16) as f32 / 65536.0).collect() };
+                    let mut entries = float(heads * layout.entries());
+                    let top = planes - 4 * (layout.digits() - 1);
+                    for table in entries.chunks_mut(16 * layout.digits()) {
+                        let last = &mut table[16 * (layout.digits() - 1)..];
+                        (0..16).for_each(|i| last[i] = last[i % (1 << top)]);
+                    }
+                    let (gain, bias, shifts) = (float(stride), float(stride), float(heads));
+                    for multiplies in [false, true] {
+                        let mut out = vec![0.0; heads * stride];
+                        let score = |out| Score {
+                            layout,
+                            multiplies,
+                            bits: &bits,
+                            stride,
+                            keys,
+                            gain: multiplies.then_some(&gain),
+                            bias: (!multiplies).then_some(&bias),
+                            tables: &entries,
+                            shifts: &shifts,
+                            scale: 0.25,
+                            out,
+                        };
+                        level.run(score(&mut out));
+                        let mut none = [];
+                        let formula = score(&mut none);
+                        for (head, out) in out.chunks(stride).enumerate() {
+                            for (key, got) in out.iter().enumerate().take(keys) {
+                                let expected = naive(&formula, head, key);
+                                let error = (f64::from(*got) - expected).abs();
+                                assert!(
+                                    error <= 1e-5 * expected.abs().max(1.0),
+                                    "{level:?} P{planes} {got} {expected}"
+                                );
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn mean_of_a_group() {
+        let scores = [1.0, 2.0, 9.0, 3.0, 6.0, 9.0];
+        let mut out = [0.0; 3];
+        mean(&scores, 3, 2, &mut out);
+        assert_eq!(out, [2.0, 4.0, 0.0]);
+    }
+}
