@@ -1,5 +1,8 @@
 //! Small f32 matrix products over memory that is laid out for them: rows of B and C are whole vectors.
 
+// Loops by index over arrays of constant length unroll into registers; iterators keep state in memory.
+#![allow(clippy::needless_range_loop)]
+
 use crate::engine::cpu::simd::Lanes;
 
 /// A row-major matrix: elements and the distance between rows.
@@ -101,23 +104,67 @@ impl Strip {
             for d in 0..self.depth {
                 let row = self.b.add(d * self.b_stride + col);
                 let mut b = [zero; NV];
-                for (j, b) in b.iter_mut().enumerate() {
-                    *b = row.add(j * lanes).cast::<S::f32s>().read_unaligned();
+                for j in 0..NV {
+                    b[j] = row.add(j * lanes).cast::<S::f32s>().read_unaligned();
                 }
-                for (i, sum) in sum.iter_mut().enumerate() {
+                for i in 0..M {
                     let a = simd.splat_f32s(*self.a.add(i * self.a_stride + d));
-                    for (sum, b) in sum.iter_mut().zip(b) {
-                        *sum = simd.mul_add_e_f32s(a, b, *sum);
+                    for j in 0..NV {
+                        sum[i][j] = simd.mul_add_e_f32s(a, b[j], sum[i][j]);
                     }
                 }
             }
-            for (i, sum) in sum.iter().enumerate() {
-                for (j, sum) in sum.iter().enumerate() {
+            for i in 0..M {
+                for j in 0..NV {
                     let c = self.c.add(i * self.c_stride + col + j * lanes).cast::<S::f32s>();
-                    c.write_unaligned(simd.add_f32s(c.read_unaligned(), *sum));
+                    c.write_unaligned(simd.add_f32s(c.read_unaligned(), sum[i][j]));
                 }
             }
         }
         NV * lanes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::cpu::simd::{Kernel, Level};
+
+    struct Multiply<'a>([usize; 3], &'a [f32], &'a [f32], &'a mut [f32]);
+
+    impl Kernel for Multiply<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Lanes>(self, simd: S) {
+            let Self([m, n, depth], a, b, c) = self;
+            let (a, b) = (Mat { data: a, stride: depth + 3 }, Mat { data: b, stride: n + 5 });
+            multiply_add(simd, [m, n, depth], a, b, c, n + 2);
+        }
+    }
+
+    /// Small whole numbers, so that every order of summation is exact.
+    #[test]
+    fn every_level_and_remainder() {
+        for level in Level::available() {
+            for m in [0, 1, 2, 3, 4, 5, 6, 7, 11, 12, 13] {
+                for n in [16, 32, 48, 64, 80, 144] {
+                    for depth in [0, 1, 5, 64] {
+                        let whole = |i: usize| ((i * 7919 + 13) % 17) as f32 - 8.0;
+                        let a: Vec<f32> = (0..m.max(1) * (depth + 3)).map(whole).collect();
+                        let b: Vec<f32> = (0..depth.max(1) * (n + 5)).map(|i| whole(i + 5)).collect();
+                        let mut c: Vec<f32> = (0..m.max(1) * (n + 2)).map(whole).collect();
+                        let mut expected = c.clone();
+                        for i in 0..m {
+                            for j in 0..n {
+                                let dot = (0..depth).map(|d| a[i * (depth + 3) + d] * b[d * (n + 5) + j]).sum::<f32>();
+                                expected[i * (n + 2) + j] += dot;
+                            }
+                        }
+                        level.run(Multiply([m, n, depth], &a, &b, &mut c));
+                        assert_eq!(c, expected, "{level:?} {m} {n} {depth}");
+                    }
+                }
+            }
+        }
     }
 }

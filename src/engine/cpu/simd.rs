@@ -3,6 +3,8 @@
 
 use half::{bf16, f16};
 use pulp::Simd;
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{__m128i, __m256, __m256i, __m512};
 
 /// Every row of numbers is padded with zeros to a multiple of this, which every vector length divides.
 pub(crate) const ROW: usize = 16;
@@ -17,8 +19,11 @@ pub(crate) trait Lanes: Simd {
     /// Thirty-two vector registers rather than sixteen.
     const MANY_REGISTERS: bool;
 
-    /// Zero-extends the first elements.
-    fn widen_u16(self, x: &[u16]) -> Self::u32s;
+    /// Zero-extends the elements at `x`.
+    ///
+    /// # Safety
+    /// As many elements as there are lanes can be read from `x`.
+    unsafe fn widen_u16(self, x: *const u16) -> Self::u32s;
 
     /// `table[index & 15]` in each lane.
     fn lookup(self, table: &[f32; 16], index: Self::u32s) -> Self::f32s;
@@ -52,9 +57,13 @@ pub(crate) trait Lanes: Simd {
     }
 
     /// Finite half-precision numbers to f32, exactly.
+    ///
+    /// # Safety
+    /// As [`Lanes::widen_u16`].
     #[inline(always)]
-    fn widen_f16(self, x: &[u16]) -> Self::f32s {
-        let h = self.widen_u16(x);
+    unsafe fn widen_f16(self, x: *const u16) -> Self::f32s {
+        // SAFETY: the caller's promise.
+        let h = unsafe { self.widen_u16(x) };
         let sign = self.shift_left(self.and_u32s(h, self.splat_u32s(0x8000)), 16);
         let magnitude = self.shift_left(self.and_u32s(h, self.splat_u32s(0x7fff)), 13);
         // Moving the bits keeps the number but for the exponent's bias, which is 112 less; the product repairs
@@ -64,9 +73,20 @@ pub(crate) trait Lanes: Simd {
         self.transmute_f32s_u32s(self.or_u32s(self.transmute_u32s_f32s(value), sign))
     }
 
+    /// bfloat16 numbers to f32.
+    ///
+    /// # Safety
+    /// As [`Lanes::widen_u16`].
     #[inline(always)]
-    fn widen_bf16(self, x: &[u16]) -> Self::f32s {
-        self.transmute_f32s_u32s(self.shift_left(self.widen_u16(x), 16))
+    unsafe fn widen_bf16(self, x: *const u16) -> Self::f32s {
+        // SAFETY: the caller's promise.
+        let wide = unsafe { self.widen_u16(x) };
+        self.transmute_f32s_u32s(self.shift_left(wide, 16))
+    }
+
+    #[inline(always)]
+    fn magnitude(self, x: Self::f32s) -> Self::f32s {
+        self.transmute_f32s_u32s(self.and_u32s(self.transmute_u32s_f32s(x), self.splat_u32s(0x7fff_ffff)))
     }
 
     /// eˣ for x ≤ 0 with a relative error below 2⁻²²; exactly 0 below −87, where f32 loses its normal numbers.
@@ -87,8 +107,8 @@ pub(crate) trait Lanes: Simd {
             p = self.mul_add_e_f32s(p, r, self.splat_f32s(c));
         }
         let exponent = self.shift_left(self.transmute_u32s_f32s(shifted), 23);
-        let scaled = self.transmute_f32s_u32s(self.add_u32s(self.transmute_u32s_f32s(p), exponent));
-        self.select_f32s(kept, scaled, self.splat_f32s(0.0))
+        let scaled = self.add_u32s(self.transmute_u32s_f32s(p), exponent);
+        self.transmute_f32s_u32s(self.select_u32s(kept, scaled, self.splat_u32s(0)))
     }
 }
 
@@ -97,20 +117,24 @@ impl Lanes for pulp::x86::V4 {
     const MANY_REGISTERS: bool = true;
 
     #[inline(always)]
-    fn widen_u16(self, x: &[u16]) -> Self::u32s {
-        let x: [u16; 16] = x[..16].as_chunks().0[0];
-        pulp::cast(self.avx512f._mm512_cvtepu16_epi32(pulp::cast(x)))
+    unsafe fn widen_u16(self, x: *const u16) -> Self::u32s {
+        // SAFETY: the caller's promise; the read is unaligned.
+        let x = unsafe { x.cast::<__m256i>().read_unaligned() };
+        pulp::cast(self.avx512f._mm512_cvtepu16_epi32(x))
     }
 
     #[inline(always)]
-    fn widen_f16(self, x: &[u16]) -> Self::f32s {
-        let x: [u16; 16] = x[..16].as_chunks().0[0];
-        pulp::cast(self.avx512f._mm512_cvtph_ps(pulp::cast(x)))
+    unsafe fn widen_f16(self, x: *const u16) -> Self::f32s {
+        // SAFETY: the caller's promise; the read is unaligned.
+        let x = unsafe { x.cast::<__m256i>().read_unaligned() };
+        pulp::cast(self.avx512f._mm512_cvtph_ps(x))
     }
 
     #[inline(always)]
     fn lookup(self, table: &[f32; 16], index: Self::u32s) -> Self::f32s {
-        pulp::cast(self.avx512f._mm512_permutexvar_ps(pulp::cast(index), pulp::cast(*table)))
+        // SAFETY: the table is one vector long; the read is unaligned. A cast of the array would go by the stack.
+        let table = unsafe { table.as_ptr().cast::<__m512>().read_unaligned() };
+        pulp::cast(self.avx512f._mm512_permutexvar_ps(pulp::cast(index), table))
     }
 
     #[inline(always)]
@@ -125,16 +149,19 @@ impl Lanes for pulp::x86::V3 {
     const MANY_REGISTERS: bool = false;
 
     #[inline(always)]
-    fn widen_u16(self, x: &[u16]) -> Self::u32s {
-        let x: [u16; 8] = x[..8].as_chunks().0[0];
-        pulp::cast(self.avx2._mm256_cvtepu16_epi32(pulp::cast(x)))
+    unsafe fn widen_u16(self, x: *const u16) -> Self::u32s {
+        // SAFETY: the caller's promise; the read is unaligned.
+        let x = unsafe { x.cast::<__m128i>().read_unaligned() };
+        pulp::cast(self.avx2._mm256_cvtepu16_epi32(x))
     }
 
     #[inline(always)]
     fn lookup(self, table: &[f32; 16], index: Self::u32s) -> Self::f32s {
-        let [low, high]: [[f32; 8]; 2] = pulp::cast(*table);
-        let low = self.avx2._mm256_permutevar8x32_ps(pulp::cast(low), pulp::cast(index));
-        let high = self.avx2._mm256_permutevar8x32_ps(pulp::cast(high), pulp::cast(index));
+        let halves = table.as_ptr().cast::<__m256>();
+        // SAFETY: the table is two vectors long; the reads are unaligned.
+        let (low, high) = unsafe { (halves.read_unaligned(), halves.add(1).read_unaligned()) };
+        let low = self.avx2._mm256_permutevar8x32_ps(low, pulp::cast(index));
+        let high = self.avx2._mm256_permutevar8x32_ps(high, pulp::cast(index));
         // The blend reads sign bits: bit 3 of the index moves there.
         let pick = self.shift_left(index, 28);
         pulp::cast(self.avx._mm256_blendv_ps(low, high, pulp::cast(pick)))
@@ -154,8 +181,9 @@ macro_rules! four_lanes {
             const MANY_REGISTERS: bool = $many;
 
             #[inline(always)]
-            fn widen_u16(self, x: &[u16]) -> Self::u32s {
-                let x = &x[..4];
+            unsafe fn widen_u16(self, x: *const u16) -> Self::u32s {
+                // SAFETY: the caller's promise; the read is unaligned.
+                let x = unsafe { x.cast::<[u16; 4]>().read_unaligned() };
                 pulp::cast([u32::from(x[0]), u32::from(x[1]), u32::from(x[2]), u32::from(x[3])])
             }
 
@@ -244,14 +272,27 @@ impl<S: Lanes, K: Kernel> pulp::WithSimd for Run<S, K> {
 
 /// Element types that kernels read, widening in registers.
 pub(crate) trait Element: bytemuck::Pod + Send + Sync + std::fmt::Debug {
-    fn load<S: Lanes>(simd: S, x: &[Self]) -> S::f32s;
+    /// Reads one vector from `x` on.
+    ///
+    /// # Safety
+    /// As many elements as there are lanes can be read from `x`.
+    unsafe fn load_at<S: Lanes>(simd: S, x: *const Self) -> S::f32s;
+
+    #[inline(always)]
+    fn load<S: Lanes>(simd: S, x: &[Self]) -> S::f32s {
+        let x = &x[..S::F32_LANES];
+        // SAFETY: the slice was cut to as many elements as there are lanes.
+        unsafe { Self::load_at(simd, x.as_ptr()) }
+    }
+
     fn to_f32(self) -> f32;
 }
 
 impl Element for f32 {
     #[inline(always)]
-    fn load<S: Lanes>(simd: S, x: &[Self]) -> S::f32s {
-        simd.load(x)
+    unsafe fn load_at<S: Lanes>(_: S, x: *const Self) -> S::f32s {
+        // SAFETY: the caller's promise; the read is unaligned.
+        unsafe { x.cast::<S::f32s>().read_unaligned() }
     }
 
     fn to_f32(self) -> f32 {
@@ -261,8 +302,9 @@ impl Element for f32 {
 
 impl Element for f16 {
     #[inline(always)]
-    fn load<S: Lanes>(simd: S, x: &[Self]) -> S::f32s {
-        simd.widen_f16(bytemuck::cast_slice(x))
+    unsafe fn load_at<S: Lanes>(simd: S, x: *const Self) -> S::f32s {
+        // SAFETY: the caller's promise; f16 is a u16 in memory.
+        unsafe { simd.widen_f16(x.cast()) }
     }
 
     fn to_f32(self) -> f32 {
@@ -272,11 +314,95 @@ impl Element for f16 {
 
 impl Element for bf16 {
     #[inline(always)]
-    fn load<S: Lanes>(simd: S, x: &[Self]) -> S::f32s {
-        simd.widen_bf16(bytemuck::cast_slice(x))
+    unsafe fn load_at<S: Lanes>(simd: S, x: *const Self) -> S::f32s {
+        // SAFETY: the caller's promise; bf16 is a u16 in memory.
+        unsafe { simd.widen_bf16(x.cast()) }
     }
 
     fn to_f32(self) -> f32 {
         bf16::to_f32(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Widen<'a, E>(&'a [E], &'a mut [f32]);
+
+    impl<E: Element> Kernel for Widen<'_, E> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Lanes>(self, simd: S) {
+            for i in (0..self.0.len()).step_by(S::F32_LANES) {
+                simd.store(&mut self.1[i..], E::load(simd, &self.0[i..]));
+            }
+        }
+    }
+
+    /// All finite numbers of both half types, subnormals and zeros of both signs too, bit by bit.
+    #[test]
+    fn widening_is_exact() {
+        for level in Level::available() {
+            let halves: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).filter(|x| x.is_finite()).collect();
+            let brains: Vec<bf16> = (0..=u16::MAX).map(bf16::from_bits).filter(|x| x.is_finite()).collect();
+            let (halves, brains) = (&halves[..halves.len() / 16 * 16], &brains[..brains.len() / 16 * 16]);
+            let mut out = vec![0.0; halves.len()];
+            level.run(Widen(halves, &mut out));
+            assert!(out.iter().zip(halves).all(|(a, b)| a.to_bits() == b.to_f32().to_bits()), "{level:?} f16");
+            let mut out = vec![0.0; brains.len()];
+            level.run(Widen(brains, &mut out));
+            assert!(out.iter().zip(brains).all(|(a, b)| a.to_bits() == b.to_f32().to_bits()), "{level:?} bf16");
+        }
+    }
+
+    struct Exp<'a>(&'a mut [f32]);
+
+    impl Kernel for Exp<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Lanes>(self, simd: S) {
+            for x in S::as_mut_simd_f32s(self.0).0 {
+                *x = simd.exp(*x);
+            }
+        }
+    }
+
+    #[test]
+    fn exponential_within_its_bound() {
+        for level in Level::available() {
+            let x: Vec<f32> = (0..16 * 8000).map(|i| i as f32 * -87.0 / 128_000.0).collect();
+            let mut y = x.clone();
+            level.run(Exp(&mut y));
+            for (x, y) in x.iter().zip(y) {
+                let expected = f64::from(*x).exp();
+                assert!((f64::from(y) / expected - 1.0).abs() < 2f64.powi(-22), "{level:?} e^{x} = {y}");
+            }
+            let mut y = [f32::NEG_INFINITY, -87.5, -1e30, 0.0, -0.0, -1e-30].repeat(8);
+            level.run(Exp(&mut y));
+            assert_eq!(y, [0.0, 0.0, 0.0, 1.0, 1.0, 1.0].repeat(8), "{level:?}");
+        }
+    }
+
+    struct Compare<'a>(&'a [f32], f32);
+
+    impl Kernel for Compare<'_> {
+        type Output = u32;
+        #[inline(always)]
+        fn run<S: Lanes>(self, simd: S) -> u32 {
+            let mut bits = 0;
+            for i in (0..16).step_by(S::F32_LANES) {
+                bits |= simd.at_least(simd.load(&self.0[i..]), simd.splat_f32s(self.1)) << i;
+            }
+            bits
+        }
+    }
+
+    #[test]
+    fn comparison_bits() {
+        let x: Vec<f32> = [0.0, -0.0, 1.0, -1.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e-40].repeat(2);
+        for level in Level::available() {
+            assert_eq!(level.run(Compare(&x, 0.0)), 0b1010_0111_1010_0111, "{level:?}");
+        }
     }
 }

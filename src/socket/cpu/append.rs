@@ -267,7 +267,7 @@ pub(crate) fn pack<S: Lanes>(simd: S, projected: &[f32]) -> u32 {
 fn sum_of_magnitudes<S: Lanes>(simd: S, row: &[f32]) -> f32 {
     let mut sum = simd.splat_f32s(0.0);
     for i in (0..row.len()).step_by(S::F32_LANES) {
-        sum = simd.add_f32s(sum, simd.abs_f32s(simd.load(&row[i..])));
+        sum = simd.add_f32s(sum, simd.magnitude(simd.load(&row[i..])));
     }
     simd.reduce_sum_f32s(sum)
 }

@@ -9,7 +9,7 @@ use crate::socket::cpu::append::Projection;
 use crate::socket::cpu::score::{Score, mean};
 use crate::socket::cpu::select::{Scores, select};
 use crate::socket::cpu::storage::{Geometry, Sequence};
-use crate::socket::cpu::stream::{Partial, Stream};
+use crate::socket::cpu::stream::{Partial, Rows, Stream};
 use crate::socket::cpu::tables;
 use crate::socket::cpu::tile::{self, Tile, TileOf};
 use crate::socket::problem::{AttendProblem, Kind, QueryRow};
@@ -52,7 +52,8 @@ struct Chosen {
 }
 
 impl Call<'_> {
-    pub fn run<E: Element>(&self) -> Result<Output> {
+    /// `scratch` keeps its room from call to call.
+    pub fn run<E: Element>(&self, scratch: &mut Vec<f32>) -> Result<Output> {
         let (g, problem) = (self.g, self.problem);
         let heads = g.kv_heads * g.group;
         let rows = problem.rows.len();
@@ -72,7 +73,7 @@ impl Call<'_> {
         let mut row = 0;
         while row < rows {
             let block = self.block(row);
-            self.sparse::<E>(block.clone(), &mut out)?;
+            self.sparse::<E>(block.clone(), scratch, &mut out)?;
             row = block.end;
         }
         Ok(out)
@@ -113,6 +114,15 @@ impl Call<'_> {
         partial.finish(dim, &mut out.o[at * dim..], &mut out.lse[at..]);
     }
 
+    fn stream<'b, E, F>(&self, q: &'b [f32], count: usize, scattered: bool, rows: F) -> Stream<'b, E, F>
+    where
+        F: Fn(usize, usize, &mut Rows<'b, E>),
+    {
+        let (dk, dv) = (self.g.dk, self.g.dv);
+        let scale = self.problem.scale;
+        Stream { q, heads: q.len() / dk, dk, dv, scale, count, rows, scattered, element: PhantomData }
+    }
+
     /// Rows that attend to all their keys, the keys split into ranges.
     fn dense<E: Element>(&self, rows: &[usize], out: &mut Output) {
         let g = self.g;
@@ -129,18 +139,16 @@ impl Call<'_> {
         }
         let parts = map(tasks, work, |(row, kv_head, keys): (usize, usize, Range<usize>)| {
             let seq = self.sequence(row);
-            let first = keys.start;
-            let stream = Stream {
-                q: self.q(row, kv_head),
-                heads: g.group,
-                dk: g.dk,
-                dv: g.dv,
-                scale: self.problem.scale,
-                count: keys.len(),
-                k: |i: usize| key_row::<E>(g, seq, kv_head, first + i),
-                v: |i: usize| value_row::<E>(g, seq, kv_head, first + i),
-                scattered: false,
-            };
+            let start = keys.start;
+            // Ranges start at multiples of a block, and so do pages: a block never leaves its page.
+            let stream = self.stream(self.q(row, kv_head), keys.len(), false, |first, n, rows| {
+                let (page, at) = (&seq.pages[(start + first) / g.page_tokens], (start + first) % g.page_tokens);
+                let (k, v) = (page.k::<E>(g, kv_head), page.v::<E>(g, kv_head));
+                for i in 0..n {
+                    rows.k[i] = &k[(at + i) * g.dk..][..g.dk];
+                    rows.v[i] = &v[(at + i) * g.dv..][..g.dv];
+                }
+            });
             (row, kv_head, Level::best().run(stream))
         });
         // Rows that see no key have no task, and still get their −∞.
@@ -232,13 +240,13 @@ impl Call<'_> {
     }
 
     /// Scores, selects and attends a block of rows; dense rows among them only report what they attended.
-    fn sparse<E: Element>(&self, block: Range<usize>, out: &mut Output) -> Result<()> {
+    fn sparse<E: Element>(&self, block: Range<usize>, scratch: &mut Vec<f32>, out: &mut Output) -> Result<()> {
         let problem = self.problem;
         if !problem.want_selection && block.clone().all(|r| problem.rows[r].is_dense()) {
             return Ok(());
         }
         let scored: Vec<usize> = block.clone().filter(|&r| self.scored(r)).collect();
-        let scores = self.score(&scored)?;
+        let scores = self.score(&scored, scratch)?;
         let heads = self.selecting_heads();
         let mut start = vec![None; block.len()];
         let mut at = 0;
@@ -259,7 +267,7 @@ impl Call<'_> {
     }
 
     /// Scores of the rows, one after the other, `[page][kv head][selecting head of it][page token]`.
-    fn score(&self, rows: &[usize]) -> Result<Vec<f32>> {
+    fn score<'b>(&self, rows: &[usize], scratch: &'b mut Vec<f32>) -> Result<&'b [f32]> {
         let (g, problem) = (self.g, self.problem);
         let layout = self.config.layout();
         let per_head = self.selecting_heads() / g.kv_heads;
@@ -278,9 +286,11 @@ impl Call<'_> {
             (tables::build(self.config, self.projection, kv_head, &q), shifts)
         });
         let total = rows.iter().map(|&r| self.score_len(r)).sum();
-        let mut scores = zeros::<f32>(problem.op, total)?;
+        if scratch.len() < total {
+            *scratch = zeros(problem.op, total)?;
+        }
         let mut tasks = Vec::new();
-        let mut rest = scores.as_mut_slice();
+        let mut rest = &mut scratch[..total];
         for (i, &row) in rows.iter().enumerate() {
             let (these, after) = std::mem::take(&mut rest).split_at_mut(self.score_len(row));
             rest = after;
@@ -313,7 +323,7 @@ impl Call<'_> {
                 mean(&group, g.page_tokens, keys, out);
             }
         });
-        Ok(scores)
+        Ok(&scratch[..total])
     }
 
     fn choose(&self, row: usize, head: usize, scores: Option<&[f32]>) -> Chosen {
@@ -353,17 +363,17 @@ impl Call<'_> {
         let parts = map(tasks, work, |(row, first, keys): (usize, usize, &[u32])| {
             let kv_head = first / g.group;
             let seq = self.sequence(row);
-            let stream = Stream {
-                q: &self.q(row, kv_head)[first % g.group * g.dk..][..sharing * g.dk],
-                heads: sharing,
-                dk: g.dk,
-                dv: g.dv,
-                scale: self.problem.scale,
-                count: keys.len(),
-                k: |i: usize| key_row::<E>(g, seq, kv_head, keys[i] as usize),
-                v: |i: usize| value_row::<E>(g, seq, kv_head, keys[i] as usize),
-                scattered: true,
-            };
+            let pages = seq.pages[..=keys.last().map_or(0, |k| *k as usize) / g.page_tokens].iter();
+            let pages: Vec<_> = pages.map(|p| (p.k::<E>(g, kv_head), p.v::<E>(g, kv_head))).collect();
+            let q = &self.q(row, kv_head)[first % g.group * g.dk..][..sharing * g.dk];
+            let stream = self.stream(q, keys.len(), true, |first, n, rows| {
+                for (i, key) in keys[first..first + n].iter().enumerate() {
+                    let (k, v) = pages[*key as usize / g.page_tokens];
+                    let at = *key as usize % g.page_tokens;
+                    rows.k[i] = &k[at * g.dk..][..g.dk];
+                    rows.v[i] = &v[at * g.dv..][..g.dv];
+                }
+            });
             ((row, first), Level::best().run(stream))
         });
         self.gather(out, parts.into_iter());
@@ -380,16 +390,4 @@ impl Call<'_> {
             scores[at..][..chosen.scores.len()].copy_from_slice(&chosen.scores);
         }
     }
-}
-
-#[inline(always)]
-fn key_row<'a, E: Element>(g: &Geometry, seq: &'a Sequence, kv_head: usize, key: usize) -> &'a [E] {
-    let page = &seq.pages[key / g.page_tokens];
-    &page.k::<E>(g, kv_head)[key % g.page_tokens * g.dk..][..g.dk]
-}
-
-#[inline(always)]
-fn value_row<'a, E: Element>(g: &Geometry, seq: &'a Sequence, kv_head: usize, key: usize) -> &'a [E] {
-    let page = &seq.pages[key / g.page_tokens];
-    &page.v::<E>(g, kv_head)[key % g.page_tokens * g.dv..][..g.dv]
 }

@@ -107,6 +107,8 @@ struct Cpu<E> {
     seqs: Vec<Sequence>,
     /// Tokens that each sequence has been promised room for.
     reserved: usize,
+    /// Scores of the last call, whose room the next one takes.
+    scratch: Vec<f32>,
     element: std::marker::PhantomData<E>,
 }
 
@@ -121,6 +123,7 @@ impl<E: Stored> Cpu<E> {
             projection: Projection::new(&planes, layout),
             seqs: Vec::new(),
             reserved: 0,
+            scratch: Vec::new(),
             element: std::marker::PhantomData,
         })
     }
@@ -213,7 +216,7 @@ impl<E: Stored> Executor for Cpu<E> {
             problem,
             q: &q,
         };
-        let out = call.run::<E>()?;
+        let out = call.run::<E>(&mut self.scratch)?;
         let (batch, tq, heads) = (problem.batch(), problem.tq, self.spec.shape.num_q_heads);
         let shape = vec![batch, tq, heads];
         let selection = out.selection.map(|(indices, scores)| {
@@ -265,7 +268,8 @@ impl<E: Stored> Executor for Cpu<E> {
 
     fn memory(&self) -> Memory {
         let mut seen = std::collections::HashSet::new();
-        let mut memory = Memory { workspace: self.projection.bytes(), ..Memory::default() };
+        let mut memory =
+            Memory { workspace: self.projection.bytes() + self.scratch.len() as u64 * 4, ..Memory::default() };
         for seq in &self.seqs {
             memory.workspace += seq.mean.as_ref().map_or(0, |m| m.len() as u64 * 4);
             for page in seq.pages.iter().filter(|p| seen.insert(Arc::as_ptr(p))) {

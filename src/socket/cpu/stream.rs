@@ -1,6 +1,9 @@
 //! Attention of a few query heads over keys read row by row: bound by memory, so every row is read once for all of
 //! the heads and widened in registers.
 
+// Loops by index over arrays of constant length unroll into registers; iterators keep state in memory.
+#![allow(clippy::needless_range_loop)]
+
 use crate::engine::cpu::simd::{Element, Kernel, Lanes};
 
 /// Keys taken together: their logits are known before their values are weighed.
@@ -55,8 +58,14 @@ impl Partial {
     }
 }
 
-/// Attends `count` keys; `k` and `v` give the rows of the i-th.
-pub(crate) struct Stream<'a, K, V> {
+/// Rows of K and V of one block of keys.
+pub(crate) struct Rows<'a, E> {
+    pub k: [&'a [E]; BLOCK],
+    pub v: [&'a [E]; BLOCK],
+}
+
+/// Attends `count` keys; `rows` fills in the rows of keys `first..first + n`, n ≤ [`BLOCK`].
+pub(crate) struct Stream<'a, E, F> {
     /// `[head][dk]`.
     pub q: &'a [f32],
     pub heads: usize,
@@ -64,43 +73,47 @@ pub(crate) struct Stream<'a, K, V> {
     pub dv: usize,
     pub scale: f32,
     pub count: usize,
-    pub k: K,
-    pub v: V,
+    pub rows: F,
     /// Rows are scattered: ask for them ahead.
     pub scattered: bool,
+    pub element: std::marker::PhantomData<E>,
 }
 
-impl<'a, E: Element, K: Fn(usize) -> &'a [E], V: Fn(usize) -> &'a [E]> Kernel for Stream<'a, K, V> {
+impl<'a, E: Element, F: Fn(usize, usize, &mut Rows<'a, E>)> Kernel for Stream<'a, E, F> {
     type Output = Partial;
 
     #[inline(always)]
     fn run<S: Lanes>(self, simd: S) -> Partial {
         let mut state = Partial::empty(self.heads, self.dv);
         let mut logits = vec![0.0f32; self.heads * BLOCK];
+        let empty: &[E] = &[];
+        let mut rows = Rows { k: [empty; BLOCK], v: [empty; BLOCK] };
+        let mut ahead = Rows { k: [empty; BLOCK], v: [empty; BLOCK] };
+        (self.rows)(0, BLOCK.min(self.count), &mut ahead);
         for first in (0..self.count).step_by(BLOCK) {
             let n = BLOCK.min(self.count - first);
-            let empty: &[E] = &[];
-            let (mut keys, mut values) = ([empty; BLOCK], [empty; BLOCK]);
-            for i in 0..n {
-                keys[i] = (self.k)(first + i);
-                values[i] = (self.v)(first + i);
+            std::mem::swap(&mut rows, &mut ahead);
+            let next = BLOCK.min(self.count - first - n);
+            if next > 0 {
+                (self.rows)(first + n, next, &mut ahead);
             }
             if self.scattered {
-                for value in &values[..n] {
-                    prefetch(value);
+                for i in 0..n {
+                    prefetch(rows.v[i]);
                 }
-                for i in first + BLOCK..(first + 2 * BLOCK).min(self.count) {
-                    prefetch((self.k)(i));
+                for i in 0..next {
+                    prefetch(ahead.k[i]);
                 }
             }
-            self.dots(simd, &keys[..n], &mut logits);
-            for (h, logits) in logits.chunks_exact_mut(BLOCK).enumerate() {
+            self.dots(simd, &rows.k[..n], &mut logits);
+            for h in 0..self.heads {
+                let logits = &mut logits[h * BLOCK..][..BLOCK];
                 logits[n..].fill(f32::NEG_INFINITY);
                 let (max, sum) = (&mut state.max[h], &mut state.sum[h]);
                 let shrink = soften(simd, logits, self.scale, max, sum);
                 rescale(simd, &mut state.o[h * self.dv..][..self.dv], shrink);
             }
-            self.weigh(simd, &values[..n], &logits, &mut state.o);
+            self.weigh(simd, &rows.v[..n], &logits, &mut state.o);
         }
         state
     }
@@ -130,7 +143,8 @@ pub(crate) fn soften<S: Lanes>(simd: S, logits: &mut [f32], scale: f32, max: &mu
     for x in logits.iter_mut() {
         // A masked key stays masked whatever the sign of the scale.
         let seen = simd.greater_than_f32s(*x, masked);
-        *x = simd.select_f32s(seen, simd.mul_f32s(*x, factor), masked);
+        let scaled = simd.transmute_u32s_f32s(simd.mul_f32s(*x, factor));
+        *x = simd.transmute_f32s_u32s(simd.select_u32s(seen, scaled, simd.transmute_u32s_f32s(masked)));
         best = simd.max_f32s(best, *x);
     }
     let new = max.max(simd.reduce_max_f32s(best));
@@ -160,22 +174,22 @@ pub(crate) fn rescale<S: Lanes>(simd: S, o: &mut [f32], factor: f32) {
     }
 }
 
-impl<K, V> Stream<'_, K, V> {
+impl<E: Element, F> Stream<'_, E, F> {
     /// Raw logits `[head][BLOCK]` of the keys.
     #[inline(always)]
-    fn dots<S: Lanes, E: Element>(&self, simd: S, keys: &[&[E]], logits: &mut [f32]) {
+    fn dots<S: Lanes>(&self, simd: S, keys: &[&[E]], logits: &mut [f32]) {
         let mut head = 0;
         while head < self.heads {
             head += match self.heads - head {
-                4.. => self.dots_of::<S, E, 4, 2>(simd, head, keys, logits),
-                2.. => self.dots_of::<S, E, 2, 4>(simd, head, keys, logits),
-                _ => self.dots_of::<S, E, 1, 4>(simd, head, keys, logits),
+                4.. => self.dots_of::<S, 4, 2>(simd, head, keys, logits),
+                2.. => self.dots_of::<S, 2, 4>(simd, head, keys, logits),
+                _ => self.dots_of::<S, 1, 4>(simd, head, keys, logits),
             };
         }
     }
 
     #[inline(always)]
-    fn dots_of<S: Lanes, E: Element, const H: usize, const N: usize>(
+    fn dots_of<S: Lanes, const H: usize, const N: usize>(
         &self,
         simd: S,
         head: usize,
@@ -202,21 +216,21 @@ impl<K, V> Stream<'_, K, V> {
 
     /// o += weights · values.
     #[inline(always)]
-    fn weigh<S: Lanes, E: Element>(&self, simd: S, values: &[&[E]], weights: &[f32], o: &mut [f32]) {
+    fn weigh<S: Lanes>(&self, simd: S, values: &[&[E]], weights: &[f32], o: &mut [f32]) {
         let mut head = 0;
         while head < self.heads {
             let weights = &weights[head * BLOCK..];
             let o = &mut o[head * self.dv..];
             head += match self.heads - head {
-                4.. => self.weigh_of::<S, E, 4, 2>(simd, values, weights, o),
-                2.. => self.weigh_of::<S, E, 2, 4>(simd, values, weights, o),
-                _ => self.weigh_of::<S, E, 1, 8>(simd, values, weights, o),
+                4.. => self.weigh_of::<S, 4, 2>(simd, values, weights, o),
+                2.. => self.weigh_of::<S, 2, 4>(simd, values, weights, o),
+                _ => self.weigh_of::<S, 1, 8>(simd, values, weights, o),
             };
         }
     }
 
     #[inline(always)]
-    fn weigh_of<S: Lanes, E: Element, const H: usize, const N: usize>(
+    fn weigh_of<S: Lanes, const H: usize, const N: usize>(
         &self,
         simd: S,
         values: &[&[E]],
@@ -227,18 +241,18 @@ impl<K, V> Stream<'_, K, V> {
         while d < self.dv {
             let left = (self.dv - d) / S::F32_LANES;
             d += if left >= N {
-                self.weigh_tile::<S, E, H, N>(simd, d, values, weights, o)
+                self.weigh_tile::<S, H, N>(simd, d, values, weights, o)
             } else if left >= 2 {
-                self.weigh_tile::<S, E, H, 2>(simd, d, values, weights, o)
+                self.weigh_tile::<S, H, 2>(simd, d, values, weights, o)
             } else {
-                self.weigh_tile::<S, E, H, 1>(simd, d, values, weights, o)
+                self.weigh_tile::<S, H, 1>(simd, d, values, weights, o)
             };
         }
         H
     }
 
     #[inline(always)]
-    fn weigh_tile<S: Lanes, E: Element, const H: usize, const N: usize>(
+    fn weigh_tile<S: Lanes, const H: usize, const N: usize>(
         &self,
         simd: S,
         d: usize,
@@ -247,31 +261,29 @@ impl<K, V> Stream<'_, K, V> {
         o: &mut [f32],
     ) -> usize {
         let lanes = S::F32_LANES;
-        let zero = simd.splat_f32s(0.0);
-        let mut sums = [[zero; N]; H];
-        let mut of_head: [&[f32]; H] = [&[]; H];
-        for (h, sums) in sums.iter_mut().enumerate() {
-            for (j, sum) in sums.iter_mut().enumerate() {
-                *sum = simd.load(&o[h * self.dv + d + j * lanes..]);
+        let mut sums = [[simd.splat_f32s(0.0); N]; H];
+        for h in 0..H {
+            for j in 0..N {
+                sums[h][j] = simd.load(&o[h * self.dv + d + j * lanes..]);
             }
-            of_head[h] = &weights[h * BLOCK..][..BLOCK];
         }
-        for (i, value) in values.iter().enumerate().take(BLOCK) {
-            let row = &value[d..][..N * lanes];
-            let mut value = [zero; N];
-            for (j, value) in value.iter_mut().enumerate() {
-                *value = E::load(simd, &row[j * lanes..]);
+        for (i, row) in values.iter().enumerate() {
+            let row = &row[d..][..N * lanes];
+            let mut value = [simd.splat_f32s(0.0); N];
+            for j in 0..N {
+                // SAFETY: the row was cut to N vectors.
+                value[j] = unsafe { E::load_at(simd, row.as_ptr().add(j * lanes)) };
             }
-            for (sums, weights) in sums.iter_mut().zip(of_head) {
-                let weight = simd.splat_f32s(weights[i]);
-                for (sum, value) in sums.iter_mut().zip(value) {
-                    *sum = simd.mul_add_e_f32s(weight, value, *sum);
+            for h in 0..H {
+                let weight = simd.splat_f32s(weights[h * BLOCK + i]);
+                for j in 0..N {
+                    sums[h][j] = simd.mul_add_e_f32s(weight, value[j], sums[h][j]);
                 }
             }
         }
-        for (h, sums) in sums.iter().enumerate() {
-            for (j, sum) in sums.iter().enumerate() {
-                simd.store(&mut o[h * self.dv + d + j * lanes..], *sum);
+        for h in 0..H {
+            for j in 0..N {
+                simd.store(&mut o[h * self.dv + d + j * lanes..], sums[h][j]);
             }
         }
         N * lanes
@@ -288,26 +300,31 @@ fn dot_tile<S: Lanes, E: Element, const H: usize, const N: usize>(
     let zero = simd.splat_f32s(0.0);
     let mut sums = [[zero; N]; H];
     let dk = q[0].len();
-    let mut rows = keys;
-    for row in &mut rows {
-        *row = &row[..dk];
+    for i in 0..N {
+        assert!(keys[i].len() >= dk);
     }
+    for h in 0..H {
+        assert!(q[h].len() == dk);
+    }
+    assert!(dk.is_multiple_of(S::F32_LANES));
     for d in (0..dk).step_by(S::F32_LANES) {
-        let mut keys = [zero; N];
-        for (key, row) in keys.iter_mut().zip(rows) {
-            *key = E::load(simd, &row[d..]);
+        let mut key = [zero; N];
+        for i in 0..N {
+            // SAFETY: d and a vector more are inside every row, by the assertions.
+            key[i] = unsafe { E::load_at(simd, keys[i].as_ptr().add(d)) };
         }
-        for (sums, q) in sums.iter_mut().zip(q) {
-            let q = simd.load(&q[d..]);
-            for (sum, key) in sums.iter_mut().zip(keys) {
-                *sum = simd.mul_add_e_f32s(q, key, *sum);
+        for h in 0..H {
+            // SAFETY: as above.
+            let q = unsafe { f32::load_at(simd, q[h].as_ptr().add(d)) };
+            for i in 0..N {
+                sums[h][i] = simd.mul_add_e_f32s(q, key[i], sums[h][i]);
             }
         }
     }
     let mut out = [[0.0; N]; H];
-    for (out, sums) in out.iter_mut().zip(sums) {
-        for (out, sum) in out.iter_mut().zip(sums) {
-            *out = simd.reduce_sum_f32s(sum);
+    for h in 0..H {
+        for i in 0..N {
+            out[h][i] = simd.reduce_sum_f32s(sums[h][i]);
         }
     }
     out
