@@ -23,7 +23,8 @@ struct Arguments {
 fn open_device(name: &str) -> softhash::Result<Device> {
     match name {
         "cpu" => Ok(Device::cpu()),
-        other => Err(softhash::Error::NoAdapter { wanted: other.into(), found: "cpu".into() }),
+        "auto" => Device::auto(),
+        other => Device::by_name(other),
     }
 }
 

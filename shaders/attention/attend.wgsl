@@ -115,6 +115,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
     }
 #endif
+    // Queries and chosen keys were written by other invocations.
+    workgroupBarrier();
 
     let lane = local % V_PIECES;
     let row_group = local / V_PIECES;
