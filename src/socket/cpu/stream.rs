@@ -65,7 +65,7 @@ pub(crate) struct Rows<'a, E> {
 }
 
 /// Attends `count` keys; `rows` fills in the rows of keys `first..first + n`, n ≤ [`BLOCK`].
-pub(crate) struct Stream<'a, E, F> {
+pub(crate) struct Stream<'a, E> {
     /// `[head][dk]`.
     pub q: &'a [f32],
     pub heads: usize,
@@ -73,13 +73,12 @@ pub(crate) struct Stream<'a, E, F> {
     pub dv: usize,
     pub scale: f32,
     pub count: usize,
-    pub rows: F,
+    pub rows: &'a (dyn Fn(usize, usize, &mut Rows<'a, E>) + 'a),
     /// Rows are scattered: ask for them ahead.
     pub scattered: bool,
-    pub element: std::marker::PhantomData<E>,
 }
 
-impl<'a, E: Element, F: Fn(usize, usize, &mut Rows<'a, E>)> Kernel for Stream<'a, E, F> {
+impl<E: Element> Kernel for Stream<'_, E> {
     type Output = Partial;
 
     #[inline(always)]
@@ -174,7 +173,7 @@ pub(crate) fn rescale<S: Lanes>(simd: S, o: &mut [f32], factor: f32) {
     }
 }
 
-impl<E: Element, F> Stream<'_, E, F> {
+impl<E: Element> Stream<'_, E> {
     /// Raw logits `[head][BLOCK]` of the keys.
     #[inline(always)]
     fn dots<S: Lanes>(&self, simd: S, keys: &[&[E]], logits: &mut [f32]) {
