@@ -119,12 +119,11 @@ impl Call<'_> {
         &self,
         q: &'b [f32],
         count: usize,
-        scattered: bool,
         rows: &'b dyn Fn(usize, usize, &mut Rows<'b, E>),
     ) -> Partial {
         let (dk, dv) = (self.g.dk, self.g.dv);
         let scale = self.problem.scale;
-        Level::best().run(Stream { q, heads: q.len() / dk, dk, dv, scale, count, rows, scattered })
+        Level::best().run(Stream { q, heads: q.len() / dk, dk, dv, scale, count, rows })
     }
 
     /// Rows that attend to all their keys, the keys split into ranges.
@@ -145,7 +144,7 @@ impl Call<'_> {
             let seq = self.sequence(row);
             let start = keys.start;
             // Ranges start at multiples of a block, and so do pages: a block never leaves its page.
-            let part = self.stream::<E>(self.q(row, kv_head), keys.len(), false, &|first, n, rows| {
+            let part = self.stream::<E>(self.q(row, kv_head), keys.len(), &|first, n, rows| {
                 let (page, at) = (&seq.pages[(start + first) / g.page_tokens], (start + first) % g.page_tokens);
                 let (k, v) = (page.k::<E>(g, kv_head), page.v::<E>(g, kv_head));
                 for i in 0..n {
@@ -370,7 +369,7 @@ impl Call<'_> {
             let pages = seq.pages[..=keys.last().map_or(0, |k| *k as usize) / g.page_tokens].iter();
             let pages: Vec<_> = pages.map(|p| (p.k::<E>(g, kv_head), p.v::<E>(g, kv_head))).collect();
             let q = &self.q(row, kv_head)[first % g.group * g.dk..][..sharing * g.dk];
-            let part = self.stream::<E>(q, keys.len(), true, &|first, n, rows| {
+            let part = self.stream::<E>(q, keys.len(), &|first, n, rows| {
                 for (i, key) in keys[first..first + n].iter().enumerate() {
                     let (k, v) = pages[*key as usize / g.page_tokens];
                     let at = *key as usize % g.page_tokens;
