@@ -114,13 +114,16 @@ impl Call<'_> {
         partial.finish(dim, &mut out.o[at * dim..], &mut out.lse[at..]);
     }
 
-    fn stream<'b, E, F>(&self, q: &'b [f32], count: usize, scattered: bool, rows: F) -> Stream<'b, E, F>
-    where
-        F: Fn(usize, usize, &mut Rows<'b, E>),
-    {
+    /// Runs the kernel for a few query heads `[head][dk]` over `count` keys.
+    fn stream<'b, E: Element>(
+        &self,
+        q: &'b [f32],
+        count: usize,
+        rows: &'b dyn Fn(usize, usize, &mut Rows<'b, E>),
+    ) -> Partial {
         let (dk, dv) = (self.g.dk, self.g.dv);
         let scale = self.problem.scale;
-        Stream { q, heads: q.len() / dk, dk, dv, scale, count, rows, scattered, element: PhantomData }
+        Level::best().run(Stream { q, heads: q.len() / dk, dk, dv, scale, count, rows })
     }
 
     /// Rows that attend to all their keys, the keys split into ranges.
@@ -141,7 +144,7 @@ impl Call<'_> {
             let seq = self.sequence(row);
             let start = keys.start;
             // Ranges start at multiples of a block, and so do pages: a block never leaves its page.
-            let stream = self.stream(self.q(row, kv_head), keys.len(), false, |first, n, rows| {
+            let part = self.stream::<E>(self.q(row, kv_head), keys.len(), &|first, n, rows| {
                 let (page, at) = (&seq.pages[(start + first) / g.page_tokens], (start + first) % g.page_tokens);
                 let (k, v) = (page.k::<E>(g, kv_head), page.v::<E>(g, kv_head));
                 for i in 0..n {
@@ -149,7 +152,7 @@ impl Call<'_> {
                     rows.v[i] = &v[(at + i) * g.dv..][..g.dv];
                 }
             });
-            (row, kv_head, Level::best().run(stream))
+            (row, kv_head, part)
         });
         // Rows that see no key have no task, and still get their −∞.
         for &row in rows.iter().filter(|&&r| self.problem.rows[r].visible == 0) {
@@ -366,7 +369,7 @@ impl Call<'_> {
             let pages = seq.pages[..=keys.last().map_or(0, |k| *k as usize) / g.page_tokens].iter();
             let pages: Vec<_> = pages.map(|p| (p.k::<E>(g, kv_head), p.v::<E>(g, kv_head))).collect();
             let q = &self.q(row, kv_head)[first % g.group * g.dk..][..sharing * g.dk];
-            let stream = self.stream(q, keys.len(), true, |first, n, rows| {
+            let part = self.stream::<E>(q, keys.len(), &|first, n, rows| {
                 for (i, key) in keys[first..first + n].iter().enumerate() {
                     let (k, v) = pages[*key as usize / g.page_tokens];
                     let at = *key as usize % g.page_tokens;
@@ -374,7 +377,7 @@ impl Call<'_> {
                     rows.v[i] = &v[at * g.dv..][..g.dv];
                 }
             });
-            ((row, first), Level::best().run(stream))
+            ((row, first), part)
         });
         self.gather(out, parts.into_iter());
     }

@@ -196,7 +196,7 @@ mod tests {
                     let (gain, bias, shifts) = (float(stride), float(stride), float(heads));
                     for multiplies in [false, true] {
                         let mut out = vec![0.0; heads * stride];
-                        let score = |out| Score {
+                        let formula = Score {
                             layout,
                             multiplies,
                             bits: &bits,
@@ -207,11 +207,9 @@ mod tests {
                             tables: &entries,
                             shifts: &shifts,
                             scale: 0.25,
-                            out,
+                            out: &mut [],
                         };
-                        level.run(score(&mut out));
-                        let mut none = [];
-                        let formula = score(&mut none);
+                        level.run(Score { out: &mut out, ..formula });
                         for (head, out) in out.chunks(stride).enumerate() {
                             for (key, got) in out.iter().enumerate().take(keys) {
                                 let expected = naive(&formula, head, key);

@@ -65,7 +65,7 @@ pub(crate) struct Rows<'a, E> {
 }
 
 /// Attends `count` keys; `rows` fills in the rows of keys `first..first + n`, n ≤ [`BLOCK`].
-pub(crate) struct Stream<'a, E, F> {
+pub(crate) struct Stream<'a, E> {
     /// `[head][dk]`.
     pub q: &'a [f32],
     pub heads: usize,
@@ -73,13 +73,10 @@ pub(crate) struct Stream<'a, E, F> {
     pub dv: usize,
     pub scale: f32,
     pub count: usize,
-    pub rows: F,
-    /// Rows are scattered: ask for them ahead.
-    pub scattered: bool,
-    pub element: std::marker::PhantomData<E>,
+    pub rows: &'a (dyn Fn(usize, usize, &mut Rows<'a, E>) + 'a),
 }
 
-impl<'a, E: Element, F: Fn(usize, usize, &mut Rows<'a, E>)> Kernel for Stream<'a, E, F> {
+impl<E: Element> Kernel for Stream<'_, E> {
     type Output = Partial;
 
     #[inline(always)]
@@ -97,15 +94,7 @@ impl<'a, E: Element, F: Fn(usize, usize, &mut Rows<'a, E>)> Kernel for Stream<'a
             if next > 0 {
                 (self.rows)(first + n, next, &mut ahead);
             }
-            if self.scattered {
-                for i in 0..n {
-                    prefetch(rows.v[i]);
-                }
-                for i in 0..next {
-                    prefetch(ahead.k[i]);
-                }
-            }
-            self.dots(simd, &rows.k[..n], &mut logits);
+            self.dots(simd, &rows.k[..n], &rows.v[..n], &ahead.k[..next], &mut logits);
             for h in 0..self.heads {
                 let logits = &mut logits[h * BLOCK..][..BLOCK];
                 logits[n..].fill(f32::NEG_INFINITY);
@@ -174,16 +163,18 @@ pub(crate) fn rescale<S: Lanes>(simd: S, o: &mut [f32], factor: f32) {
     }
 }
 
-impl<E: Element, F> Stream<'_, E, F> {
-    /// Raw logits `[head][BLOCK]` of the keys.
+impl<E: Element> Stream<'_, E> {
+    /// Raw logits `[head][BLOCK]` of the keys. Meanwhile asks for what comes next, the values of these keys and the
+    /// next keys: hardware follows neither scattered rows nor rows across pages.
     #[inline(always)]
-    fn dots<S: Lanes>(&self, simd: S, keys: &[&[E]], logits: &mut [f32]) {
+    fn dots<S: Lanes>(&self, simd: S, keys: &[&[E]], values: &[&[E]], ahead: &[&[E]], logits: &mut [f32]) {
         let mut head = 0;
         while head < self.heads {
+            let soon: [&[&[E]]; 2] = if head == 0 { [values, ahead] } else { [&[], &[]] };
             head += match self.heads - head {
-                4.. => self.dots_of::<S, 4, 2>(simd, head, keys, logits),
-                2.. => self.dots_of::<S, 2, 4>(simd, head, keys, logits),
-                _ => self.dots_of::<S, 1, 4>(simd, head, keys, logits),
+                4.. => self.dots_of::<S, 4, 2>(simd, head, keys, soon, logits),
+                2.. => self.dots_of::<S, 2, 4>(simd, head, keys, soon, logits),
+                _ => self.dots_of::<S, 1, 4>(simd, head, keys, soon, logits),
             };
         }
     }
@@ -194,6 +185,7 @@ impl<E: Element, F> Stream<'_, E, F> {
         simd: S,
         head: usize,
         keys: &[&[E]],
+        soon: [&[&[E]]; 2],
         logits: &mut [f32],
     ) -> usize {
         let mut q: [&[f32]; H] = [&[]; H];
@@ -202,6 +194,11 @@ impl<E: Element, F> Stream<'_, E, F> {
         }
         let (whole, rest) = keys.as_chunks::<N>();
         for (i, keys) in whole.iter().enumerate() {
+            for rows in soon {
+                for row in rows.iter().skip(i * N).take(N) {
+                    prefetch(row);
+                }
+            }
             for (h, sums) in dot_tile::<S, E, H, N>(simd, q, *keys).iter().enumerate() {
                 logits[(head + h) * BLOCK + i * N..][..N].copy_from_slice(sums);
             }
