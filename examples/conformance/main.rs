@@ -24,7 +24,7 @@ fn open_device(name: &str) -> softhash::Result<Device> {
     match name {
         "cpu" => Ok(Device::cpu()),
         "auto" => Device::auto(),
-        other => Device::by_name(other),
+        part => Device::by_name(part),
     }
 }
 
@@ -46,6 +46,7 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    println!("{}", device.report());
     let (mut passed, mut failed, mut unreadable, mut unsupported) = (0usize, 0usize, 0usize, 0usize);
     let mut seen = BTreeSet::new();
     for path in arguments.files.into_iter().map(case_path) {
