@@ -72,6 +72,8 @@ fn seen(cache: &mut SocketCache) -> (Vec<u8>, Vec<Vec<u8>>) {
     (saved, results)
 }
 
+const RESULTS: [&str; 4] = ["sparse o", "sparse lse", "dense o", "dense lse"];
+
 /// Asserts that `act` is refused with all `words` in its message, and that the cache is none the worse.
 #[track_caller]
 fn refused<T>(
@@ -82,7 +84,11 @@ fn refused<T>(
     let before = seen(cache);
     let Err(error) = act(cache) else { panic!("not refused; expected an error with {words:?}") };
     says(&error, words);
-    assert!(seen(cache) == before, "the cache changed under {error}");
+    let after = seen(cache);
+    assert!(after.0 == before.0, "what would be saved changed under {error}");
+    for (what, (after, before)) in RESULTS.iter().zip(after.1.iter().zip(&before.1)) {
+        assert_eq!(after, before, "{what} changed under {error}");
+    }
     error
 }
 
