@@ -47,13 +47,16 @@ impl Selector {
             "hard-vnorm" => (Mode::Sparse, SocketConfig { value_norm: true, ..hard }),
             "hamming" => (Mode::Sparse, SocketConfig { scoring: Scoring::Hamming, ..plain }),
             _ => match name.strip_prefix("sign").and_then(|bits| bits.parse().ok()) {
+                Some(bits) if !usize::is_multiple_of(bits, 8) => {
+                    return fail(format!("--scoring {name}: the bits of a sign projection must be a multiple of 8"));
+                }
                 Some(bits) => (Mode::Sparse, SocketConfig::sign_projection(bits)),
                 None => return fail(format!("--scoring {name:?} is not known; there are {NAMES}")),
             },
         };
         let Budgets { ratio, sink, window } = budgets;
         let config = SocketConfig { budget: Budget::Ratio(ratio), sink, window, ..config };
-        config.validate().map_err(|e| format!("--scoring {name}: {e}"))?;
+        config.validate().map_err(|e| format!("{name}: {e}"))?;
         Ok(Self { name: name.to_string(), mode, config })
     }
 }
