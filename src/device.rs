@@ -299,7 +299,7 @@ impl Device {
         self.context().map_or(Ok(None), |context| Timer::new(context, spans))
     }
 
-    fn context(&self) -> Option<&Arc<Context>> {
+    pub(crate) fn context(&self) -> Option<&Arc<Context>> {
         match &self.kind {
             Kind::Cpu => None,
             Kind::Gpu(context) => Some(context),

@@ -29,6 +29,10 @@ pub use socket::config::{Budget, CacheShape, Rule, Scoring, SelectionScope, Sock
 pub use socket::executor::{Attended, Memory, Selection, StageTime};
 pub use tensor::{DType, HostTensor, Tensor, TensorView};
 
+#[cfg(feature = "wgpu")]
+#[doc(hidden)]
+pub use engine::gpu::Timer;
+
 /// The wgpu that the public API speaks; a lent device must come from it.
 #[cfg(feature = "wgpu")]
 pub use wgpu;

@@ -10,13 +10,14 @@ const OP: &str = "merge_state";
 /// Merges (o₁, lse₁) and (o₂, lse₂) of disjoint key sets into the attention over their union.
 ///
 /// o: `[batch, query token, heads, value_dim]`; lse: `[batch, query token, heads, 1]`, f32, natural log. The result
-/// has o₁'s dtype. An empty key set is o = 0, lse = −∞. Host slices are merged on the CPU, whatever the device.
+/// has o₁'s dtype. An empty key set is o = 0, lse = −∞. Host slices are merged on the CPU, whatever the device; where any
+/// input is a device buffer, all are merged there, and must be without gaps.
 ///
 /// # Errors
 /// Shape and dtype mismatch; NaN or infinite values in host slices, but for an lse of −∞; [`Error::WrongDevice`]
 /// where inputs live elsewhere than `device`.
 pub fn merge_state(
-    _device: &Device,
+    device: &Device,
     o1: &TensorView<'_>,
     lse1: &TensorView<'_>,
     o2: &TensorView<'_>,
@@ -32,6 +33,13 @@ pub fn merge_state(
         }
         lse.check_layout(OP, name, rows.map(Some))?;
     }
+    #[cfg(feature = "wgpu")]
+    if let Some(context) = device.context()
+        && [o1, o2, lse1, lse2].iter().any(|view| view.is_buffer())
+    {
+        return crate::socket::gpu::merge::merge_state(context, [o1, o2], [lse1, lse2]);
+    }
+    let _ = device;
     merge_host(shape, o1.dtype(), [o1, o2], [lse1, lse2])
 }
 

@@ -123,6 +123,11 @@ impl<'a> TensorView<'a> {
     }
 
     #[cfg(feature = "wgpu")]
+    pub(crate) fn is_buffer(&self) -> bool {
+        matches!(self.storage, Storage::Buffer { .. })
+    }
+
+    #[cfg(feature = "wgpu")]
     pub(crate) fn is_contiguous(&self) -> bool {
         self.strides == row_major(self.shape)
     }
@@ -354,9 +359,10 @@ impl Tensor {
         }
     }
 
-    /// A view for use as an input; `None` where the shape is not four-dimensional or the dtype is not a float.
+    /// A view for use as an input, with trailing dimensions of 1 up to four; `None` where the dtype is not a float.
     pub fn view(&self) -> Option<TensorView<'_>> {
-        let shape: [usize; 4] = self.shape.as_slice().try_into().ok()?;
+        let mut shape = [1; 4];
+        shape.get_mut(..self.shape.len())?.copy_from_slice(&self.shape);
         match &self.resident {
             Resident::Host(host) => match self.dtype {
                 DType::F32 => Some(TensorView::f32(bytemuck::try_cast_slice(&host.bytes).ok()?, shape)),

@@ -134,6 +134,15 @@ impl SocketCache {
         self.executor.reserve(tokens)
     }
 
+    /// Compiles every kernel that appends and decodes with queries of dtype `q` and results of dtype `output` need,
+    /// concurrently; later calls then compile nothing. Nothing to do on the CPU path.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] where a kernel does not compile, [`Error::DeviceLost`].
+    pub fn warm_up(&self, q: DType, output: DType) -> Result<()> {
+        self.executor.warm_up(q, output)
+    }
+
     fn sequence(&self, op: &'static str, index: usize) -> Result<SeqState> {
         self.seqs.get(index).copied().ok_or(Error::NoSuchSequence { op, index, count: self.seqs.len() })
     }

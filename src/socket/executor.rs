@@ -4,7 +4,7 @@
 
 use crate::error::Result;
 use crate::socket::problem::{AppendRow, AttendProblem, SeqState};
-use crate::tensor::{Tensor, TensorView};
+use crate::tensor::{DType, Tensor, TensorView};
 
 /// Where commands go: run now, or into the caller's encoder.
 pub(crate) enum Recording<'a> {
@@ -98,6 +98,10 @@ pub(crate) trait Executor: Send {
     fn append(&mut self, rec: Recording<'_>, k: &TensorView<'_>, v: &TensorView<'_>, rows: &[AppendRow]) -> Result<()>;
     /// Runs attention.
     fn attend(&mut self, rec: Recording<'_>, q: &TensorView<'_>, problem: &AttendProblem) -> Result<Attended>;
+    /// Compiles whatever calls with these dtypes need.
+    fn warm_up(&self, _q: DType, _output: DType) -> Result<()> {
+        Ok(())
+    }
     /// Runs attention once, timing each stage; the whole step by the host's clock unless the executor knows better.
     #[cfg(not(target_arch = "wasm32"))]
     fn profile(&mut self, q: &TensorView<'_>, problem: &AttendProblem) -> Result<Vec<StageTime>> {

@@ -17,8 +17,6 @@ pub(crate) fn prefers_sparse(spec: &CacheSpec, cpu: bool, len: usize) -> bool {
     len >= crossover
 }
 
-/// Invocations of every workgroup.
-pub(crate) const WORKGROUP: usize = 256;
 /// Workgroup memory that the default variants stay within: what WebGPU promises everywhere.
 pub(crate) const WORKGROUP_MEMORY: usize = 16384;
 /// Bins of the first digit of the radix selection.
@@ -150,6 +148,13 @@ impl Geometry {
     pub fn chunk(&self, tokens: usize) -> usize {
         let chunk = if tokens * self.num_kv_heads >= 1 << 20 { 1024 } else { 256 };
         chunk.min(self.page)
+    }
+
+    /// Every chunk size that [`Geometry::chunk`] may choose.
+    pub fn chunks(&self) -> Vec<usize> {
+        let mut chunks = vec![self.chunk(0), self.chunk(usize::MAX / self.num_kv_heads)];
+        chunks.dedup();
+        chunks
     }
 
     /// How the scorer divides its look-up tables: tables per block (whole words), heads per pass.

@@ -218,7 +218,7 @@ impl Context {
     }
 
     /// Compiles all of `keys`, concurrently where there are threads. The thread that first polls it helps.
-    pub async fn warm_up(&self, keys: &[&dyn KernelKey]) -> Result<()> {
+    pub fn warm_up(&self, keys: &[&dyn KernelKey]) -> Result<()> {
         self.check_alive("warm_up")?;
         self.pipelines.warm_up(self, keys)
     }

@@ -280,7 +280,7 @@ fn shaders_that_do_not_compile_name_their_kernel() {
         for _ in 0..2 {
             let error = ctx.pipeline(OP, &key).unwrap_err();
             assert!(matches!(&error, Error::Gpu { op: OP, message } if message.contains(key.0)), "{error}");
-            let error = pollster::block_on(ctx.warm_up(&[&key])).unwrap_err();
+            let error = ctx.warm_up(&[&key]).unwrap_err();
             assert!(matches!(&error, Error::Gpu { op: "warm_up", message } if message.contains(key.0)), "{error}");
         }
     }
@@ -301,7 +301,7 @@ fn a_kernel_compiles_once_however_many_ask() {
     assert!(pipelines.iter().all(|pipeline| Arc::ptr_eq(pipeline, &pipelines[0])));
     let others: Vec<AddKey> = (0..6).map(AddKey::new).collect();
     let keys: Vec<&dyn KernelKey> = others.iter().map(|key| key as &dyn KernelKey).collect();
-    pollster::block_on(ctx.warm_up(&keys)).unwrap();
+    ctx.warm_up(&keys).unwrap();
     let labels: Vec<_> = ctx.compiled().iter().map(|pipeline| pipeline.label.clone()).collect();
     assert_eq!(labels, (0..6).map(|bias| format!("add bias={bias}")).collect::<Vec<_>>());
     let compiled: Vec<_> = others.iter().map(|key| key.sources.load(Ordering::SeqCst)).collect();
@@ -445,7 +445,7 @@ fn a_lost_device_says_so_everywhere() {
         lost("write", ctx.write(OP, &buffer, 0, &[0; 16]));
         lost("arena", write(&ctx, &[1]).map(drop));
         lost("pipeline", ctx.pipeline(OP, &TextKey("fill", FILL)).map(drop));
-        lost("warm_up", pollster::block_on(ctx.warm_up(&[&AddKey::new(0)])));
+        lost("warm_up", ctx.warm_up(&[&AddKey::new(0)]));
         lost("timer", Timer::new(&ctx, 1).map(drop));
         lost("submit", ctx.submit(OP, ctx.encoder("late")));
     }
@@ -458,7 +458,7 @@ fn a_loss_is_noticed_by_whatever_call_comes_first() {
         ("buffer", |ctx, _| ctx.buffer(OP, "late", 16, Usage::STORAGE).map(drop)),
         ("write", |ctx, buffer| ctx.write(OP, buffer, 0, &[0; 16])),
         ("arena", |ctx, _| write(ctx, &[1]).map(drop)),
-        ("warm_up", |ctx, _| pollster::block_on(ctx.warm_up(&[&AddKey::new(0)]))),
+        ("warm_up", |ctx, _| ctx.warm_up(&[&AddKey::new(0)])),
         ("buffer_with", |ctx, _| ctx.buffer_with(OP, "late", &[1], Usage::STORAGE).map(drop)),
         ("pipeline", |ctx, _| ctx.pipeline(OP, &TextKey("fill", FILL)).map(drop)),
         ("submit", |ctx, _| ctx.submit(OP, ctx.encoder("late"))),

@@ -3,6 +3,7 @@
 use crate::engine::gpu::{Assembler, Binding, KernelKey, KernelSource};
 use crate::socket::config::Scoring;
 use crate::socket::gpu::params::Params;
+use crate::socket::gpu::passes::Stage;
 use crate::socket::plan::{BINS, CANDIDATES, Geometry, HISTOGRAM_ROW, SPAN};
 use crate::tensor::DType;
 
@@ -36,7 +37,7 @@ macro_rules! snippets {
     };
 }
 
-const SNIPPETS: &[(&str, &str)] = snippets!(
+pub(super) const SNIPPETS: &[(&str, &str)] = snippets!(
     "params",
     "rows",
     "items",
@@ -71,7 +72,7 @@ impl Kernel {
     }
 
     /// Stage name, for timings.
-    pub fn stage(self) -> &'static str {
+    fn stage(self) -> &'static str {
         match self {
             Self::StoreKv => "store",
             Self::MeanKeys => "mean",
@@ -108,7 +109,7 @@ impl Kernel {
     }
 }
 
-fn dtype_define(prefix: &'static str, dtype: DType) -> &'static str {
+pub(super) fn dtype_define(prefix: &'static str, dtype: DType) -> &'static str {
     match (prefix, dtype) {
         ("KV", DType::F16) => "KV_F16",
         ("KV", DType::Bf16) => "KV_BF16",
@@ -215,6 +216,12 @@ impl Key {
             constants.push(("PIECE", g.piece()));
         }
         constants.into_iter().map(|(name, value)| (name, value as u32)).collect()
+    }
+}
+
+impl Stage for Key {
+    fn stage(&self) -> &'static str {
+        self.kernel.stage()
     }
 }
 

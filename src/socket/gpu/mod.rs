@@ -4,6 +4,7 @@ mod append;
 mod attend;
 mod input;
 mod kernels;
+pub(crate) mod merge;
 mod pages;
 mod params;
 mod passes;
@@ -12,7 +13,7 @@ mod transfer;
 #[cfg(test)]
 mod tests;
 
-use crate::engine::gpu::Context;
+use crate::engine::gpu::{Context, KernelKey};
 use crate::error::Result;
 use crate::lsh::Planes;
 use crate::socket::executor::{Attended, Executor, Memory, Recording, SequenceData, StageTime};
@@ -21,7 +22,7 @@ use crate::socket::gpu::pages::{Page, Pool};
 use crate::socket::gpu::passes::Ready;
 use crate::socket::plan::Geometry;
 use crate::socket::problem::{AppendRow, AttendProblem, CacheSpec, SeqState};
-use crate::tensor::TensorView;
+use crate::tensor::{DType, TensorView};
 use attend::Workspace;
 use std::sync::Arc;
 
@@ -161,6 +162,30 @@ impl Executor for GpuExecutor {
         let (ready, attended) = self.prepare(q, problem)?;
         self.run(problem.op, rec, &ready)?;
         Ok(attended)
+    }
+
+    fn warm_up(&self, q: DType, output: DType) -> Result<()> {
+        let mut kernels = vec![
+            Kernel::StoreKv,
+            Kernel::HashKeys,
+            Kernel::HashStep,
+            Kernel::HashQuery { q },
+            Kernel::Candidates,
+            Kernel::Threshold,
+            Kernel::Collect,
+            Kernel::MergePartials { output },
+            Kernel::Prefill { q },
+        ];
+        if self.geometry.center {
+            kernels.push(Kernel::MeanKeys);
+        }
+        for chunk in self.geometry.chunks() {
+            kernels.push(Kernel::Score { chunk });
+            kernels.extend([true, false].map(|sparse| Kernel::Attend { q, chunk, sparse }));
+        }
+        let keys: Vec<_> = kernels.into_iter().map(|kernel| self.key(kernel)).collect();
+        let keys: Vec<&dyn KernelKey> = keys.iter().map(|key| key as &dyn KernelKey).collect();
+        self.ctx.warm_up(&keys)
     }
 
     #[cfg(not(target_arch = "wasm32"))]

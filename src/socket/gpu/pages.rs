@@ -62,10 +62,6 @@ impl Pool {
         Ok(())
     }
 
-    pub fn free_pages(&self) -> usize {
-        self.free.len()
-    }
-
     /// Grows until `pages` are free. What was there stays; on failure the slabs already added stay too, empty.
     pub fn grow(&mut self, ctx: &Context, op: &'static str, geometry: &Geometry, pages: usize) -> Result<()> {
         let limit = Self::slab_limit(ctx, geometry) as usize;

@@ -1,12 +1,16 @@
 //! A list of dispatches that is made ready as a whole, then recorded: whatever can fail fails before anything is in
 //! an encoder.
 
-use crate::engine::gpu::{Context, Pipeline, Slot, Timer};
+use crate::engine::gpu::{Context, KernelKey, Pipeline, Slot, Timer};
 use crate::error::{Error, Result};
-use crate::socket::gpu::kernels::Key;
 use crate::socket::gpu::params::Params;
 use crate::socket::plan::fold;
 use std::sync::Arc;
+
+/// A kernel that is timed under a name.
+pub(crate) trait Stage: KernelKey {
+    fn stage(&self) -> &'static str;
+}
 
 /// What stands at a storage binding.
 #[derive(Clone)]
@@ -91,7 +95,7 @@ impl<'a> Passes<'a> {
     }
 
     /// Adds a dispatch of `groups` workgroups; none where there is nothing to do.
-    pub fn dispatch(&mut self, key: Key, params: Params, groups: u64, binds: Vec<Bind>) -> Result<()> {
+    pub fn dispatch(&mut self, key: impl Stage, params: Params, groups: u64, binds: Vec<Bind>) -> Result<()> {
         if groups == 0 {
             return Ok(());
         }
@@ -102,7 +106,7 @@ impl<'a> Passes<'a> {
         let pipeline = self.ctx.pipeline(self.op, &key)?;
         self.parts.push(bytemuck::bytes_of(&params).to_vec());
         let params = self.parts.len() - 1;
-        self.dispatches.push(Dispatch { pipeline, stage: key.kernel.stage(), params, binds, grid });
+        self.dispatches.push(Dispatch { pipeline, stage: key.stage(), params, binds, grid });
         Ok(())
     }
 

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use super::kernels::{Kernel, Key};
+use super::merge::MergeKey;
 use super::params::{Entry, Item, Params, Row};
 use crate::engine::gpu::{Binding, KernelKey};
 use crate::socket::config::{CacheShape, Rule, Scoring, SelectionScope, SocketConfig};
@@ -46,12 +47,16 @@ fn geometries() -> Vec<Geometry> {
     all
 }
 
-fn keys() -> Vec<Key> {
-    let mut keys = Vec::new();
+fn keys() -> Vec<Box<dyn KernelKey>> {
+    let mut keys: Vec<Box<dyn KernelKey>> = Vec::new();
+    let dtypes = [DType::F32, DType::F16, DType::Bf16];
+    for (o1, o2) in dtypes.iter().flat_map(|a| dtypes.map(|b| (*a, b))) {
+        keys.push(Box::new(MergeKey { o1, o2 }));
+    }
     for geometry in geometries() {
-        let mut add = |kernel| keys.push(Key { kernel, geometry });
-        [Kernel::StoreKv, Kernel::MeanKeys, Kernel::HashKeys, Kernel::HashStep].map(&mut add);
-        [Kernel::Candidates, Kernel::Threshold, Kernel::Collect].map(&mut add);
+        let mut add = |kernel| keys.push(Box::new(Key { kernel, geometry }));
+        use Kernel::*;
+        [StoreKv, MeanKeys, HashKeys, HashStep, Candidates, Threshold, Collect].into_iter().for_each(&mut add);
         for dtype in [DType::F32, DType::F16, DType::Bf16] {
             add(Kernel::HashQuery { q: dtype });
             add(Kernel::MergePartials { output: dtype });
@@ -63,12 +68,12 @@ fn keys() -> Vec<Key> {
             add(Kernel::Attend { q: DType::F32, chunk, sparse: false });
         }
     }
-    keys.sort_by_key(KernelKey::label);
+    keys.sort_by_key(|key| key.label());
     keys.dedup_by_key(|key| key.label());
     keys
 }
 
-fn parse(key: &Key) -> naga::Module {
+fn parse(key: &dyn KernelKey) -> naga::Module {
     let source = key.source();
     naga::front::wgsl::parse_str(&source.wgsl)
         .unwrap_or_else(|e| panic!("{}: {}", key.label(), e.emit_to_string(&source.wgsl)))
@@ -78,7 +83,7 @@ fn parse(key: &Key) -> naga::Module {
 fn every_variant_validates_and_translates() {
     for key in keys() {
         let label = key.label();
-        let module = parse(&key);
+        let module = parse(key.as_ref());
         // The one capability is core WebGPU: half floats unpacked from integers.
         let mut validator = Validator::new(ValidationFlags::all(), Capabilities::SHADER_FLOAT16_IN_FLOAT32);
         let info =
@@ -102,7 +107,7 @@ fn every_variant_validates_and_translates() {
 #[test]
 fn bindings_and_workgroup_memory_stay_in_limits() {
     for key in keys() {
-        let (label, module, bindings) = (key.label(), parse(&key), key.source().bindings);
+        let (label, module, bindings) = (key.label(), parse(key.as_ref()), key.source().bindings);
         let mut layouter = naga::proc::Layouter::default();
         layouter.update(module.to_ctx()).unwrap();
         let mut storage = 0;
@@ -135,7 +140,7 @@ fn bindings_and_workgroup_memory_stay_in_limits() {
 fn structs_have_the_offsets_of_their_rust_twins() {
     let mut seen = std::collections::BTreeMap::new();
     for key in keys() {
-        for (_, ty) in parse(&key).types.iter() {
+        for (_, ty) in parse(key.as_ref()).types.iter() {
             if let (Some(name), naga::TypeInner::Struct { members, span }) = (&ty.name, &ty.inner) {
                 let fields: Vec<_> = members.iter().map(|m| (m.name.clone().unwrap(), m.offset)).collect();
                 seen.insert(name.clone(), (fields, *span as usize));
