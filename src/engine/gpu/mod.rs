@@ -18,7 +18,7 @@ pub(crate) use caps::{is_software, requirements};
 pub(crate) use context::{Context, Setup};
 pub(crate) use open::{adapters_best_first, open};
 pub(crate) use pipeline::{Binding, KernelKey, KernelSource, Pipeline};
-pub(crate) use timing::Timer;
+pub use timing::Timer;
 
 /// Locks a mutex; a panic of another holder leaves nothing half-written in this engine, so its mark is ignored.
 fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
