@@ -270,6 +270,33 @@ impl<S: Lanes, K: Kernel> pulp::WithSimd for Run<S, K> {
     }
 }
 
+/// Asks for the lines of a row that will be read soon.
+#[inline(always)]
+pub(crate) fn prefetch<E>(row: &[E]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..size_of_val(row)).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: prefetching reads nothing into the program and faults on no address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(row.as_ptr().cast::<i8>().wrapping_add(line)) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = row;
+}
+
+/// As [`prefetch`] for the line that holds element `at`, and into the second cache: for streams that are too many, or
+/// too regularly spaced, for the first one to hold what was asked for. `at` may lie past the end.
+#[inline(always)]
+pub(crate) fn prefetch_far<E>(data: &[E], at: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: prefetching reads nothing into the program and faults on no address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(data.as_ptr().wrapping_add(at).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (data, at);
+}
+
 /// Element types that kernels read, widening in registers.
 pub(crate) trait Element: bytemuck::Pod + Send + Sync + std::fmt::Debug {
     /// Reads one vector from `x` on.

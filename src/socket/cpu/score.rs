@@ -3,8 +3,11 @@
 // Loops by index over arrays of constant length unroll into registers; iterators keep state in memory.
 #![allow(clippy::needless_range_loop)]
 
-use crate::engine::cpu::simd::{Kernel, Lanes, ROW};
+use crate::engine::cpu::simd::{Kernel, Lanes, ROW, prefetch_far};
 use crate::lsh::BitLayout;
+
+/// How many keys ahead the bits are asked for: hardware does not follow one stream per word.
+const AHEAD: usize = 128;
 
 /// Scores the keys of one page and kv head for all query heads of the group: gain·Σ·scale + shift·scale + bias.
 pub(crate) struct Score<'a> {
@@ -74,11 +77,20 @@ impl Score<'_> {
         let first_table = self.tables[head * per_head * BitLayout::DIGIT..].as_ptr().cast::<[f32; BitLayout::DIGIT]>();
         let end = self.keys.next_multiple_of(2 * ROW).min(self.stride);
         assert!(end.is_multiple_of(2 * lanes) && self.bits.len().is_multiple_of(self.stride));
+        if head == 0 {
+            for key in (0..AHEAD.min(end)).step_by(ROW) {
+                self.bits.chunks_exact(self.stride).for_each(|word| prefetch_far(word, key));
+            }
+        }
         let zero = simd.splat_f32s(0.0);
         for key in (0..end).step_by(2 * lanes) {
             let mut sums = [[zero; 2]; H];
             let mut entry = 0;
             for word in self.bits.chunks_exact(self.stride) {
+                if head == 0 {
+                    prefetch_far(word, key + AHEAD);
+                    prefetch_far(word, key + AHEAD + lanes);
+                }
                 let word = [simd.load_u32(&word[key..]), simd.load_u32(&word[key + lanes..])];
                 let mut shift = 0;
                 for _ in 0..layout.tables_per_word() {

@@ -7,7 +7,7 @@ use std::ops::Range;
 /// Below so many candidates all of them are ranked.
 const SMALL: usize = 2048;
 /// Every so many-th score is sampled; a prime, so that periodic scores are met in all phases.
-const SAMPLE: usize = 37;
+const SAMPLE: usize = 61;
 
 /// Scores of the keys of one selection, in pages of `page_tokens`.
 pub(crate) struct Scores<'a> {
@@ -72,7 +72,10 @@ fn guess(scores: &Scores<'_>, range: &Range<usize>, count: usize) -> Option<f32>
     if range.len() < SMALL {
         return None;
     }
-    let mut sample: Vec<f32> = range.clone().step_by(SAMPLE).map(|i| scores.get(i)).collect();
+    let slices = scores.slices(range.clone());
+    let phase = |first: usize| (SAMPLE - (first - range.start) % SAMPLE) % SAMPLE;
+    let mut sample = Vec::with_capacity(range.len() / SAMPLE + 1);
+    slices.for_each(|(first, s)| sample.extend(s.iter().skip(phase(first)).step_by(SAMPLE)));
     let expected = count as f64 / SAMPLE as f64;
     let place = (expected + 4.0 * expected.sqrt() + 8.0) as usize;
     if place >= sample.len() {

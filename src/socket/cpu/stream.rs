@@ -4,7 +4,7 @@
 // Loops by index over arrays of constant length unroll into registers; iterators keep state in memory.
 #![allow(clippy::needless_range_loop)]
 
-use crate::engine::cpu::simd::{Element, Kernel, Lanes};
+use crate::engine::cpu::simd::{Element, Kernel, Lanes, prefetch};
 
 /// Keys taken together: their logits are known before their values are weighed.
 pub(crate) const BLOCK: usize = 64;
@@ -106,19 +106,6 @@ impl<E: Element> Kernel for Stream<'_, E> {
         }
         state
     }
-}
-
-/// Asks for the lines of a row that will be read soon.
-#[inline(always)]
-fn prefetch<E>(row: &[E]) {
-    #[cfg(target_arch = "x86_64")]
-    for line in (0..size_of_val(row)).step_by(64) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: prefetching reads nothing into the program and faults on no address; this one is inside the row.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(row.as_ptr().cast::<i8>().add(line)) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = row;
 }
 
 /// Turns raw logits into weights relative to the new maximum; returns the factor for what was summed before.
