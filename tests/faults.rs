@@ -311,11 +311,16 @@ fn nan_and_infinity(device: &Device) {
     let words = ["decode", "q holds a NaN or infinite value", "[0, 0, 0, 0]"];
     let error = refused(&mut cache, &words, |c| c.decode(&TensorView::bf16(&brain, [2, 1, 4, 16])));
     is!(error, NonFinite);
-    // The largest finite values are no error, and what they make is no NaN.
-    let q = vec![f32::MAX; 2 * 4 * 16];
+    // Huge finite values are no error, and make no NaN as long as a dot product does not overflow.
+    let before = seen(&mut cache);
+    let q = vec![1e30; 2 * 4 * 16];
     let attended = cache.decode(&TensorView::f32(&q, [2, 1, 4, 16])).unwrap();
     let o = attended.o.read_blocking().unwrap().to_f32();
-    assert!(o.iter().all(|x| !x.is_nan()), "{o:?}");
+    assert!(o.iter().all(|x| x.is_finite()), "{o:?}");
+    // Where it does, only that result suffers.
+    let q = vec![f32::MAX; 2 * 4 * 16];
+    cache.decode(&TensorView::f32(&q, [2, 1, 4, 16])).unwrap();
+    assert!(seen(&mut cache) == before);
     assert_eq!(cache.non_finite_seen().unwrap(), 0);
 }
 
@@ -364,16 +369,18 @@ fn options_out_of_range(device: &Device) {
 
 fn more_than_the_device_holds(device: &Device) {
     let mut cache = cache(device);
+    // The first calls make room for scratch data, which is no part of what is compared.
+    seen(&mut cache);
+    let memory = cache.memory();
     for tokens in [1 << 40, usize::MAX] {
-        let memory = cache.memory();
-        let error = refused(&mut cache, &["reserve"], |c| c.reserve(tokens));
-        assert!(matches!(error, Error::Limit { .. } | Error::OutOfMemory { .. }), "{error:?}");
-        let number = |text: &str| text.split(|c: char| !c.is_ascii_digit()).any(|part| part.len() > 9);
-        assert!(number(&error.to_string()), "no size in {error}");
+        let words = ["reserve", &format!("tokens of a sequence = {tokens}"), "limit of 1073741824"];
+        let error = refused(&mut cache, &words, |c| c.reserve(tokens));
+        is!(error, Limit);
         assert_eq!(cache.memory(), memory);
     }
     // What does fit is still given.
     cache.reserve(500).unwrap();
+    assert!(cache.memory().keys > memory.keys);
 }
 
 fn nothing_at_all(device: &Device) {
@@ -495,4 +502,161 @@ fn no_such_adapter() {
     let error = Device::by_name("no such adapter").unwrap_err();
     says(&error, &["no GPU adapter", "no such adapter", "found:", "cpu"]);
     is!(error, NoAdapter);
+}
+
+/// What only a GPU can do wrong.
+#[cfg(feature = "wgpu")]
+mod buffers {
+    use super::*;
+    use softhash::wgpu::{self, BufferUsages};
+
+    fn software() -> Device {
+        Device::by_name("llvmpipe").unwrap()
+    }
+
+    fn buffer(device: &Device, bytes: &[u8], usage: BufferUsages) -> wgpu::Buffer {
+        let (device, queue) = device.as_wgpu().unwrap();
+        let (size, usage) = (bytes.len() as u64, usage | BufferUsages::COPY_DST);
+        let buffer =
+            device.create_buffer(&wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false });
+        queue.write_buffer(&buffer, 0, bytes);
+        buffer
+    }
+
+    fn bytes(values: &[f32]) -> Vec<u8> {
+        values.iter().flat_map(|x| x.to_le_bytes()).collect()
+    }
+
+    const Q: [usize; 4] = [2, 1, 4, 16];
+
+    #[test]
+    fn a_gpu_buffer_means_nothing_to_the_cpu() {
+        let on_gpu = buffer(&software(), &[0; 512], BufferUsages::STORAGE);
+        let q = TensorView::buffer(&on_gpu, 0, DType::F32, Q);
+        let mut cache = cache(&Device::cpu());
+        for op in ["decode", "prefill"] {
+            let words = [op, "q lives on a GPU buffer", "runs on the CPU"];
+            let error = refused(&mut cache, &words, |c| if op == "decode" { c.decode(&q) } else { c.prefill(&q) });
+            is!(error, WrongDevice);
+        }
+        let (k, v) = ([2, 1, 2, 16], [2, 1, 2, 8]);
+        let (k, v) = (TensorView::buffer(&on_gpu, 0, DType::F32, k), TensorView::buffer(&on_gpu, 0, DType::F32, v));
+        let words = ["append", "k lives on a GPU buffer", "runs on the CPU"];
+        is!(refused(&mut cache, &words, |c| c.append(&k, &v)), WrongDevice);
+        let lse = TensorView::buffer(&on_gpu, 0, DType::F32, [2, 1, 4, 1]);
+        let error = merge_state(&Device::cpu(), &q, &lse, &q, &lse).unwrap_err();
+        says(&error, &["merge_state", "a GPU buffer", "the CPU"]);
+        is!(error, WrongDevice);
+    }
+
+    #[test]
+    fn buffers_that_do_not_fit() {
+        let device = software();
+        let mut cache = cache(&device);
+        let good = buffer(&device, &bytes(&wave(128)), BufferUsages::STORAGE);
+        cache.decode(&TensorView::buffer(&good, 0, DType::F32, Q)).unwrap();
+
+        let small = buffer(&device, &[0; 508], BufferUsages::STORAGE);
+        let words = ["decode", "q needs 128 elements", "has 127"];
+        let view = TensorView::buffer(&small, 0, DType::F32, Q);
+        is!(refused(&mut cache, &words, |c| c.decode(&view)), OutOfBounds);
+        for (offset, words) in
+            [(4, ["decode", "q needs 128 elements", "has 127"]), (1 << 40, ["decode", "q needs 128 elements", "has 0"])]
+        {
+            let view = TensorView::buffer(&good, offset, DType::F32, Q);
+            is!(refused(&mut cache, &words, |c| c.decode(&view)), OutOfBounds);
+        }
+        let view = TensorView::buffer(&good, 2, DType::F32, Q);
+        is!(refused(&mut cache, &["decode", "multiple of 4", "got 2"], |c| c.decode(&view)), Shape);
+        let view = TensorView::buffer(&good, 0, DType::I32, Q);
+        is!(refused(&mut cache, &["decode", "q has dtype I32", "F32, F16 or Bf16"], |c| c.decode(&view)), DType);
+        let uniform = buffer(&device, &[0; 512], BufferUsages::UNIFORM);
+        let view = TensorView::buffer(&uniform, 0, DType::F32, Q);
+        is!(refused(&mut cache, &["decode", "STORAGE usage"], |c| c.decode(&view)), Unsupported);
+    }
+
+    #[test]
+    fn a_buffer_of_another_device_is_refused() {
+        // Of the same instance: wgpu itself cannot tell apart what belongs to different instances.
+        let adapter = adapter();
+        let mut cache = cache(&lent(&adapter).1);
+        let foreign = buffer(&lent(&adapter).1, &[0; 512], BufferUsages::STORAGE);
+        let view = TensorView::buffer(&foreign, 0, DType::F32, Q);
+        is!(refused(&mut cache, &["decode"], |c| c.decode(&view)), Gpu);
+    }
+
+    #[test]
+    fn nan_in_buffers_is_stored_as_zero_and_counted() {
+        let device = software();
+        let (mut k, mut v) = (wave(2 * 90 * 2 * 16), wave(2 * 90 * 2 * 8));
+        let bad = [(3, f32::NAN), (700, f32::INFINITY), (1500, f32::NEG_INFINITY)];
+        for (i, x) in bad {
+            (k[i], v[i]) = (x, x);
+        }
+        let (ks, vs) = ([2, 90, 2, 16], [2, 90, 2, 8]);
+        let fresh = || SocketCache::with_page_tokens(&device, config(), SHAPE, 2, 64).unwrap();
+        let mut poisoned = fresh();
+        let (kb, vb) =
+            (buffer(&device, &bytes(&k), BufferUsages::STORAGE), buffer(&device, &bytes(&v), BufferUsages::STORAGE));
+        poisoned
+            .append(&TensorView::buffer(&kb, 0, DType::F32, ks), &TensorView::buffer(&vb, 0, DType::F32, vs))
+            .unwrap();
+        assert_eq!(poisoned.non_finite_seen().unwrap(), 6);
+
+        for (i, _) in bad {
+            (k[i], v[i]) = (0.0, 0.0);
+        }
+        let mut clean = fresh();
+        clean.append(&TensorView::f32(&k, ks), &TensorView::f32(&v, vs)).unwrap();
+        assert_eq!(clean.non_finite_seen().unwrap(), 0);
+        assert!(seen(&mut poisoned) == seen(&mut clean));
+    }
+
+    fn adapter() -> wgpu::Adapter {
+        let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
+        let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::VULKAN));
+        adapters.into_iter().find(|a| a.get_info().name.contains("llvmpipe")).unwrap()
+    }
+
+    /// A device of the host's own, lent.
+    fn lent(adapter: &wgpu::Adapter) -> (wgpu::Device, Device) {
+        let wants = Device::requirements(adapter);
+        let descriptor = wgpu::DeviceDescriptor { required_limits: wants.required_limits, ..Default::default() };
+        let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).unwrap();
+        (device.clone(), Device::from_wgpu(&adapter.get_info(), device, queue).unwrap())
+    }
+
+    #[test]
+    fn a_lost_device_is_said_to_be_lost() {
+        let adapter = adapter();
+        let (host, device) = lent(&adapter);
+        let mut lost = cache(&device);
+        let q = wave(128);
+        let q = TensorView::f32(&q, Q);
+        let computed = lost.decode(&q).unwrap();
+        host.destroy();
+
+        let (k, v) = (wave(64), wave(32));
+        let (k, v) = (TensorView::f32(&k, [2, 1, 2, 16]), TensorView::f32(&v, [2, 1, 2, 8]));
+        let path = std::env::temp_dir().join(format!("softhash-lost-{}", std::process::id()));
+        let errors = [
+            ("append", lost.append(&k, &v).unwrap_err()),
+            ("decode", lost.decode(&q).unwrap_err()),
+            ("decode", lost.dense_decode(&q).unwrap_err()),
+            ("prefill", lost.prefill(&q).unwrap_err()),
+            ("reserve", lost.reserve(10_000).unwrap_err()),
+            ("read", computed.o.read_blocking().unwrap_err()),
+            ("", lost.to_bytes().unwrap_err()),
+            ("", lost.save_to(&path).unwrap_err()),
+            ("", lost.non_finite_seen().unwrap_err()),
+        ];
+        for (op, error) in errors {
+            says(&error, &[op, "device is lost"]);
+            is!(error, DeviceLost);
+        }
+        assert!(!path.exists(), "nothing is written of a lost cache");
+        assert_eq!((lost.len(0), lost.len(1)), (Some(90), Some(40)));
+        // A new device takes over.
+        cache(&lent(&adapter).1).decode(&q).unwrap();
+    }
 }

@@ -155,6 +155,26 @@ fn a_loaded_cache_goes_on_bit_for_bit() {
     }
 }
 
+#[cfg(feature = "wgpu")]
+#[test]
+fn files_move_between_devices() {
+    let (cpu, gpu) = (Device::cpu(), Device::by_name("llvmpipe").unwrap());
+    for (name, config) in configs() {
+        for dtype in [DType::F32, DType::F16, DType::Bf16] {
+            let what = format!("{name}, {dtype:?}");
+            for (from, to) in [(&cpu, &gpu), (&gpu, &cpu), (&gpu, &gpu)] {
+                let mut saved = lived_in(from, config.clone(), dtype);
+                let bytes = saved.to_bytes().unwrap();
+                let mut loaded = SocketCache::from_bytes(to, &bytes).unwrap();
+                // The other device holds the same bits: saved there, it is the same file.
+                assert!(loaded.to_bytes().unwrap() == bytes, "{what}: saved again");
+                let mut back = SocketCache::from_bytes(from, &loaded.to_bytes().unwrap()).unwrap();
+                assert_goes_on_equally(&what, &mut saved, &mut back);
+            }
+        }
+    }
+}
+
 #[test]
 fn an_empty_cache_survives() {
     let mut none = SocketCache::new(&Device::cpu(), SocketConfig::fast(), shape(DType::F32), 0).unwrap();

@@ -131,6 +131,10 @@ impl SocketCache {
     /// # Errors
     /// [`Error::OutOfMemory`] or [`Error::Limit`]; the cache is unchanged then.
     pub fn reserve(&mut self, tokens: usize) -> Result<()> {
+        let (value, limit) = (tokens as u64, 1 << 30);
+        if value > limit {
+            return Err(Error::Limit { op: "reserve", what: "tokens of a sequence", value, limit });
+        }
         self.executor.reserve(tokens)
     }
 
