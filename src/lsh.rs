@@ -230,6 +230,7 @@ impl BitLayout {
     }
 
     /// Code of table `l` out of a key's word `l / tables_per_word`.
+    #[cfg(test)]
     pub fn code(self, word: u32, l: usize) -> u32 {
         let shift = l % self.tables_per_word() * self.planes;
         (word >> shift) & ((1u32 << self.planes) - 1)

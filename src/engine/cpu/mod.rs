@@ -7,11 +7,16 @@ pub(crate) mod simd;
 use rayon::prelude::*;
 
 /// Work, in multiply-adds or elements moved, below which waking other threads costs more than it saves.
-const WORTH_SHARING: usize = 200_000;
+const WORTH_SHARING: u64 = 200_000;
+
+/// A product that saturates: amounts of work pass what 32-bit machines count to.
+pub(crate) fn product<const N: usize>(factors: [usize; N]) -> u64 {
+    factors.iter().fold(1, |product: u64, factor| product.saturating_mul(*factor as u64))
+}
 
 /// Runs `f` on every task, on all threads where `work` (multiply-adds or elements moved, all tasks together) is worth
 /// it. Results are in the order of the tasks, so what is computed does not depend on the number of threads.
-pub(crate) fn map<T: Send, R: Send>(tasks: Vec<T>, work: usize, f: impl Fn(T) -> R + Sync + Send) -> Vec<R> {
+pub(crate) fn map<T: Send, R: Send>(tasks: Vec<T>, work: u64, f: impl Fn(T) -> R + Sync + Send) -> Vec<R> {
     if work < WORTH_SHARING || tasks.len() < 2 {
         tasks.into_iter().map(f).collect()
     } else {

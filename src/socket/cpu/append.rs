@@ -1,8 +1,8 @@
 //! Storing keys and values, taking the mean, and hashing.
 
 use crate::engine::cpu::gemm::{Mat, multiply_add};
-use crate::engine::cpu::map;
 use crate::engine::cpu::simd::{Element, Kernel, Lanes, Level, padded};
+use crate::engine::cpu::{map, product};
 use crate::lsh::{BitLayout, Planes};
 use crate::socket::config::{Scoring, SocketConfig};
 use crate::socket::cpu::storage::{Geometry, Page, Sequence};
@@ -98,7 +98,7 @@ pub(crate) fn store<E: Element>(
     let mut work = 0;
     for (row, pages) in pages_of(seqs, rows) {
         let tokens = row.start..row.start + row.count;
-        work += row.count * g.kv_heads * (g.dk + g.dv);
+        work += product([row.count, g.kv_heads, g.dk + g.dv]);
         for (index, page) in pages.iter_mut().enumerate().take(g.pages(tokens.end)).skip(tokens.start / g.page_tokens) {
             let part = g.within(index, &tokens);
             let first = index * g.page_tokens + part.start - row.start;
@@ -171,7 +171,7 @@ pub(crate) fn hash<E: Element>(
     let mut work = 0;
     for (row, pages) in pages_of(seqs, rows) {
         let mean = mean_of(row.seq);
-        work += row.hash.len() * g.kv_heads * g.head_dim * projection.columns;
+        work += product([row.hash.len(), g.kv_heads, g.head_dim, projection.columns]);
         for (index, page) in
             pages.iter_mut().enumerate().take(g.pages(row.hash.end)).skip(row.hash.start / g.page_tokens)
         {

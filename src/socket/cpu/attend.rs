@@ -1,8 +1,8 @@
 //! Attention over the stored keys: which rows go which way, and how partial results come together.
 
-use crate::engine::cpu::map;
 use crate::engine::cpu::memory::zeros;
 use crate::engine::cpu::simd::{Element, Level};
+use crate::engine::cpu::{map, product};
 use crate::error::Result;
 use crate::socket::config::{SelectionScope, SocketConfig};
 use crate::socket::cpu::append::Projection;
@@ -133,7 +133,7 @@ impl Call<'_> {
         let mut work = 0;
         for &row in rows {
             let visible = self.problem.rows[row].visible;
-            work += visible * g.kv_heads * g.group * (g.dk + g.dv);
+            work += product([visible, g.kv_heads, g.group, g.dk + g.dv]);
             for kv_head in 0..g.kv_heads {
                 for first in (0..visible).step_by(DENSE_KEYS) {
                     tasks.push((row, kv_head, first..(first + DENSE_KEYS).min(visible)));
@@ -192,7 +192,7 @@ impl Call<'_> {
                 }
             }
         }
-        let done = map(tasks, usize::MAX, |(b, kv_head, tokens): (usize, usize, Range<usize>)| {
+        let done = map(tasks, u64::MAX, |(b, kv_head, tokens): (usize, usize, Range<usize>)| {
             let (mut q, mut visible) = (Vec::new(), Vec::new());
             for row in tokens.start + b * problem.tq..tokens.end + b * problem.tq {
                 q.extend_from_slice(self.q(row, kv_head));
@@ -260,7 +260,7 @@ impl Call<'_> {
         let mut tasks = Vec::new();
         let mut work = 0;
         for row in block.clone().filter(|&r| problem.want_selection || !problem.rows[r].is_dense()) {
-            work += problem.rows[row].visible * heads;
+            work += product([problem.rows[row].visible, heads]);
             tasks.extend((0..heads).map(|head| (row, head, start[row - block.start].map(|s| &scores[s..]))));
         }
         let chosen = map(tasks, work, |(row, head, scores)| (row, head, self.choose(row, head, scores)));
@@ -276,7 +276,7 @@ impl Call<'_> {
         let per_head = self.selecting_heads() / g.kv_heads;
         let sign = self.config.scoring == crate::Scoring::SignProjection;
         let queries: Vec<_> = rows.iter().flat_map(|&row| (0..g.kv_heads).map(move |h| (row, h))).collect();
-        let work = queries.len() * g.group * g.head_dim * self.projection.columns;
+        let work = product([queries.len(), g.group, g.head_dim, self.projection.columns]);
         // Look-up tables and q·μ of each row and kv head.
         let queries = map(queries, work, |(row, kv_head)| {
             let mut q = self.q(row, kv_head).to_vec();
@@ -303,7 +303,7 @@ impl Call<'_> {
             }
         }
         let digits = layout.entries() / crate::lsh::BitLayout::DIGIT;
-        let work = tasks.len() * g.page_tokens * g.group * digits;
+        let work = product([tasks.len(), g.page_tokens, g.group, digits]);
         map(tasks, work, |(row, page, kv_head, (tables, shifts), out)| {
             let keys = g.within(page, &(0..problem.rows[row].visible)).end;
             let data = &self.sequence(row).pages[page];
@@ -360,7 +360,7 @@ impl Call<'_> {
         let mut tasks = Vec::new();
         let mut work = 0;
         for (row, head, chosen) in chosen.iter().filter(|(row, ..)| !self.problem.rows[*row].is_dense()) {
-            work += chosen.keys.len() * sharing * (g.dk + g.dv);
+            work += product([chosen.keys.len(), sharing, g.dk + g.dv]);
             tasks.extend(chosen.keys.chunks(CHOSEN_KEYS).map(|keys| (*row, head * sharing, keys)));
         }
         let parts = map(tasks, work, |(row, first, keys): (usize, usize, &[u32])| {

@@ -71,10 +71,12 @@ pub(crate) struct Page {
 impl Page {
     pub fn new<E: Element>(op: &'static str, g: &Geometry) -> Result<Self> {
         let tokens = g.kv_heads * g.page_tokens;
+        // What does not fit an address saturates, and is refused as memory that is not there.
+        let of = |width: usize| tokens.saturating_mul(width);
         Ok(Self {
-            k: Buffer::zeroed::<E>(op, tokens * g.dk)?,
-            v: Buffer::zeroed::<E>(op, tokens * g.dv)?,
-            bits: Buffer::zeroed::<u32>(op, tokens * g.words)?,
+            k: Buffer::zeroed::<E>(op, of(g.dk))?,
+            v: Buffer::zeroed::<E>(op, of(g.dv))?,
+            bits: Buffer::zeroed::<u32>(op, of(g.words))?,
             gain: Buffer::zeroed::<f32>(op, if g.gain { tokens } else { 0 })?,
             bias: Buffer::zeroed::<f32>(op, if g.bias { tokens } else { 0 })?,
         })
