@@ -73,19 +73,17 @@ pub(crate) struct Planes {
     pub sets: usize,
     pub bits: usize,
     pub head_dim: usize,
-    /// Set where the rows can be applied in `head_dim log head_dim`.
-    pub hadamard: Option<Vec<HadamardBlock>>,
 }
 
 impl Planes {
     pub fn new(source: &Hyperplanes, bits: usize, head_dim: usize, num_kv_heads: usize) -> Result<Self> {
-        let make = |rows, sets, hadamard| Self { rows, sets, bits, head_dim, hadamard };
+        let make = |rows, sets| Self { rows, sets, bits, head_dim };
         Ok(match source {
-            Hyperplanes::Gaussian { seed } => make(gaussian(*seed, bits * head_dim), 1, None),
-            Hyperplanes::Orthogonal { seed } => make(orthogonal(*seed, bits, head_dim), 1, None),
+            Hyperplanes::Gaussian { seed } => make(gaussian(*seed, bits * head_dim), 1),
+            Hyperplanes::Orthogonal { seed } => make(orthogonal(*seed, bits, head_dim), 1),
             Hyperplanes::Hadamard { seed } => {
                 let blocks = hadamard_blocks(*seed, bits, head_dim);
-                make(hadamard_rows(&blocks, bits, head_dim), 1, Some(blocks))
+                make(hadamard_rows(&blocks, bits, head_dim), 1)
             }
             Hyperplanes::Supplied(rows) => {
                 let one = bits * head_dim;
@@ -100,7 +98,7 @@ impl Planes {
                 if let Some(i) = rows.iter().position(|x| !x.is_finite()) {
                     return Err(Error::config("hyperplanes", rows[i], format!("value {i} must be finite")));
                 }
-                make(rows.to_vec(), sets, None)
+                make(rows.to_vec(), sets)
             }
         })
     }
@@ -230,6 +228,7 @@ impl BitLayout {
     }
 
     /// Code of table `l` out of a key's word `l / tables_per_word`.
+    #[cfg(test)]
     pub fn code(self, word: u32, l: usize) -> u32 {
         let shift = l % self.tables_per_word() * self.planes;
         (word >> shift) & ((1u32 << self.planes) - 1)

@@ -1,5 +1,8 @@
 //! Sizes and decisions of SOCKET decoding: pure arithmetic, no device words.
 
+// The CPU path takes only a few of them.
+#![cfg_attr(not(feature = "wgpu"), allow(dead_code))]
+
 use crate::socket::config::{Scoring, SelectionScope};
 use crate::socket::problem::CacheSpec;
 use crate::tensor::DType;
