@@ -15,6 +15,7 @@ use std::sync::Arc;
 /// Environment variable that names the device [`Device::auto`] takes.
 const DEVICE_VARIABLE: &str = "SOFTHASH_DEVICE";
 /// Environment variable that turns the shaders' run-time checks on.
+#[cfg(feature = "wgpu")]
 const CHECKED_VARIABLE: &str = "SOFTHASH_CHECKED";
 /// The name of the CPU path.
 const CPU: &str = "cpu";

@@ -44,8 +44,8 @@ fn judge_all(device: &Device) {
                 assert!(checks.len() > 4, "{stem}: only {} checks", checks.len());
                 failures.extend(checks.iter().filter(|c| !c.passes()).map(Check::to_string));
             }
-            Outcome::Unsupported(_) => {
-                assert!(stem.starts_with("race_"), "{stem} is unsupported");
+            Outcome::Unsupported(what) => {
+                assert!(stem.starts_with("race_"), "{stem} is unsupported: {what}");
                 unsupported += 1;
             }
         }

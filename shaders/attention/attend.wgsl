@@ -28,7 +28,7 @@ struct Entry {
 // Finite, for WGSL may assume that infinity does not occur; no real logit comes near.
 const MASKED: f32 = -1e30;
 const HALVES: u32 = PIECE / 4u;
-const QUERY_VECS: u32 = K_PIECES * HALVES;
+const QUERY_VECS: u32 = K_STEPS * 4u * HALVES;
 var<workgroup> queries: array<vec4<f32>, HEADS * QUERY_VECS>;
 var<workgroup> logits: array<f32, HEADS * TILE>;
 var<workgroup> scratch: array<vec4<f32>, 256>;
@@ -37,9 +37,21 @@ var<workgroup> scratch: array<vec4<f32>, 256>;
 var<workgroup> chosen: array<u32, CHUNK>;
 #endif
 
-fn store_partial(at: u32, sum: f32, peak: f32) {
-    partials[at] = peak;
-    partials[at + 1u] = sum;
+// Adds up four channels over the groups of rows, in order.
+fn merge_groups(local: u32, value: vec4<f32>, store: bool, at: u32) {
+    workgroupBarrier();
+    scratch[local] = value;
+    workgroupBarrier();
+    if local < V_PIECES && store {
+        var total = vec4<f32>();
+        for (var g = 0u; g < ROW_GROUPS; g++) {
+            total += scratch[g * V_PIECES + local];
+        }
+        partials[at] = total.x;
+        partials[at + 1u] = total.y;
+        partials[at + 2u] = total.z;
+        partials[at + 3u] = total.w;
+    }
 }
 
 @compute @workgroup_size(256)
@@ -121,25 +133,20 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let lane = local % V_PIECES;
     let row_group = local / V_PIECES;
     let active_lane = row_group < ROW_GROUPS;
-    var peak: array<f32, HEADS>;
-    var sum: array<f32, HEADS>;
-    var total: array<vec4<f32>, HEADS * HALVES>;
-    for (var h = 0u; h < HEADS; h++) {
-        peak[h] = MASKED;
-        sum[h] = 0.0;
-        for (var half = 0u; half < HALVES; half++) {
-            total[h * HALVES + half] = vec4<f32>();
-        }
-    }
+#repeat h HEADS
+    var peak$h = MASKED;
+    var sum$h = 0.0;
+    var low$h = vec4<f32>();
+    var high$h = vec4<f32>();
+#end
     for (var base = 0u; base < count; base += TILE) {
         let tile = min(TILE, count - base);
         // Logits, 64 rows at a time, four invocations a row.
-        for (var sub = 0u; sub < TILE; sub += 64u) {
+        for (var sub = 0u; sub < tile; sub += 64u) {
             let slot = sub + local / 4u;
-            var dots: array<f32, HEADS>;
-            for (var h = 0u; h < HEADS; h++) {
-                dots[h] = 0.0;
-            }
+#repeat h HEADS
+            var dot$h = 0.0;
+#end
             var mask = 0u;
             if slot < tile {
 #ifdef SPARSE
@@ -150,129 +157,128 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 mask = 0xffffu;
                 let token = base + slot;
 #endif
-                for (var piece = local % 4u; piece < K_PIECES; piece += 4u) {
-                    let words = k_pages[(kv_row + token) * K_PIECES + piece];
-                    let a = piece_low(words);
-                    for (var h = 0u; h < HEADS; h++) {
-                        dots[h] += dot(a, queries[h * QUERY_VECS + piece * HALVES]);
-                    }
+                // All loads first. Pieces past the row's end are read twice and meet zeros of the query.
+#repeat s K_STEPS
+                let piece$s = local % 4u + 4u * $su;
+                let words$s = k_pages[(kv_row + token) * K_PIECES + min(piece$s, K_PIECES - 1u)];
+#end
+#repeat s K_STEPS
+                let a$s = piece_low(words$s);
 #ifndef KV_F32
-                    let b = piece_high(words);
-                    for (var h = 0u; h < HEADS; h++) {
-                        dots[h] += dot(b, queries[h * QUERY_VECS + piece * HALVES + 1u]);
-                    }
+                let b$s = piece_high(words$s);
 #endif
-                }
+#repeat h HEADS
+                dot$h += dot(a$s, queries[$hu * QUERY_VECS + piece$s * HALVES]);
+#ifndef KV_F32
+                dot$h += dot(b$s, queries[$hu * QUERY_VECS + piece$s * HALVES + 1u]);
+#endif
+#end
+#end
             }
-            for (var h4 = 0u; h4 < HEADS; h4 += 4u) {
-                workgroupBarrier();
-                var part = vec4<f32>();
-                for (var h = 0u; h < 4u; h++) {
-                    if h4 + h < HEADS {
-                        part[h] = dots[h4 + h];
-                    }
-                }
-                scratch[local] = part;
-                workgroupBarrier();
-                // Each of a row's four invocations adds up one head.
-                let h = local % 4u;
-                if h4 + h < HEADS {
-                    let r = local - h;
-                    let logit = (scratch[r][h] + scratch[r + 1u][h]) + (scratch[r + 2u][h] + scratch[r + 3u][h]);
-                    logits[(h4 + h) * TILE + slot] = select(MASKED, logit, ((mask >> (h4 + h)) & 1u) == 1u);
-                }
+#ifdef SUBGROUPS
+            // The four invocations of a row are neighbours in one subgroup.
+#repeat h HEADS
+            dot$h += subgroupShuffleXor(dot$h, 1u);
+            dot$h += subgroupShuffleXor(dot$h, 2u);
+            if local % 4u == $hu % 4u {
+                logits[$hu * TILE + slot] = select(MASKED, dot$h, ((mask >> $hu) & 1u) == 1u);
             }
+#end
+#else
+#repeat h HEADS
+            workgroupBarrier();
+            scratch[local].x = dot$h;
+            workgroupBarrier();
+            if local % 4u == 0u {
+                let logit = (scratch[local].x + scratch[local + 1u].x) + (scratch[local + 2u].x + scratch[local + 3u].x);
+                logits[$hu * TILE + slot] = select(MASKED, logit, ((mask >> $hu) & 1u) == 1u);
+            }
+#end
+#endif
         }
         workgroupBarrier();
         // Peaks per group of rows; its invocations then share the exponentials.
         if active_lane {
-            for (var h = 0u; h < HEADS; h++) {
-                var top = peak[h];
-                for (var i = row_group; i < tile; i += ROW_GROUPS) {
-                    top = max(top, logits[h * TILE + i]);
-                }
-                let keep = exp2(peak[h] - top);
-                peak[h] = top;
-                sum[h] *= keep;
-                for (var half = 0u; half < HALVES; half++) {
-                    total[h * HALVES + half] *= keep;
-                }
+#repeat h HEADS
+            var top$h = peak$h;
+            for (var i = row_group; i < tile; i += ROW_GROUPS) {
+                top$h = max(top$h, logits[$hu * TILE + i]);
             }
+            let keep$h = exp2(peak$h - top$h);
+            peak$h = top$h;
+            sum$h *= keep$h;
+            low$h *= keep$h;
+            high$h *= keep$h;
+#end
         }
         workgroupBarrier();
         if active_lane {
             let mine = (tile + ROW_GROUPS - 1u - row_group) / ROW_GROUPS;
-            for (var h = 0u; h < HEADS; h++) {
-                for (var i = lane; i < mine; i += V_PIECES) {
-                    let at = h * TILE + row_group + i * ROW_GROUPS;
-                    let logit = logits[at];
-                    logits[at] = select(exp2(logit - peak[h]), 0.0, logit <= MASKED);
-                }
+            for (var i = lane; i < mine; i += V_PIECES) {
+#repeat h HEADS
+                let at$h = $hu * TILE + row_group + i * ROW_GROUPS;
+                let logit$h = logits[at$h];
+                logits[at$h] = select(exp2(logit$h - peak$h), 0.0, logit$h <= MASKED);
+#end
             }
         }
         workgroupBarrier();
         if active_lane {
-            for (var i = row_group; i < tile; i += ROW_GROUPS) {
+            // Four rows at a time, all loads first; rows past the end are read again and weigh nothing.
+            for (var i = row_group; i < tile; i += 4u * ROW_GROUPS) {
+#repeat u 4
+                let row$u = i + $uu * ROW_GROUPS;
+                let safe$u = min(row$u, tile - 1u);
 #ifdef SPARSE
-                let token = chosen[base + i] & 0xffffu;
+                let words$u = v_pages[(kv_row + (chosen[base + safe$u] & 0xffffu)) * V_PIECES + lane];
 #else
-                let token = base + i;
+                let words$u = v_pages[(kv_row + base + safe$u) * V_PIECES + lane];
 #endif
-                let words = v_pages[(kv_row + token) * V_PIECES + lane];
-                let a = piece_low(words);
+#end
+#repeat u 4
+                let a$u = piece_low(words$u);
 #ifndef KV_F32
-                let b = piece_high(words);
+                let b$u = piece_high(words$u);
 #endif
-                for (var h = 0u; h < HEADS; h++) {
-                    let weight = logits[h * TILE + i];
-                    sum[h] += weight;
-                    total[h * HALVES] += weight * a;
+#repeat h HEADS
+                let weight$u_$h = select(0.0, logits[$hu * TILE + safe$u], row$u < tile);
+                sum$h += weight$u_$h;
+                low$h += weight$u_$h * a$u;
 #ifndef KV_F32
-                    total[h * HALVES + 1u] += weight * b;
+                high$h += weight$u_$h * b$u;
 #endif
-                }
+#end
+#end
             }
         }
         workgroupBarrier();
     }
 
     // The groups of rows merge by their peaks, one head at a time.
-    for (var h = 0u; h < HEADS; h++) {
-        workgroupBarrier();
-        if active_lane && lane == 0u {
-            scratch[row_group] = vec4<f32>(peak[h], sum[h], 0.0, 0.0);
-        }
-        workgroupBarrier();
-        var top = MASKED;
-        for (var g = 0u; g < ROW_GROUPS; g++) {
-            top = max(top, scratch[g].x);
-        }
-        var all = 0.0;
-        for (var g = 0u; g < ROW_GROUPS; g++) {
-            all += scratch[g].y * exp2(scratch[g].x - top);
-        }
-        let head = first_head + h;
-        let part = row.part_base + (kv_head * GROUP + min(head, GROUP - 1u)) * row.part_count + first / CHUNK;
-        let at = part * PART_STRIDE;
-        let keep = exp2(peak[h] - top);
-        for (var half = 0u; half < HALVES; half++) {
-            workgroupBarrier();
-            scratch[local] = total[h * HALVES + half] * keep;
-            workgroupBarrier();
-            if local < V_PIECES && head < GROUP {
-                var value = vec4<f32>();
-                for (var g = 0u; g < ROW_GROUPS; g++) {
-                    value += scratch[g * V_PIECES + local];
-                }
-                let channel = 4u + (local * HALVES + half) * 4u;
-                partials[at + channel] = value.x;
-                partials[at + channel + 1u] = value.y;
-                partials[at + channel + 2u] = value.z;
-                partials[at + channel + 3u] = value.w;
-            }
-        }
-        if local == 0u && head < GROUP {
-            store_partial(at, all, top);
-        }
+#repeat h HEADS
+    workgroupBarrier();
+    if active_lane && lane == 0u {
+        scratch[row_group] = vec4<f32>(peak$h, sum$h, 0.0, 0.0);
     }
+    workgroupBarrier();
+    var top_of$h = MASKED;
+    for (var g = 0u; g < ROW_GROUPS; g++) {
+        top_of$h = max(top_of$h, scratch[g].x);
+    }
+    var sum_of$h = 0.0;
+    for (var g = 0u; g < ROW_GROUPS; g++) {
+        sum_of$h += scratch[g].y * exp2(scratch[g].x - top_of$h);
+    }
+    let head$h = first_head + $hu;
+    let part$h = row.part_base + (kv_head * GROUP + min(head$h, GROUP - 1u)) * row.part_count + first / CHUNK;
+    let weight_of$h = exp2(peak$h - top_of$h);
+    merge_groups(local, low$h * weight_of$h, head$h < GROUP, part$h * PART_STRIDE + 4u + local * PIECE);
+#ifndef KV_F32
+    merge_groups(local, high$h * weight_of$h, head$h < GROUP, part$h * PART_STRIDE + 8u + local * PIECE);
+#endif
+    if local == 0u && head$h < GROUP {
+        partials[part$h * PART_STRIDE] = top_of$h;
+        partials[part$h * PART_STRIDE + 1u] = sum_of$h;
+    }
+#end
 }

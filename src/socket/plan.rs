@@ -1,5 +1,8 @@
 //! Sizes and decisions of SOCKET decoding: pure arithmetic, no device words.
 
+// The CPU path takes only a few of them.
+#![cfg_attr(not(feature = "wgpu"), allow(dead_code))]
+
 use crate::socket::config::{Scoring, SelectionScope};
 use crate::socket::problem::CacheSpec;
 use crate::tensor::DType;
@@ -56,6 +59,8 @@ pub(crate) struct Geometry {
     pub scoring: Scoring,
     pub per_group: bool,
     pub disjoint: bool,
+    /// Whether neighbouring invocations may exchange values directly.
+    pub subgroups: bool,
 }
 
 impl Geometry {
@@ -81,6 +86,7 @@ impl Geometry {
             scoring: config.scoring,
             per_group: config.scope == SelectionScope::PerGroup,
             disjoint: config.rule == crate::socket::config::Rule::Disjoint,
+            subgroups: false,
         }
     }
 
@@ -170,7 +176,7 @@ impl Geometry {
     /// Heads per tile and keys per tile of the attention kernel, within workgroup memory.
     pub fn attend_tile(&self, chunk: usize, sparse: bool) -> (usize, usize) {
         let fixed = 4096 + if sparse { chunk * 4 + 1024 } else { 0 } + 256;
-        let query = self.k_pieces() * self.piece() * 4;
+        let query = self.k_pieces().next_multiple_of(4) * self.piece() * 4;
         for tile in [256, 128, 64] {
             for tiles in 1..=2 {
                 let heads = self.group.div_ceil(tiles);

@@ -4,7 +4,8 @@
 ///
 /// Directives stand on lines of their own: `#import name` is replaced by the snippet of that name the first time
 /// and dropped after that (snippets may import too), `#ifdef X`, `#ifndef X`, `#else` and `#endif` keep or drop
-/// lines and may be nested. Constants come first, as `const NAME: u32 = ..u;`. `enable` directives, which WGSL wants
+/// lines and may be nested. `#repeat x N` writes the lines down to its `#end` N times (a number or a constant), with
+/// `$x` replaced by 0, 1 and so on: compilers keep what is indexed by literals in registers. Constants come first, as `const NAME: u32 = ..u;`. `enable` directives, which WGSL wants
 /// before everything else, are moved to the front.
 pub(crate) struct Assembler;
 
@@ -23,7 +24,7 @@ impl Assembler {
         for (name, value) in constants {
             out.push_str(&format!("const {name}: u32 = {value}u;\n"));
         }
-        out.push_str(&text.body);
+        repeat(&text.body, constants, &mut out)?;
         Ok(out)
     }
 }
@@ -62,7 +63,7 @@ impl<'a> Text<'a> {
             let mut words = directive.split_whitespace();
             let directive = words.next().unwrap_or_default();
             let argument = words.next();
-            if words.next().is_some() {
+            if words.next().is_some() && directive != "repeat" {
                 return Err(at("more than one word after the directive"));
             }
             match (directive, argument) {
@@ -81,6 +82,8 @@ impl<'a> Text<'a> {
                 }
                 ("import", Some(name)) if keep => self.import(name).map_err(|e| at(&e))?,
                 ("import", Some(_)) => {}
+                ("repeat" | "end", _) if keep => self.body.push_str(&format!("{line}\n")),
+                ("repeat" | "end", _) => {}
                 _ => return Err(at(&format!("unknown directive {trimmed:?}"))),
             }
         }
@@ -96,6 +99,43 @@ impl<'a> Text<'a> {
         self.imported.push(name);
         self.add(name, source)
     }
+}
+
+/// Writes `body` to `out` with its `#repeat` blocks written out.
+fn repeat(body: &str, constants: &[(&str, u32)], out: &mut String) -> Result<(), String> {
+    let mut lines = body.lines();
+    while let Some(line) = lines.next() {
+        let words: Vec<_> = line.split_whitespace().collect();
+        match *words.as_slice() {
+            ["#end"] => return Err("#end without #repeat".into()),
+            ["#repeat", name, count] => {
+                let constant = constants.iter().find(|(n, _)| *n == count).map(|(_, value)| *value);
+                let times = constant.or_else(|| count.parse().ok()).ok_or(format!("unknown count {count:?}"))?;
+                let mut depth = 1;
+                let mut block = String::new();
+                for line in lines.by_ref() {
+                    match line.split_whitespace().next() {
+                        Some("#repeat") => depth += 1,
+                        Some("#end") => depth -= 1,
+                        _ => {}
+                    }
+                    if depth == 0 {
+                        break;
+                    }
+                    block.push_str(&format!("{line}\n"));
+                }
+                if depth != 0 {
+                    return Err("#repeat without #end".into());
+                }
+                for i in 0..times {
+                    repeat(&block.replace(&format!("${name}"), &i.to_string()), constants, out)?;
+                }
+            }
+            ["#repeat", ..] => return Err(format!("a #repeat takes a name and a count: {line:?}")),
+            _ => out.push_str(&format!("{line}\n")),
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -128,6 +168,13 @@ mod tests {
     }
 
     #[test]
+    fn repeats_nest_and_count_constants() {
+        let main = "#repeat h N\na$h\n#repeat k 2\nb$h$ku\n#end\n#end\nc\n";
+        let out = Assembler::assemble(main, SNIPPETS, &[], &[("N", 2)]);
+        assert_eq!(out.as_deref(), Ok("const N: u32 = 2u;\na0\nb00u\nb01u\na1\nb10u\nb11u\nc\n"));
+    }
+
+    #[test]
     fn mistakes_are_named() {
         for (main, part) in [
             ("#import nowhere\n", "unknown import \"nowhere\""),
@@ -137,6 +184,10 @@ mod tests {
             ("#ifdef A\n#else\n#else\n#endif\n", "line 3: a second #else"),
             ("#ifdef\n#endif\n", "unknown directive"),
             ("#define A\n", "unknown directive"),
+            ("#end\n", "#end without #repeat"),
+            ("#repeat h 2\n", "#repeat without #end"),
+            ("#repeat h M\n#end\n", "unknown count \"M\""),
+            ("#repeat h\n#end\n", "takes a name and a count"),
             ("#ifdef A B\n#endif\n", "more than one word"),
         ] {
             let error = Assembler::assemble(main, SNIPPETS, &[], &[]).err();

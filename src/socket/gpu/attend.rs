@@ -488,4 +488,4 @@ struct Selecting {
     candidates: wgpu::Buffer,
 }
 
-const _: () = assert!(BINS % 256 == 0, "each invocation owns a whole number of bins");
+const _: () = assert!(BINS.is_multiple_of(256), "each invocation owns a whole number of bins");

@@ -152,6 +152,9 @@ impl Key {
                 if sparse {
                     defines.push("SPARSE");
                 }
+                if g.subgroups {
+                    defines.push("SUBGROUPS");
+                }
             }
             Kernel::MergePartials { output } => defines.push(dtype_define("OUT", output)),
             _ => {}
@@ -208,6 +211,7 @@ impl Key {
                 constants.push(("HEAD_TILES", g.group.div_ceil(heads)));
                 constants.push(("TILE", tile));
                 constants.push(("CHUNK", chunk));
+                constants.push(("K_STEPS", g.k_pieces().div_ceil(4)));
                 constants.push(("ROW_GROUPS", (256 / g.v_pieces()).min(64)));
             }
             _ => {}

@@ -59,7 +59,10 @@ impl GpuExecutor {
     pub fn new(ctx: Arc<Context>, spec: &CacheSpec) -> Result<Self> {
         let op = "new";
         ctx.check_alive(op)?;
-        let geometry = Geometry::new(spec);
+        let caps = ctx.caps();
+        // The checked twin is also the one that needs no feature, so that both are tested where subgroups are offered.
+        let subgroups = caps.subgroups && caps.subgroup_min >= 4 && caps.unchecked;
+        let geometry = Geometry { subgroups, ..Geometry::new(spec) };
         Pool::check(&ctx, &geometry)?;
         let bits = spec.config.layout().bits();
         let planes = Planes::new(&spec.config.hyperplanes, bits, geometry.head_dim, geometry.num_kv_heads)?;

@@ -18,7 +18,9 @@ fn geometries() -> Vec<Geometry> {
     let mut add = |config: SocketConfig, heads: (usize, usize), dims: (usize, usize), dtype, page_tokens| {
         let shape =
             CacheShape { num_q_heads: heads.0, num_kv_heads: heads.1, head_dim: dims.0, value_dim: dims.1, dtype };
-        all.push(Geometry::new(&CacheSpec { config, shape, page_tokens }));
+        let geometry = Geometry::new(&CacheSpec { config, shape, page_tokens });
+        all.push(geometry);
+        all.push(Geometry { subgroups: true, ..geometry });
     };
     for dtype in [DType::F32, DType::F16, DType::Bf16] {
         add(SocketConfig::paper(), (32, 8), (128, 128), dtype, 1024);
@@ -84,11 +86,18 @@ fn every_variant_validates_and_translates() {
     for key in keys() {
         let label = key.label();
         let module = parse(key.as_ref());
-        // The one capability is core WebGPU: half floats unpacked from integers.
-        let mut validator = Validator::new(ValidationFlags::all(), Capabilities::SHADER_FLOAT16_IN_FLOAT32);
+        // Half floats unpacked from integers are core WebGPU; subgroups are a variant of their own.
+        let mut validator =
+            Validator::new(ValidationFlags::all(), Capabilities::SHADER_FLOAT16_IN_FLOAT32 | Capabilities::SUBGROUP);
         let info =
             validator.validate(&module).unwrap_or_else(|e| panic!("{label}: {}", e.emit_to_string(&key.source().wgsl)));
-        let spirv = naga::back::spv::write_vec(&module, &info, &naga::back::spv::Options::default(), None).unwrap();
+        let spirv = naga::back::spv::write_vec(
+            &module,
+            &info,
+            &naga::back::spv::Options { lang_version: (1, 3), ..Default::default() },
+            None,
+        )
+        .unwrap();
         assert!(!spirv.is_empty(), "{label}");
         let options = naga::back::msl::Options { fake_missing_bindings: true, ..Default::default() };
         let (msl, _) =
