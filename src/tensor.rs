@@ -201,25 +201,39 @@ impl<'a> TensorView<'a> {
     }
 
     fn check_finite(&self, op: &'static str, tensor: &'static str) -> Result<()> {
-        let [batch, tokens, heads, channels] = self.shape;
-        for b in 0..batch {
-            for t in 0..tokens {
-                for h in 0..heads {
-                    let row = self.row_offset(b, t, h)..self.row_offset(b, t, h) + channels;
-                    let bad = match self.storage {
-                        Storage::F32(s) => s[row].iter().position(|x| !x.is_finite()),
-                        Storage::F16(s) => s[row].iter().position(|x| !x.is_finite()),
-                        Storage::Bf16(s) => s[row].iter().position(|x| !x.is_finite()),
-                        #[cfg(feature = "wgpu")]
-                        Storage::Buffer { .. } => return Ok(()),
-                    };
-                    if let Some(c) = bad {
-                        return Err(Error::NonFinite { op, tensor, index: [b, t, h, c] });
-                    }
-                }
-            }
+        fn first_bad<T: Copy + Sync>(view: &TensorView<'_>, data: &[T], finite: fn(T) -> bool) -> Option<[usize; 4]> {
+            use rayon::prelude::*;
+            let [batch, tokens, heads, channels] = view.shape;
+            let row_of = |i: usize| [i / heads / tokens, i / heads % tokens, i % heads];
+            let is_bad = |i: usize| {
+                let [b, t, h] = row_of(i);
+                let at = view.row_offset(b, t, h);
+                // The whole row without a branch, for the compiler to vectorise.
+                !data[at..at + channels].iter().fold(true, |all, &x| all & finite(x))
+            };
+            let rows = batch * tokens * heads;
+            // A decode step's rows are not worth waking threads for.
+            let row = if rows * channels < 1 << 18 {
+                (0..rows).find(|&i| is_bad(i))
+            } else {
+                (0..rows).into_par_iter().find_first(|&i| is_bad(i))
+            }?;
+            let [b, t, h] = row_of(row);
+            let at = view.row_offset(b, t, h);
+            let channel = data[at..at + channels].iter().position(|&x| !finite(x)).unwrap_or(0);
+            Some([b, t, h, channel])
         }
-        Ok(())
+        if self.shape.contains(&0) {
+            return Ok(());
+        }
+        let bad = match self.storage {
+            Storage::F32(data) => first_bad(self, data, f32::is_finite),
+            Storage::F16(data) => first_bad(self, data, f16::is_finite),
+            Storage::Bf16(data) => first_bad(self, data, bf16::is_finite),
+            #[cfg(feature = "wgpu")]
+            Storage::Buffer { .. } => None,
+        };
+        bad.map_or(Ok(()), |index| Err(Error::NonFinite { op, tensor, index }))
     }
 }
 
