@@ -48,7 +48,6 @@ pub(crate) struct Context {
     info: wgpu::AdapterInfo,
     caps: Caps,
     lost: Arc<Lost>,
-    probe: Mutex<Probe>,
     arena: Arena,
     pipelines: Pipelines,
     readback: Readback,
@@ -69,11 +68,10 @@ impl Context {
             device.on_uncaptured_error(Arc::new(|error| tracing::error!("wgpu: {error}")));
         }
         let caps = Caps::new(&info, &device, &queue, unchecked);
-        let probe = Mutex::new(Probe::new(&device)?);
         let pipelines = Pipelines::new(&device, &caps, pipeline_cache.as_deref())?;
         let arena = Arena::new(&caps);
         let readback = Readback::new(device.clone(), lost.clone());
-        let context = Self { device, queue, info, caps, lost, probe, arena, pipelines, readback };
+        let context = Self { device, queue, info, caps, lost, arena, pipelines, readback };
         context.check_alive("device")?;
         Ok(Arc::new(context))
     }
@@ -112,10 +110,20 @@ impl Context {
     }
 
     /// Asks the device itself, since wgpu drops errors of a lost device silently and a lent device's callback is not
-    /// ours to set.
+    /// ours to set: a live device objects to a buffer that is good for nothing, a lost one objects to nothing. Nothing
+    /// is made by asking, so any number of threads may.
+    #[cfg(not(target_arch = "wasm32"))]
     fn probe_alive(&self) -> bool {
-        let probe = super::lock(&self.probe);
-        self.scoped("device", || probe.alive()).unwrap_or(false)
+        let usage = wgpu::BufferUsages::empty();
+        let nothing =
+            wgpu::BufferDescriptor { label: Some("liveness probe"), size: 4, usage, mapped_at_creation: false };
+        self.scoped("device", || self.device.create_buffer(&nothing)).is_err()
+    }
+
+    /// Browsers answer later; there the lost callback and failing reads tell.
+    #[cfg(target_arch = "wasm32")]
+    fn probe_alive(&self) -> bool {
+        true
     }
 
     /// Runs `body` inside error scopes, so that what goes wrong in it is returned here and never reaches the handler
@@ -262,53 +270,6 @@ impl Context {
             Err(lost) => lost,
             Ok(()) => Error::Gpu { op, message },
         }
-    }
-}
-
-/// A buffer whose mapping tells at once whether the device still lives.
-#[derive(Debug)]
-struct Probe {
-    #[cfg(not(target_arch = "wasm32"))]
-    buffer: wgpu::Buffer,
-}
-
-impl Probe {
-    #[cfg(not(target_arch = "wasm32"))]
-    fn new(device: &wgpu::Device) -> Result<Self> {
-        let descriptor = wgpu::BufferDescriptor {
-            label: Some("liveness probe"),
-            size: 4,
-            usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
-            mapped_at_creation: false,
-        };
-        let buffer = scoped(device, "device", Some(4), || device.create_buffer(&descriptor))?;
-        Ok(Self { buffer })
-    }
-
-    /// A request to map is refused on the spot by a lost device and merely queued by a live one.
-    #[cfg(not(target_arch = "wasm32"))]
-    fn alive(&self) -> bool {
-        let refused = Arc::new(std::sync::atomic::AtomicBool::new(false));
-        let flag = refused.clone();
-        self.buffer.map_async(wgpu::MapMode::Read, .., move |result| {
-            flag.store(result.is_err(), std::sync::atomic::Ordering::Release);
-        });
-        let alive = !refused.load(std::sync::atomic::Ordering::Acquire);
-        if alive {
-            self.buffer.unmap();
-        }
-        alive
-    }
-
-    #[cfg(target_arch = "wasm32")]
-    fn new(_: &wgpu::Device) -> Result<Self> {
-        Ok(Self {})
-    }
-
-    /// Browsers answer later; there the lost callback and failing reads tell.
-    #[cfg(target_arch = "wasm32")]
-    fn alive(&self) -> bool {
-        true
     }
 }
 
