@@ -7,7 +7,7 @@ use super::pipeline::{KernelKey, Pipeline, Pipelines};
 use super::readback::Readback;
 use crate::error::{Error, Result};
 use futures::FutureExt;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 /// The reason why a device is gone, once it is.
 #[derive(Debug, Default)]
