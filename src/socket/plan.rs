@@ -150,15 +150,20 @@ impl Geometry {
         4 + self.v_pieces() * self.piece()
     }
 
-    /// Tokens per workgroup of scoring and attention: long chunks where there is enough work for every core.
+    /// Tokens per workgroup of scoring and attention: long chunks where there is enough work for every core, since each
+    /// chunk pays for one merge.
     pub fn chunk(&self, tokens: usize) -> usize {
-        let chunk = if tokens * self.num_kv_heads >= 1 << 20 { 1024 } else { 256 };
+        let chunk = match tokens.saturating_mul(self.num_kv_heads) {
+            0..0x4_0000 => 256,
+            0x4_0000..0x8_0000 => 512,
+            _ => 1024,
+        };
         chunk.min(self.page)
     }
 
     /// Every chunk size that [`Geometry::chunk`] may choose.
     pub fn chunks(&self) -> Vec<usize> {
-        let mut chunks = vec![self.chunk(0), self.chunk(usize::MAX / self.num_kv_heads)];
+        let mut chunks = [256, 512, 1024].map(|chunk: usize| chunk.min(self.page)).to_vec();
         chunks.dedup();
         chunks
     }

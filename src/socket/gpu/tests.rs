@@ -64,7 +64,7 @@ fn keys() -> Vec<Box<dyn KernelKey>> {
             add(Kernel::MergePartials { output: dtype });
             add(Kernel::Prefill { q: dtype });
         }
-        for chunk in [256, 1024].map(|chunk: usize| chunk.min(geometry.page)) {
+        for chunk in geometry.chunks() {
             add(Kernel::Score { chunk });
             add(Kernel::Attend { q: DType::Bf16, chunk, sparse: true });
             add(Kernel::Attend { q: DType::F32, chunk, sparse: false });
