@@ -173,7 +173,6 @@ impl Index<'_> {
             Scoring::SignProjection => {
                 scale * math::sign_projection(query.offset, &query.projections, key, self.gains[j]) + weight.ln()
             }
-            other => panic!("no judge for {other:?}"),
         }
     }
 
