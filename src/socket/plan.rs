@@ -12,10 +12,10 @@ use crate::tensor::DType;
 pub(crate) fn prefers_sparse(spec: &CacheSpec, cpu: bool, len: usize) -> bool {
     let cheap_scan = spec.config.layout().bits() <= 128;
     let crossover = match (cpu, cheap_scan) {
-        (true, true) => 8 << 10,
+        (true, true) => 4 << 10,
         (true, false) => 16 << 10,
-        (false, true) => 32 << 10,
-        (false, false) => 128 << 10,
+        (false, true) => 64 << 10,
+        (false, false) => 256 << 10,
     };
     len >= crossover
 }
