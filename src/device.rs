@@ -7,6 +7,9 @@ pub use report::{AdapterSummary, GpuReport, KernelReport, Report};
 #[cfg(feature = "wgpu")]
 use crate::engine::gpu::{self, Context, Setup, Timer};
 use crate::error::{Error, Result};
+use crate::race::config::{Parameters, RaceConfig, RaceShape};
+use crate::race::cpu::CpuRace;
+use crate::race::executor::RaceExecutor;
 use crate::socket::cpu::CpuExecutor;
 use crate::socket::executor::Executor;
 use crate::socket::problem::CacheSpec;
@@ -383,6 +386,21 @@ impl Device {
             Kind::Cpu => Ok(Box::new(CpuExecutor::new(spec)?)),
             #[cfg(feature = "wgpu")]
             Kind::Gpu(context) => Ok(Box::new(crate::socket::gpu::GpuExecutor::new(context.clone(), spec)?)),
+        }
+    }
+
+    pub(crate) fn race_executor(
+        &self,
+        config: &RaceConfig,
+        shape: &RaceShape,
+        parameters: &Parameters,
+    ) -> Result<Box<dyn RaceExecutor>> {
+        match &self.kind {
+            Kind::Cpu => Ok(Box::new(CpuRace::new(config, shape, parameters)?)),
+            #[cfg(feature = "wgpu")]
+            Kind::Gpu(context) => {
+                Ok(Box::new(crate::race::gpu::GpuRace::new(context.clone(), config, shape, parameters)?))
+            }
         }
     }
 }

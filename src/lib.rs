@@ -5,7 +5,8 @@
 //! |---|---|
 //! | [`Device`] | choosing and reporting what runs the work |
 //! | [`SocketCache`] | keys, values and their index; sparse, dense and prefill attention |
-//! | [`socket::reference`] | the formulas in f64, for reading and for tests |
+//! | [`Race`] | linear-time attention, forward and backward |
+//! | [`socket::reference`], [`race::reference`] | the formulas in f64, for reading and for tests |
 //! | [`TensorView`], [`Tensor`] | what goes in, what comes out |
 
 #![deny(missing_docs)]
@@ -15,6 +16,7 @@ mod engine;
 mod error;
 mod lsh;
 mod merge;
+pub mod race;
 pub mod socket;
 mod tensor;
 
@@ -24,6 +26,9 @@ pub use device::{AdapterSummary, Device, DeviceOptions, GpuReport, KernelReport,
 pub use error::{Error, Result};
 pub use lsh::{Hyperplanes, MAX_PLANES, MAX_TABLES};
 pub use merge::merge_state;
+pub use race::attention::{Race, RaceGradients, RaceOptions, RaceOutput};
+pub use race::config::{Beta, Normalization, RaceConfig, RaceShape};
+pub use race::state::{RaceState, StateGradient, StateParts, StateShape};
 pub use socket::cache::{DEFAULT_PAGE_TOKENS, DecodeOptions, Mode, SocketCache};
 pub use socket::config::{Budget, CacheShape, Rule, Scoring, SelectionScope, SocketConfig, Temperature};
 pub use socket::executor::{Attended, Memory, Selection, StageTime};

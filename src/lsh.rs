@@ -65,7 +65,7 @@ pub(crate) struct HadamardBlock {
 }
 
 /// Hyperplanes made for one shape.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Planes {
     /// `[sets, tables * planes, head_dim]`.
     pub rows: Vec<f32>,

@@ -2,7 +2,7 @@
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::socket::cpu::{encode, host_values};
+use crate::tensor::convert::{encode, host_values};
 use crate::tensor::{DType, Tensor, TensorView};
 
 const OP: &str = "merge_state";

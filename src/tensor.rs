@@ -2,6 +2,8 @@
 //!
 //! Layout is NHD, `[batch, token, head, channel]`, row-major unless strides are given.
 
+pub(crate) mod convert;
+
 use crate::error::{Error, Result};
 use half::{bf16, f16};
 

@@ -1,7 +1,7 @@
 //! Checks golden cases against the library and against its f64 reference.
 //!
 //! One line per checked tensor. Exit code 0 where everything passes, 1 on any FAIL, 2 on a file that cannot be read or
-//! is of no known kind, 3 where beside passes there are cases the library does not offer.
+//! is of no known kind.
 
 mod suite;
 
@@ -15,7 +15,7 @@ struct Arguments {
     /// `cpu`, `auto`, or part of a GPU adapter's name.
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// Fixture files. A `_kv` file stands for the case that it completes.
+    /// Fixture files. A `_kv` or `_in` file stands for the cases that it completes.
     #[arg(required = true)]
     files: Vec<PathBuf>,
 }
@@ -28,13 +28,18 @@ fn open_device(name: &str) -> softhash::Result<Device> {
     }
 }
 
-/// Replaces a `_kv` companion by its case, so that each case is judged once.
-fn case_path(path: PathBuf) -> PathBuf {
+/// Replaces a `_kv` or `_in` companion by its cases, so that each case is judged once.
+fn case_paths(path: PathBuf) -> Vec<PathBuf> {
     let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
-    match stem.strip_suffix("_kv") {
-        Some(stem) => path.with_file_name(format!("{stem}.safetensors")),
-        None => path,
+    if let Some(stem) = stem.strip_suffix("_kv") {
+        return vec![path.with_file_name(format!("{stem}.safetensors"))];
     }
+    let Some(stem) = stem.strip_suffix("_in") else { return vec![path] };
+    let named = |mode| path.with_file_name(format!("{stem}_{mode}.safetensors"));
+    let modes = ["ratio_causal", "ratio_full", "bucket_mean_causal", "bucket_mean_full"];
+    let cases: Vec<_> = modes.map(named).into_iter().filter(|path| path.exists()).collect();
+    // Inputs without results are of no known kind, which reading them will say.
+    if cases.is_empty() { vec![path] } else { cases }
 }
 
 fn main() -> ExitCode {
@@ -49,7 +54,7 @@ fn main() -> ExitCode {
     println!("{}", device.report());
     let (mut passed, mut failed, mut unreadable, mut unsupported) = (0usize, 0usize, 0usize, 0usize);
     let mut seen = BTreeSet::new();
-    for path in arguments.files.into_iter().map(case_path) {
+    for path in arguments.files.into_iter().flat_map(case_paths) {
         if !seen.insert(path.clone()) {
             continue;
         }

@@ -1,9 +1,10 @@
 //! The public cache: checks every call, keeps the lengths, and hands checked problems to its executor.
 
 use crate::device::Device;
+use crate::engine::Recording;
 use crate::error::{Error, Result};
 use crate::socket::config::{CacheShape, SocketConfig};
-use crate::socket::executor::{Attended, Executor, Memory, Recording, SequenceData, StageTime};
+use crate::socket::executor::{Attended, Executor, Memory, SequenceData, StageTime};
 use crate::socket::plan::prefers_sparse;
 use crate::socket::problem::{self, AppendRow, AttendProblem, CacheSpec, Kind, SeqState};
 use crate::tensor::{DType, TensorView};

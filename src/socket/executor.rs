@@ -2,22 +2,10 @@
 //!
 //! A further executor (CUDA) implements [`Executor`] and joins the match in [`crate::Device`]; nothing public moves.
 
+use crate::engine::Recording;
 use crate::error::Result;
 use crate::socket::problem::{AppendRow, AttendProblem, SeqState};
 use crate::tensor::{DType, Tensor, TensorView};
-
-/// Where commands go: run now, or into the caller's encoder.
-pub(crate) enum Recording<'a> {
-    /// Submit at once.
-    Run,
-    /// Leave the commands in the caller's encoder.
-    #[cfg(feature = "wgpu")]
-    Into(&'a mut wgpu::CommandEncoder),
-    /// Keeps the lifetime in use where no GPU path is built.
-    #[cfg(not(feature = "wgpu"))]
-    #[allow(dead_code)]
-    Never(std::marker::PhantomData<&'a ()>),
-}
 
 /// Result of attention.
 #[derive(Clone, Debug)]

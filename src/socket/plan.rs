@@ -208,14 +208,6 @@ impl Geometry {
     }
 }
 
-/// A grid of at most 65,535 workgroups a side that holds `groups`.
-pub(crate) fn fold(groups: u64) -> Option<(u32, u32)> {
-    const SIDE: u64 = 32768;
-    let x = groups.clamp(1, SIDE);
-    let y = groups.div_ceil(SIDE).max(1);
-    (y <= 65535).then_some((x as u32, y as u32))
-}
-
 /// Padded length of one head's scores.
 pub(crate) fn score_stride(visible: usize) -> usize {
     visible.div_ceil(64) * 64

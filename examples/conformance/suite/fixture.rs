@@ -78,13 +78,18 @@ pub struct Fixture {
 }
 
 impl Fixture {
-    /// Reads a file, and k and v from its `_kv` companion where it lacks them.
+    /// Reads a file, and from its companion (`_kv` or `_in`) what it lacks.
     pub fn read(path: &Path) -> Result<Self> {
         let name = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
         let mut tensors = read_tensors(path)?;
         let companion = path.with_file_name(format!("{name}_kv.safetensors"));
         if tensors.contains_key("sel_union") && !tensors.contains_key("k") {
             tensors.extend(read_tensors(&companion)?);
+        }
+        if tensors.contains_key("dq") && !tensors.contains_key("q") {
+            let case = name.rsplit_once('_').map_or("", |(case, _)| case);
+            let case = ["_ratio", "_bucket_mean"].iter().find_map(|mode| case.strip_suffix(mode)).unwrap_or(case);
+            tensors.extend(read_tensors(&path.with_file_name(format!("{case}_in.safetensors")))?);
         }
         Ok(Self { name, tensors })
     }

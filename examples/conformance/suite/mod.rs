@@ -2,6 +2,7 @@
 
 pub mod fixture;
 mod hash;
+mod race;
 mod sign;
 mod socket;
 mod step;
@@ -49,8 +50,10 @@ pub fn judge(device: &Device, case: &Fixture) -> Result<Outcome> {
         socket::judge(device, case, &mut report)
     } else if case.has(&["planes", "q", "est_logits", "bits"]) {
         sign::judge(device, case, &mut report)
-    } else if is_race(case) {
-        return Ok(Outcome::Unsupported("RACE attention is not part of the library yet"));
+    } else if case.has(&["q", "k", "v", "grad_out", "A0", "B0", "out", "AT", "BT", "dq", "dk", "dv"]) {
+        race::judge(device, case, &mut report)
+    } else if case.has(&["q", "k", "v", "A_prefix", "B_prefix", "out_ratio", "out_bucket_mean"]) {
+        race::judge_decoding(device, case, &mut report)
     } else {
         let names: Vec<_> = case.tensors.keys().map(String::as_str).collect();
         unfit(format!("not a known kind of case; its tensors are {}", names.join(", ")))
@@ -60,13 +63,6 @@ pub fn judge(device: &Device, case: &Fixture) -> Result<Outcome> {
         other => other?,
     }
     Ok(Outcome::Checked(report.checks))
-}
-
-fn is_race(case: &Fixture) -> bool {
-    let inputs = case.has(&["q", "k", "v", "grad_out", "A0", "B0"]);
-    let results = case.has(&["out", "AT", "BT", "dq", "dk", "dv"]);
-    let decoding = case.has(&["q", "k", "v", "A_prefix", "B_prefix", "out_ratio"]);
-    inputs || results || decoding
 }
 
 /// Collects the checks of one case.

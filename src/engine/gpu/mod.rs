@@ -4,7 +4,9 @@ mod arena;
 mod assemble;
 mod caps;
 mod context;
+mod input;
 mod open;
+mod passes;
 mod pipeline;
 mod readback;
 mod timing;
@@ -12,11 +14,12 @@ mod timing;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use arena::Slot;
 pub(crate) use assemble::Assembler;
 pub(crate) use caps::{is_software, requirements};
 pub(crate) use context::{Context, Setup};
+pub(crate) use input::{Input, Strides, stage, staged_bytes};
 pub(crate) use open::{adapters_best_first, open};
+pub(crate) use passes::{Bind, GridParams, Passes, Ready, Stage};
 pub(crate) use pipeline::{Binding, KernelKey, KernelSource, Pipeline};
 pub use timing::Timer;
 

@@ -1,6 +1,7 @@
 //! The engine on lavapipe, or on the adapter that `SOFTHASH_DEVICE` names. These tests fail where it is missing.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use super::arena::Slot;
 use super::*;
 use crate::error::Error;
 use std::collections::HashSet;

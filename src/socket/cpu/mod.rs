@@ -9,12 +9,13 @@ mod stream;
 mod tables;
 mod tile;
 
-use crate::engine::cpu::memory::zeros;
+use crate::engine::Recording;
 use crate::engine::cpu::simd::Element;
 use crate::error::{Error, Result};
 use crate::lsh::Planes;
-use crate::socket::executor::{Attended, Executor, Memory, Recording, Selection, SequenceData};
+use crate::socket::executor::{Attended, Executor, Memory, Selection, SequenceData};
 use crate::socket::problem::{AppendRow, AttendProblem, CacheSpec, SeqState};
+use crate::tensor::convert::{encode, on_gpu, padded_rows};
 use crate::tensor::{DType, Storage, Tensor, TensorView};
 use append::{Projection, Source};
 use attend::Call;
@@ -91,10 +92,6 @@ stored!(f32, F32);
 stored!(f16, F16);
 stored!(bf16, Bf16);
 
-fn on_gpu(op: &'static str, tensor: &'static str) -> Error {
-    Error::WrongDevice { op, tensor, got: "a GPU buffer", expected: "the CPU" }
-}
-
 fn source<'a, E: Stored>(op: &'static str, tensor: &'static str, view: &TensorView<'a>) -> Result<Source<'a, E>> {
     let data = E::slice(view).ok_or_else(|| on_gpu(op, tensor))?;
     Ok(Source { data, strides: view.strides(), dim: view.shape()[3] })
@@ -131,43 +128,6 @@ impl<E: Stored> Cpu<E> {
     fn sequence(&mut self, op: &'static str, index: usize) -> Result<&mut Sequence> {
         let count = self.seqs.len();
         self.seqs.get_mut(index).ok_or(Error::NoSuchSequence { op, index, count })
-    }
-}
-
-/// A host tensor as f32, row-major, each row of channels padded with zeros to `stride`.
-// Without the GPU path no view can be elsewhere, and `tensor` has nothing to name.
-#[cfg_attr(not(feature = "wgpu"), allow(unused_variables))]
-fn rows(op: &'static str, tensor: &'static str, view: &TensorView<'_>, stride: usize) -> Result<Vec<f32>> {
-    let [batch, tokens, heads, dim] = view.shape();
-    let mut out = zeros::<f32>(op, batch * tokens * heads * stride)?;
-    if out.is_empty() {
-        return Ok(out);
-    }
-    for (i, row) in out.chunks_exact_mut(stride).enumerate() {
-        let at = view.row_offset(i / heads / tokens, i / heads % tokens, i % heads);
-        match view.storage() {
-            Storage::F32(s) => row[..dim].copy_from_slice(&s[at..at + dim]),
-            Storage::F16(s) => row.iter_mut().zip(&s[at..at + dim]).for_each(|(o, x)| *o = x.to_f32()),
-            Storage::Bf16(s) => row.iter_mut().zip(&s[at..at + dim]).for_each(|(o, x)| *o = x.to_f32()),
-            #[cfg(feature = "wgpu")]
-            Storage::Buffer { .. } => return Err(on_gpu(op, tensor)),
-        }
-    }
-    Ok(out)
-}
-
-/// A host tensor as f32, row-major.
-pub(crate) fn host_values(op: &'static str, tensor: &'static str, view: &TensorView<'_>) -> Result<Vec<f32>> {
-    rows(op, tensor, view, view.shape()[3])
-}
-
-/// f32 values rounded to the nearest of `dtype` (ties to even), little endian.
-pub(crate) fn encode(dtype: DType, values: &[f32]) -> Vec<u8> {
-    match dtype {
-        DType::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
-        DType::F16 => values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
-        DType::Bf16 => values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
-        DType::I32 => values.iter().flat_map(|x| (*x as i32).to_le_bytes()).collect(),
     }
 }
 
@@ -209,7 +169,7 @@ impl<E: Stored> Executor for Cpu<E> {
     }
 
     fn attend(&mut self, _: Recording<'_>, q: &TensorView<'_>, problem: &AttendProblem) -> Result<Attended> {
-        let q = rows(problem.op, "q", q, self.g.dk)?;
+        let q = padded_rows(problem.op, "q", q, self.g.dk)?;
         let call = Call {
             config: &self.spec.config,
             g: &self.g,

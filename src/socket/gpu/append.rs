@@ -1,13 +1,12 @@
 //! Appending: pages for the new tokens, copies of shared tails, then storing and hashing.
 
-use super::input::{stage, staged_bytes};
 use super::kernels::Kernel;
 use super::pages::{Page, local_of, slab_of};
 use super::params::{Item, Params};
-use super::passes::{Bind, Passes};
 use super::{GpuExecutor, Sequence};
+use crate::engine::Recording;
+use crate::engine::gpu::{Bind, Passes, stage, staged_bytes};
 use crate::error::Result;
-use crate::socket::executor::Recording;
 use crate::socket::plan::{APPEND_TOKENS, STEP_TOKENS};
 use crate::socket::problem::AppendRow;
 use crate::tensor::TensorView;
@@ -56,7 +55,7 @@ impl GpuExecutor {
         self.ctx.check_alive(op)?;
         let growth = self.grow(op, rows)?;
         let ready = self.append_passes(op, k, v, rows, &growth).and_then(Passes::ready);
-        if let Err(error) = ready.and_then(|ready| self.run(op, rec, &ready)) {
+        if let Err(error) = ready.and_then(|ready| ready.run(&self.ctx, op, rec)) {
             growth.taken.into_iter().for_each(|page| self.pool.release(page));
             return Err(error);
         }

@@ -1,12 +1,10 @@
 //! Attention: query hash, score, select, attend, merge; or without the first three; or tiled for a prompt.
 
-use super::input::{Input, stage};
 use super::kernels::Kernel;
 use super::pages::{local_of, slab_of};
-use super::params::{Entry, Params, Row, Strides};
-use super::passes::{Bind, Passes, Ready};
+use super::params::{Entry, Params, Row};
 use super::{GpuExecutor, STORAGE};
-use crate::engine::gpu::Timer;
+use crate::engine::gpu::{Bind, Input, Passes, Ready, Strides, Timer, stage};
 use crate::error::{Error, Result};
 use crate::socket::executor::{Attended, Selection, StageTime};
 use crate::socket::plan::{BINS, CANDIDATES, HISTOGRAM_ROW, SPAN, TABLE_HEADER, score_stride};

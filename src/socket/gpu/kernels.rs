@@ -1,9 +1,8 @@
 //! The kernels: a typed key each, from which alone its shader is made.
 
-use crate::engine::gpu::{Assembler, Binding, KernelKey, KernelSource};
+use crate::engine::gpu::{Assembler, Binding, KernelKey, KernelSource, Stage};
 use crate::socket::config::Scoring;
 use crate::socket::gpu::params::Params;
-use crate::socket::gpu::passes::Stage;
 use crate::socket::plan::{BINS, CANDIDATES, Geometry, HISTOGRAM_ROW, SPAN};
 use crate::tensor::DType;
 

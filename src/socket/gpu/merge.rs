@@ -1,10 +1,8 @@
 //! Merging attention results that live on the GPU.
 
-use super::input::stage;
 use super::kernels::{SNIPPETS, dtype_define};
 use super::params::Params;
-use super::passes::{Bind, Passes, Stage};
-use crate::engine::gpu::{Assembler, Binding, Context, KernelKey, KernelSource};
+use crate::engine::gpu::{Assembler, Bind, Binding, Context, KernelKey, KernelSource, Passes, Stage, stage};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor, TensorView};
 use std::sync::Arc;

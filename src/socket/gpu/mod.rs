@@ -2,24 +2,22 @@
 
 mod append;
 mod attend;
-mod input;
 mod kernels;
 pub(crate) mod merge;
 mod pages;
 mod params;
-mod passes;
 mod transfer;
 
 #[cfg(test)]
 mod tests;
 
+use crate::engine::Recording;
 use crate::engine::gpu::{Context, KernelKey};
 use crate::error::Result;
 use crate::lsh::Planes;
-use crate::socket::executor::{Attended, Executor, Memory, Recording, SequenceData, StageTime};
+use crate::socket::executor::{Attended, Executor, Memory, SequenceData, StageTime};
 use crate::socket::gpu::kernels::{Kernel, Key};
 use crate::socket::gpu::pages::{Page, Pool};
-use crate::socket::gpu::passes::Ready;
 use crate::socket::plan::Geometry;
 use crate::socket::problem::{AppendRow, AttendProblem, CacheSpec, SeqState};
 use crate::tensor::{DType, TensorView};
@@ -98,20 +96,6 @@ impl GpuExecutor {
         Key { kernel, geometry: self.geometry }
     }
 
-    fn run(&self, op: &'static str, rec: Recording<'_>, ready: &Ready) -> Result<()> {
-        match rec {
-            Recording::Run => {
-                let mut encoder = self.ctx.encoder(op);
-                ready.record(&mut encoder, None);
-                self.ctx.submit(op, encoder)
-            }
-            Recording::Into(encoder) => {
-                ready.record(encoder, None);
-                Ok(())
-            }
-        }
-    }
-
     fn slot_bytes(&self) -> u64 {
         (self.geometry.slot_words() * 4) as u64
     }
@@ -163,7 +147,7 @@ impl Executor for GpuExecutor {
     fn attend(&mut self, rec: Recording<'_>, q: &TensorView<'_>, problem: &AttendProblem) -> Result<Attended> {
         self.ctx.check_alive(problem.op)?;
         let (ready, attended) = self.prepare(q, problem)?;
-        self.run(problem.op, rec, &ready)?;
+        ready.run(&self.ctx, problem.op, rec)?;
         Ok(attended)
     }
 

@@ -1,5 +1,6 @@
 //! The structs that shaders read, field for field; a test compares the offsets.
 
+use crate::engine::gpu::{GridParams, Strides};
 use bytemuck::{Pod, Zeroable};
 
 /// Twin of `Params` in shaders/common/params.wgsl. A kernel reads the fields that concern it.
@@ -40,14 +41,10 @@ pub(crate) struct Params {
     pub reserved: [u32; 2],
 }
 
-/// Element offset and strides of an input as bound.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
-pub(crate) struct Strides {
-    pub offset: u32,
-    pub batch: u32,
-    pub token: u32,
-    pub head: u32,
+impl GridParams for Params {
+    fn with_grid(self, groups: u32, group_width: u32) -> Self {
+        Self { groups, group_width, ..self }
+    }
 }
 
 /// Twin of `Row` in shaders/common/rows.wgsl.

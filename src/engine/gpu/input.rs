@@ -1,11 +1,21 @@
 //! Inputs on their way into kernels: host slices are packed and uploaded, buffers are bound in place.
 
-use crate::engine::gpu::Context;
+use super::context::Context;
+use super::passes::Bind;
 use crate::error::{Error, Result};
-use crate::socket::gpu::params::Strides;
-use crate::socket::gpu::passes::Bind;
 use crate::tensor::{Storage, TensorView};
+use bytemuck::{Pod, Zeroable};
 use std::ops::Range;
+
+/// Element offset and strides of an input as bound.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub(crate) struct Strides {
+    pub offset: u32,
+    pub batch: u32,
+    pub token: u32,
+    pub head: u32,
+}
 
 /// An input as kernels see it.
 pub(crate) struct Input {

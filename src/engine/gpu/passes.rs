@@ -1,15 +1,23 @@
 //! A list of dispatches that is made ready as a whole, then recorded: whatever can fail fails before anything is in
 //! an encoder.
 
-use crate::engine::gpu::{Context, KernelKey, Pipeline, Slot, Timer};
+use super::arena::Slot;
+use super::context::Context;
+use super::pipeline::{KernelKey, Pipeline};
+use super::timing::Timer;
+use crate::engine::Recording;
 use crate::error::{Error, Result};
-use crate::socket::gpu::params::Params;
-use crate::socket::plan::fold;
 use std::sync::Arc;
 
 /// A kernel that is timed under a name.
 pub(crate) trait Stage: KernelKey {
     fn stage(&self) -> &'static str;
+}
+
+/// The uniform of a dispatch, which carries its folded grid.
+pub(crate) trait GridParams: bytemuck::NoUninit {
+    /// `groups` workgroups have work, in a grid `group_width` wide.
+    fn with_grid(self, groups: u32, group_width: u32) -> Self;
 }
 
 /// What stands at a storage binding.
@@ -35,6 +43,7 @@ struct Dispatch {
     pipeline: Arc<Pipeline>,
     stage: &'static str,
     params: usize,
+    params_size: u64,
     binds: Vec<Bind>,
     grid: (u32, u32),
 }
@@ -95,18 +104,18 @@ impl<'a> Passes<'a> {
     }
 
     /// Adds a dispatch of `groups` workgroups; none where there is nothing to do.
-    pub fn dispatch(&mut self, key: impl Stage, params: Params, groups: u64, binds: Vec<Bind>) -> Result<()> {
+    pub fn dispatch(&mut self, key: impl Stage, params: impl GridParams, groups: u64, binds: Vec<Bind>) -> Result<()> {
         if groups == 0 {
             return Ok(());
         }
         let what = "workgroups of one dispatch";
         let grid = fold(groups).filter(|_| groups <= u64::from(u32::MAX));
         let grid = grid.ok_or(Error::Limit { op: self.op, what, value: groups, limit: 32768 * 65535 })?;
-        let params = Params { groups: groups as u32, group_width: grid.0, ..params };
+        let params = params.with_grid(groups as u32, grid.0);
         let pipeline = self.ctx.pipeline(self.op, &key)?;
         self.parts.push(bytemuck::bytes_of(&params).to_vec());
-        let params = self.parts.len() - 1;
-        self.dispatches.push(Dispatch { pipeline, stage: key.stage(), params, binds, grid });
+        let (params, params_size) = (self.parts.len() - 1, size_of_val(&params) as u64);
+        self.dispatches.push(Dispatch { pipeline, stage: key.stage(), params, params_size, binds, grid });
         Ok(())
     }
 
@@ -117,7 +126,7 @@ impl<'a> Passes<'a> {
         let mut dispatches = Vec::with_capacity(self.dispatches.len());
         for dispatch in self.dispatches {
             let params = &slots[dispatch.params];
-            let uniform = range(&params.buffer, 0, size_of::<Params>() as u64);
+            let uniform = range(&params.buffer, 0, dispatch.params_size);
             let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: uniform }];
             for (binding, bind) in (1..).zip(&dispatch.binds) {
                 entries.push(wgpu::BindGroupEntry { binding, resource: resource(bind, &slots) });
@@ -152,6 +161,21 @@ fn resource<'a>(bind: &'a Bind, slots: &'a [Slot]) -> wgpu::BindingResource<'a> 
 }
 
 impl Ready {
+    /// Submits everything at once, or leaves it in the caller's encoder.
+    pub fn run(&self, ctx: &Context, op: &'static str, rec: Recording<'_>) -> Result<()> {
+        match rec {
+            Recording::Run => {
+                let mut encoder = ctx.encoder(op);
+                self.record(&mut encoder, None);
+                ctx.submit(op, encoder)
+            }
+            Recording::Into(encoder) => {
+                self.record(encoder, None);
+                Ok(())
+            }
+        }
+    }
+
     /// Stage names, one per dispatch.
     pub fn stages(&self) -> Vec<&'static str> {
         self.dispatches.iter().map(|(dispatch, ..)| dispatch.stage).collect()
@@ -178,4 +202,12 @@ impl Ready {
             }
         }
     }
+}
+
+/// A grid of at most 65,535 workgroups a side that holds `groups`.
+pub(crate) fn fold(groups: u64) -> Option<(u32, u32)> {
+    const SIDE: u64 = 32768;
+    let x = groups.clamp(1, SIDE);
+    let y = groups.div_ceil(SIDE).max(1);
+    (y <= 65535).then_some((x as u32, y as u32))
 }

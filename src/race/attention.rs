@@ -1,0 +1,512 @@
+//! The public operations: checks, and the passes that compose them.
+
+use crate::device::Device;
+use crate::engine::Recording;
+use crate::error::{Error, Result};
+use crate::race::config::{Beta, Parameters, RaceConfig, RaceShape};
+use crate::race::executor::{Call, InputGradients, Inputs, Pass, RaceExecutor, StateData};
+use crate::race::state::{RaceState, StateGradient, StateParts, StateShape};
+use crate::tensor::{DType, Tensor, TensorView};
+
+/// Tokens of one sequence at most; far below what its sums hold exactly.
+const MAX_TOKENS: u64 = 1 << 48;
+
+/// RACE attention (arXiv 2510.04008): linear-time attention by soft hashing, forward and backward, for prompts, single
+/// steps and streams.
+///
+/// It sees a sequence through sums over S = tables·2^planes buckets, so time grows linearly with the context and the
+/// state of a sequence not at all.
+///
+/// ```
+/// use softhash::{DType, Device, Race, RaceConfig, RaceShape, TensorView};
+///
+/// let shape = RaceShape { num_q_heads: 4, num_kv_heads: 2, head_dim: 16, value_dim: 16, dtype: DType::F32 };
+/// let mut race = Race::new(&Device::cpu(), RaceConfig::default(), shape)?;
+/// let x: Vec<f32> = (0..10 * 4 * 16).map(|i| (i as f32 * 0.7).sin()).collect();
+/// let (q, kv) = (TensorView::f32(&x, [1, 10, 4, 16]), TensorView::f32(&x, [1, 10, 2, 16]));
+/// // The prompt.
+/// let mut out = race.forward(&q, &kv, &kv, None)?;
+/// assert_eq!(out.o.shape(), [1, 10, 4, 16]);
+/// // One more token: the state is all there is of the past.
+/// let (q, kv) = (TensorView::f32(&x, [1, 1, 4, 16]), TensorView::f32(&x, [1, 1, 2, 16]));
+/// let o = race.append(&mut out.state, &q, &kv, &kv)?;
+/// assert_eq!(o.read_blocking()?.to_f32().len(), 4 * 16);
+/// assert_eq!(out.state.tokens(0), Some(11));
+/// # Ok::<(), softhash::Error>(())
+/// ```
+pub struct Race {
+    device: Device,
+    config: RaceConfig,
+    shape: RaceShape,
+    executor: Box<dyn RaceExecutor>,
+}
+
+impl std::fmt::Debug for Race {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { device, config, shape, .. } = self;
+        f.debug_struct("Race").field("device", device).field("config", config).field("shape", shape).finish()
+    }
+}
+
+/// Options of [`Race`]'s calls.
+#[derive(Clone, Debug, Default)]
+pub struct RaceOptions {
+    /// Element type of o; that of the inputs by default. F32 keeps what low precision would round away: with a flat
+    /// hash the part of o that depends on the query is small.
+    pub output: Option<DType>,
+    /// Tokens of each sequence where they differ; the rows after them are padding, which nobody reads and which is zero
+    /// in results.
+    pub lengths: Option<Vec<usize>>,
+}
+
+/// Result of [`Race::forward`].
+#[derive(Debug)]
+pub struct RaceOutput {
+    /// `[batch, token, num_q_heads, value_dim]`.
+    pub o: Tensor,
+    /// The state after all tokens.
+    pub state: RaceState,
+}
+
+/// Result of [`Race::backward`], all f32.
+#[derive(Debug)]
+pub struct RaceGradients {
+    /// `[batch, token, num_q_heads, head_dim]`.
+    pub dq: Tensor,
+    /// `[batch, token, num_kv_heads, head_dim]`.
+    pub dk: Tensor,
+    /// `[batch, token, num_kv_heads, value_dim]`.
+    pub dv: Tensor,
+    /// Of β: `[1]`, or `[num_kv_heads]` where there is one per head.
+    pub d_beta: Tensor,
+    /// Of the hyperplanes, `[sets, ensembles * tables * planes, head_dim]`; sets is 1, or `num_kv_heads`.
+    pub d_planes: Tensor,
+    /// Of the initial state.
+    pub d_initial_state: StateGradient,
+}
+
+/// Making, asking, setting.
+impl Race {
+    /// RACE attention on `device`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a field out of range, [`Error::Unsupported`] or [`Error::Limit`] for a shape that the
+    /// device cannot take.
+    pub fn new(device: &Device, config: RaceConfig, shape: RaceShape) -> Result<Self> {
+        config.validate(&shape)?;
+        let parameters = Parameters::new(&config, &shape)?;
+        let executor = device.race_executor(&config, &shape, &parameters)?;
+        Ok(Self { device: device.clone(), config, shape, executor })
+    }
+
+    /// The device it runs on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Its configuration.
+    pub fn config(&self) -> &RaceConfig {
+        &self.config
+    }
+
+    /// Its shapes.
+    pub fn shape(&self) -> RaceShape {
+        self.shape
+    }
+
+    /// Sizes of its states.
+    pub fn state_shape(&self) -> StateShape {
+        StateShape::new(&self.config, &self.shape)
+    }
+
+    /// The hyperplanes in use, `[sets, ensembles * tables * planes, head_dim]`; sets is 1, or `num_kv_heads` where
+    /// they are supplied per kv head.
+    ///
+    /// # Errors
+    /// None in practice: what was accepted when it was set is accepted again.
+    pub fn hyperplanes(&self) -> Result<Vec<f32>> {
+        Ok(Parameters::new(&self.config, &self.shape)?.planes.rows)
+    }
+
+    /// Takes trained hyperplanes (as [`Race::hyperplanes`]) and β; nothing is compiled anew. States made before keep
+    /// what they summed under the old ones.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for values that do not fit or are not finite, or for β ≤ 0; the old ones stay then.
+    pub fn set_parameters(&mut self, hyperplanes: &[f32], beta: Beta) -> Result<()> {
+        let hyperplanes = crate::lsh::Hyperplanes::Supplied(hyperplanes.into());
+        let config = RaceConfig { hyperplanes, beta, ..self.config.clone() };
+        config.validate(&self.shape)?;
+        let parameters = Parameters::new(&config, &self.shape)?;
+        self.executor.set_parameters(&parameters)?;
+        self.config = config;
+        Ok(())
+    }
+
+    /// Compiles every kernel that calls with results of dtype `output` need, concurrently. Nothing to do on the CPU.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] where a kernel does not compile, [`Error::DeviceLost`].
+    pub fn warm_up(&self, output: DType) -> Result<()> {
+        self.executor.warm_up(output)
+    }
+}
+
+/// States.
+impl Race {
+    /// The state of `batch` sequences that have seen nothing.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], [`Error::Limit`].
+    pub fn new_state(&self, batch: usize) -> Result<RaceState> {
+        let storage = self.executor.new_state("new_state", batch)?;
+        Ok(RaceState { storage, shape: self.state_shape(), tokens: vec![0; batch] })
+    }
+
+    /// A copy that goes its own way: a shared prefix, or a snapshot to roll back to.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] and [`Error::WrongDevice`] for a state of another configuration or device,
+    /// [`Error::OutOfMemory`].
+    pub fn fork(&self, state: &RaceState) -> Result<RaceState> {
+        let op = "fork";
+        self.check_state(op, state, state.batch())?;
+        let storage = self.executor.fork(op, &state.storage)?;
+        Ok(RaceState { storage, shape: state.shape, tokens: state.tokens.clone() })
+    }
+
+    /// A and B on the host.
+    ///
+    /// # Errors
+    /// As [`Race::fork`]; [`Error::DeviceLost`].
+    pub fn read_state(&self, state: &RaceState) -> Result<StateParts> {
+        self.check_state("read_state", state, state.batch())?;
+        Ok(self.executor.export("read_state", &state.storage)?.into())
+    }
+
+    /// A state from A and B, and the number of tokens that each sequence has taken in.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for lengths that do not fit, [`Error::NonFinite`] for values that are not finite or, in A,
+    /// negative; [`Error::OutOfMemory`].
+    pub fn write_state(&self, parts: &StateParts, tokens: &[u64]) -> Result<RaceState> {
+        let op = "write_state";
+        parts.check(op, &self.state_shape(), tokens.len(), true)?;
+        let storage = self.executor.import(op, &StateData { a: parts.a.clone(), b: parts.b.clone() })?;
+        Ok(RaceState { storage, shape: self.state_shape(), tokens: tokens.to_vec() })
+    }
+
+    /// The gradient of a state on the host.
+    ///
+    /// # Errors
+    /// As [`Race::read_state`].
+    pub fn read_state_gradient(&self, gradient: &StateGradient) -> Result<StateParts> {
+        self.check_gradient("read_state_gradient", gradient, gradient.batch)?;
+        Ok(self.executor.export("read_state_gradient", &gradient.storage)?.into())
+    }
+
+    /// The gradient of a state, from the host.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::NonFinite`], [`Error::OutOfMemory`].
+    pub fn write_state_gradient(&self, parts: &StateParts, batch: usize) -> Result<StateGradient> {
+        let op = "write_state_gradient";
+        parts.check(op, &self.state_shape(), batch, false)?;
+        let storage = self.executor.import(op, &StateData { a: parts.a.clone(), b: parts.b.clone() })?;
+        Ok(StateGradient { storage, shape: self.state_shape(), batch })
+    }
+
+    fn check_state(&self, op: &'static str, state: &RaceState, batch: usize) -> Result<()> {
+        self.state_shape().check(op, "state", &state.shape)?;
+        check_batch(op, "state", state.batch(), batch)
+    }
+
+    fn check_gradient(&self, op: &'static str, gradient: &StateGradient, batch: usize) -> Result<()> {
+        self.state_shape().check(op, "state gradient", &gradient.shape)?;
+        check_batch(op, "state gradient", gradient.batch, batch)
+    }
+}
+
+fn check_batch(op: &'static str, tensor: &'static str, got: usize, expected: usize) -> Result<()> {
+    if got == expected {
+        return Ok(());
+    }
+    Err(Error::Shape { op, tensor, got: vec![got], expected: format!("{expected} sequences") })
+}
+
+/// Forward.
+impl Race {
+    /// Attention of q `[batch, token, num_q_heads, head_dim]` over k `[batch, token, num_kv_heads, head_dim]` and v
+    /// (`value_dim` channels), after whatever `initial` has seen, and the state after all tokens.
+    ///
+    /// A query whose buckets hold no mass at all, which takes a β so large that every product of weights underflows,
+    /// reads zero under [`crate::Normalization::Ratio`].
+    ///
+    /// # Errors
+    /// Shape, dtype, bounds, non-finite values in host slices, a state of another configuration or device, limits and
+    /// memory, lost device.
+    pub fn forward(
+        &mut self,
+        q: &TensorView<'_>,
+        k: &TensorView<'_>,
+        v: &TensorView<'_>,
+        initial: Option<&RaceState>,
+    ) -> Result<RaceOutput> {
+        self.forward_with(q, k, v, initial, &RaceOptions::default())
+    }
+
+    /// As [`Race::forward`] with options.
+    ///
+    /// # Errors
+    /// As [`Race::forward`].
+    pub fn forward_with(
+        &mut self,
+        q: &TensorView<'_>,
+        k: &TensorView<'_>,
+        v: &TensorView<'_>,
+        initial: Option<&RaceState>,
+        options: &RaceOptions,
+    ) -> Result<RaceOutput> {
+        let op = "forward";
+        let mut state = self.start(op, q.shape()[0], initial)?;
+        let inputs = Inputs { q: Some(*q), k: Some(*k), v: Some(*v), grad_o: None };
+        let o = if self.config.causal {
+            self.pass(op, Pass::Causal, Recording::Run, &inputs, &mut state, options)?
+        } else {
+            let inputs = Inputs { q: None, ..inputs };
+            self.pass(op, Pass::Absorb, Recording::Run, &inputs, &mut state, options)?;
+            let inputs = Inputs { q: Some(*q), ..Inputs::default() };
+            self.pass(op, Pass::Read, Recording::Run, &inputs, &mut state, options)?
+        };
+        Ok(RaceOutput { o: made(op, o)?, state })
+    }
+
+    /// Causal attention of any number of further tokens, which `state` takes in: a chunk of a prompt, or one step.
+    /// Tensors as in [`Race::forward`].
+    ///
+    /// # Errors
+    /// As [`Race::forward`]; [`Error::Unsupported`] where the configuration is not causal. `state` is unchanged then.
+    pub fn append(
+        &mut self,
+        state: &mut RaceState,
+        q: &TensorView<'_>,
+        k: &TensorView<'_>,
+        v: &TensorView<'_>,
+    ) -> Result<Tensor> {
+        self.append_with(state, q, k, v, &RaceOptions::default())
+    }
+
+    /// As [`Race::append`] with options.
+    ///
+    /// # Errors
+    /// As [`Race::append`].
+    pub fn append_with(
+        &mut self,
+        state: &mut RaceState,
+        q: &TensorView<'_>,
+        k: &TensorView<'_>,
+        v: &TensorView<'_>,
+        options: &RaceOptions,
+    ) -> Result<Tensor> {
+        self.append_recorded(Recording::Run, state, q, k, v, options)
+    }
+
+    /// As [`Race::append_with`], leaving the commands in the caller's encoder; buffers are read, and the state moves on,
+    /// when the caller submits. On the CPU path the work is done at once.
+    ///
+    /// # Errors
+    /// As [`Race::append`].
+    #[cfg(feature = "wgpu")]
+    pub fn append_into(
+        &mut self,
+        encoder: &mut wgpu::CommandEncoder,
+        state: &mut RaceState,
+        q: &TensorView<'_>,
+        k: &TensorView<'_>,
+        v: &TensorView<'_>,
+        options: &RaceOptions,
+    ) -> Result<Tensor> {
+        self.append_recorded(Recording::Into(encoder), state, q, k, v, options)
+    }
+
+    fn append_recorded(
+        &mut self,
+        rec: Recording<'_>,
+        state: &mut RaceState,
+        q: &TensorView<'_>,
+        k: &TensorView<'_>,
+        v: &TensorView<'_>,
+        options: &RaceOptions,
+    ) -> Result<Tensor> {
+        let op = "append";
+        if !self.config.causal {
+            return Err(Error::Unsupported { op, why: "attention that is not causal needs all tokens at once".into() });
+        }
+        let inputs = Inputs { q: Some(*q), k: Some(*k), v: Some(*v), grad_o: None };
+        let o = self.pass(op, Pass::Causal, rec, &inputs, state, options)?;
+        made(op, o)
+    }
+
+    /// The state that a call begins with.
+    pub(crate) fn start(&self, op: &'static str, batch: usize, initial: Option<&RaceState>) -> Result<RaceState> {
+        match initial {
+            None => self.new_state(batch),
+            Some(state) => {
+                self.check_state(op, state, batch)?;
+                self.fork(state)
+            }
+        }
+    }
+
+    /// One checked pass over `state`.
+    pub(crate) fn pass(
+        &mut self,
+        op: &'static str,
+        pass: Pass,
+        rec: Recording<'_>,
+        inputs: &Inputs<'_>,
+        state: &mut RaceState,
+        options: &RaceOptions,
+    ) -> Result<Option<Tensor>> {
+        let call = self.call(op, pass, inputs, options)?;
+        self.check_state(op, state, call.batch())?;
+        let mut after = state.tokens.clone();
+        if pass.absorbs() {
+            for (tokens, &length) in after.iter_mut().zip(&call.lengths) {
+                *tokens = tokens.saturating_add(length as u64);
+                if *tokens > MAX_TOKENS {
+                    return Err(Error::Limit { op, what: "tokens of a sequence", value: *tokens, limit: MAX_TOKENS });
+                }
+            }
+        }
+        if call.tokens == 0 || call.batch() == 0 {
+            let shape = vec![call.batch(), call.tokens, self.shape.num_q_heads, self.shape.value_dim];
+            return Ok(pass.reads().then(|| Tensor::host(call.output, shape, Vec::new())));
+        }
+        let o = self.executor.forward(rec, &call, inputs, &mut state.storage)?;
+        state.tokens = after;
+        Ok(o)
+    }
+
+    /// Checks the tensors of a pass.
+    fn call(&self, op: &'static str, pass: Pass, inputs: &Inputs<'_>, options: &RaceOptions) -> Result<Call> {
+        let s = &self.shape;
+        let first = inputs.q.or(inputs.k).map(|view| view.shape()).unwrap_or_default();
+        let (batch, tokens) = (first[0], first[1]);
+        for (name, view, heads, dim) in [
+            ("q", &inputs.q, s.num_q_heads, s.head_dim),
+            ("k", &inputs.k, s.num_kv_heads, s.head_dim),
+            ("v", &inputs.v, s.num_kv_heads, s.value_dim),
+            ("grad_o", &inputs.grad_o, s.num_q_heads, s.value_dim),
+        ] {
+            let Some(view) = view else { continue };
+            let wide = name == "grad_o" && view.dtype() == DType::F32;
+            if view.dtype() != s.dtype && !wide {
+                let expected = format!("{:?}, as configured", s.dtype);
+                return Err(Error::DType { op, tensor: name, got: view.dtype(), expected });
+            }
+            view.check(op, name, [Some(batch), Some(tokens), Some(heads), Some(dim)])?;
+        }
+        let output = options.output.unwrap_or(s.dtype);
+        if !output.is_float() {
+            let expected = "F32, F16 or Bf16".into();
+            return Err(Error::DType { op, tensor: "o", got: output, expected });
+        }
+        let lengths = options.lengths.clone().unwrap_or_else(|| vec![tokens; batch]);
+        if lengths.len() != batch || lengths.iter().any(|&n| n > tokens) {
+            let expected = format!("{batch} values of at most {tokens}");
+            return Err(Error::Shape { op, tensor: "lengths", got: lengths, expected });
+        }
+        Ok(Call { op, pass, lengths, tokens, output })
+    }
+}
+
+/// Backward.
+impl Race {
+    /// Gradients of a loss whose gradient with respect to [`Race::forward`]'s o is `grad_o`
+    /// (`[batch, token, num_q_heads, value_dim]`, f32 or the inputs' dtype) and with respect to its final state
+    /// `grad_final`. What the forward pass computed is computed anew; nothing of it need be kept.
+    ///
+    /// # Errors
+    /// As [`Race::forward`].
+    #[allow(clippy::too_many_arguments, reason = "the forward's inputs and the gradients of its two results")]
+    pub fn backward(
+        &mut self,
+        q: &TensorView<'_>,
+        k: &TensorView<'_>,
+        v: &TensorView<'_>,
+        grad_o: &TensorView<'_>,
+        initial: Option<&RaceState>,
+        grad_final: Option<&StateGradient>,
+        options: &RaceOptions,
+    ) -> Result<RaceGradients> {
+        let op = "backward";
+        let batch = q.shape()[0];
+        let mut state = self.start(op, batch, initial)?;
+        let mut gradient = self.start_gradient(op, batch, grad_final)?;
+        let mut sums = self.executor.new_sums(op)?;
+        let all = Inputs { q: Some(*q), k: Some(*k), v: Some(*v), grad_o: Some(*grad_o) };
+        let gradients = if self.config.causal {
+            self.pass_backward(op, Pass::Causal, &all, &state, &mut gradient, &mut sums, options)?
+        } else {
+            let absorbed = Inputs { q: None, grad_o: None, ..all };
+            let read = Inputs { k: None, v: None, ..all };
+            self.pass(op, Pass::Absorb, Recording::Run, &absorbed, &mut state, options)?;
+            let dq = self.pass_backward(op, Pass::Read, &read, &state, &mut gradient, &mut sums, options)?.dq;
+            let of_kv = self.pass_backward(op, Pass::Absorb, &absorbed, &state, &mut gradient, &mut sums, options)?;
+            InputGradients { dq, ..of_kv }
+        };
+        let (d_beta, d_planes) = self.executor.finish_sums(op, sums)?;
+        let InputGradients { dq, dk, dv } = gradients;
+        let (dq, dk, dv) = (made(op, dq)?, made(op, dk)?, made(op, dv)?);
+        Ok(RaceGradients { dq, dk, dv, d_beta, d_planes, d_initial_state: gradient })
+    }
+
+    pub(crate) fn start_gradient(
+        &self,
+        op: &'static str,
+        batch: usize,
+        grad_final: Option<&StateGradient>,
+    ) -> Result<StateGradient> {
+        let storage = match grad_final {
+            None => self.executor.new_state(op, batch)?,
+            Some(gradient) => {
+                self.check_gradient(op, gradient, batch)?;
+                self.executor.fork(op, &gradient.storage)?
+            }
+        };
+        Ok(StateGradient { storage, shape: self.state_shape(), batch })
+    }
+
+    pub(crate) fn executor(&self) -> &dyn RaceExecutor {
+        &*self.executor
+    }
+
+    /// One checked backward pass.
+    #[allow(clippy::too_many_arguments, reason = "one call's inputs, all different")]
+    pub(crate) fn pass_backward(
+        &mut self,
+        op: &'static str,
+        pass: Pass,
+        inputs: &Inputs<'_>,
+        state: &RaceState,
+        gradient: &mut StateGradient,
+        sums: &mut crate::race::executor::ParameterSums,
+        options: &RaceOptions,
+    ) -> Result<InputGradients> {
+        let call = self.call(op, pass, inputs, options)?;
+        self.check_state(op, state, call.batch())?;
+        self.check_gradient(op, gradient, call.batch())?;
+        if call.tokens == 0 || call.batch() == 0 {
+            let empty = |view: Option<TensorView<'_>>| {
+                view.map(|view| Tensor::host(DType::F32, view.shape().to_vec(), Vec::new()))
+            };
+            return Ok(InputGradients { dq: empty(inputs.q), dk: empty(inputs.k), dv: empty(inputs.v) });
+        }
+        self.executor.backward(&call, inputs, &state.storage, &mut gradient.storage, sums)
+    }
+}
+
+fn made<T>(op: &'static str, result: Option<T>) -> Result<T> {
+    result.ok_or_else(|| Error::Unsupported { op, why: "the pass gave no such result".into() })
+}
