@@ -14,6 +14,7 @@
 mod device;
 mod engine;
 mod error;
+mod file;
 mod lsh;
 mod merge;
 pub mod race;

@@ -6,5 +6,6 @@ pub(crate) mod cpu;
 pub(crate) mod executor;
 #[cfg(feature = "wgpu")]
 pub(crate) mod gpu;
+mod persist;
 pub mod reference;
 pub(crate) mod state;
