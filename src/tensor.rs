@@ -98,6 +98,37 @@ impl<'a> TensorView<'a> {
         self
     }
 
+    /// A range of tokens of a view of host memory, packed into a tensor of its own.
+    pub(crate) fn copy_tokens(
+        &self,
+        op: &'static str,
+        name: &'static str,
+        tokens: std::ops::Range<usize>,
+    ) -> Result<Tensor> {
+        fn pack<T: Copy>(view: &TensorView<'_>, data: &[T], tokens: std::ops::Range<usize>) -> Vec<T> {
+            let [batch, _, heads, channels] = view.shape;
+            let mut packed = Vec::with_capacity(batch * tokens.len() * heads * channels);
+            for b in 0..batch {
+                for t in tokens.clone() {
+                    for h in 0..heads {
+                        let at = view.row_offset(b, t, h);
+                        packed.extend_from_slice(&data[at..at + channels]);
+                    }
+                }
+            }
+            packed
+        }
+        let [batch, _, heads, channels] = self.shape;
+        let shape = [batch, tokens.len(), heads, channels];
+        match self.storage {
+            Storage::F32(data) => Tensor::from_f32(pack(self, data, tokens), shape),
+            Storage::F16(data) => Tensor::from_f16(pack(self, data, tokens), shape),
+            Storage::Bf16(data) => Tensor::from_bf16(pack(self, data, tokens), shape),
+            #[cfg(feature = "wgpu")]
+            Storage::Buffer { .. } => Err(convert::on_gpu(op, name)),
+        }
+    }
+
     /// Element type.
     pub fn dtype(&self) -> DType {
         self.dtype

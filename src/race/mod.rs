@@ -8,4 +8,8 @@ pub(crate) mod executor;
 pub(crate) mod gpu;
 mod persist;
 pub mod reference;
+pub(crate) mod source;
 pub(crate) mod state;
+pub(crate) mod stream;
+#[cfg(not(target_arch = "wasm32"))]
+pub(crate) mod stream_backward;
