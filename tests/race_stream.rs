@@ -8,7 +8,8 @@ mod common {
 
 use softhash::{
     BackwardStream, Beta, Boundaries, DType, Device, Error, HostSource, Hyperplanes, Normalization, Race, RaceConfig,
-    RaceOptions, RaceShape, RaceState, Segment, SegmentSource, StreamFailure, StreamOptions, TensorView, Wanted,
+    RaceOptions, RaceShape, RaceState, ResidentSource, Segment, SegmentSource, StreamFailure, StreamOptions,
+    TensorView, Wanted,
 };
 use std::collections::BTreeMap;
 use std::ops::{ControlFlow, Range};
@@ -440,6 +441,38 @@ fn wrong_calls_are_refused() {
     let mut stream = race.begin_backward_stream(BATCH, 20, None, None, None).unwrap();
     let error = race.backward_stream(&mut stream, &mut without, &mut |_, _| Ok(()), &mut options(5)).unwrap_err();
     assert!(error.to_string().contains("gave no grad_o"), "{error}");
+}
+
+/// Segments that stay on their device, as lists of tensors.
+fn resident_segments_stream(device: &Device) {
+    let data = Data::new(50);
+    let [q, k, v, _] = data.views();
+    let mut race = Race::new(device, config(true), SHAPE).unwrap();
+    let whole = race.forward(&q, &k, &v, None).unwrap();
+    let all = Wanted { q: true, k: true, v: true, grad_o: true };
+    let segments: Vec<Segment> =
+        [0..16, 16..32, 32..48, 48..50].map(|range| data.source().read(range, all).unwrap()).to_vec();
+    let mut source = ResidentSource::new(segments.clone()).unwrap();
+    assert_eq!((source.segment_tokens(), source.tokens(), source.batch()), (16, 50, BATCH));
+    let mut state = race.new_state(BATCH).unwrap();
+    let cut = source.segment_tokens();
+    race.forward_stream(&mut state, &mut source, &mut |_, _| Ok(()), &mut options(cut)).unwrap();
+    same_state(&race, &state, &whole.state);
+    let error = race.forward_stream(&mut state, &mut source, &mut |_, _| Ok(()), &mut options(15)).unwrap_err();
+    assert!(error.to_string().contains("are no segment"), "{error}");
+
+    assert!(matches!(ResidentSource::new(Vec::new()), Err(Error::Shape { tensor: "segments", .. })));
+    let mut lacking = segments.clone();
+    lacking[1].v = None;
+    assert!(matches!(ResidentSource::new(lacking), Err(Error::Shape { tensor: "v", .. })));
+    let mut swapped = segments.clone();
+    swapped.swap(1, 3);
+    assert!(matches!(ResidentSource::new(swapped), Err(Error::Shape { tensor: "q", .. })));
+}
+
+#[test]
+fn resident_segments_stream_on_the_cpu() {
+    resident_segments_stream(&Device::cpu());
 }
 
 #[cfg(feature = "mmap")]
