@@ -6,5 +6,7 @@ pub(crate) mod cpu;
 pub(crate) mod executor;
 #[cfg(feature = "wgpu")]
 pub(crate) mod gpu;
+#[cfg(feature = "wgpu")]
+pub(crate) mod plan;
 pub mod reference;
 pub(crate) mod state;

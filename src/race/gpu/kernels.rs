@@ -1,0 +1,132 @@
+//! The kernels: a typed key each, from which alone its shader is made.
+
+use crate::engine::gpu::{Assembler, Binding, KernelKey, KernelSource, Stage};
+use crate::race::gpu::params::Params;
+use crate::race::plan::{CHUNK, Geometry};
+use crate::tensor::DType;
+
+/// What a kernel does; with a [`Geometry`] it names one pipeline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Kernel {
+    /// Hashes rows, `per_head` for each token and kv head.
+    Project { per_head: usize },
+}
+
+/// One pipeline.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Key {
+    pub kernel: Kernel,
+    pub geometry: Geometry,
+}
+
+macro_rules! snippets {
+    ($($folder:literal: [$($name:literal),* $(,)?]),* $(,)?) => {
+        &[$($(($name, include_str!(concat!("../../../shaders/", $folder, "/", $name, ".wgsl")))),*),*]
+    };
+}
+
+const SNIPPETS: &[(&str, &str)] = snippets!(
+    "common": ["elements", "output", "reduce", "tanh"],
+    "race": ["params", "input", "features", "double"],
+);
+
+impl Kernel {
+    fn text(self) -> &'static str {
+        match self {
+            Self::Project { .. } => include_str!("../../../shaders/race/project.wgsl"),
+        }
+    }
+
+    /// Stage name, for timings.
+    fn stage(self) -> &'static str {
+        match self {
+            Self::Project { .. } => "project",
+        }
+    }
+
+    /// Storage bindings after the uniform, `true` where written. The first is always the piece's info.
+    fn storage(self) -> &'static [bool] {
+        const R: bool = false;
+        const W: bool = true;
+        match self {
+            Self::Project { .. } => &[R, R, R, W],
+        }
+    }
+}
+
+/// `prefix` is `IN`, `IN2` or `OUT`.
+fn dtype_define(prefix: &'static str, dtype: DType) -> &'static str {
+    match (prefix, dtype) {
+        ("IN", DType::F16) => "IN_F16",
+        ("IN", DType::Bf16) => "IN_BF16",
+        ("IN", _) => "IN_F32",
+        ("IN2", DType::F16) => "IN2_F16",
+        ("IN2", DType::Bf16) => "IN2_BF16",
+        ("IN2", _) => "IN2_F32",
+        (_, DType::F16) => "OUT_F16",
+        (_, DType::Bf16) => "OUT_BF16",
+        _ => "OUT_F32",
+    }
+}
+
+impl Key {
+    fn defines(&self) -> Vec<&'static str> {
+        let g = &self.geometry;
+        let mut defines = vec![dtype_define("IN", g.dtype)];
+        if g.ratio {
+            defines.push("RATIO");
+        }
+        defines
+    }
+
+    fn constants(&self) -> Vec<(&'static str, u32)> {
+        let g = &self.geometry;
+        let mut constants = vec![
+            ("Q_HEADS", g.num_q_heads),
+            ("KV_HEADS", g.num_kv_heads),
+            ("GROUP", g.group),
+            ("HEAD_DIM", g.head_dim),
+            ("VALUE_DIM", g.value_dim),
+            ("TABLES", g.tables),
+            ("PLANES", g.planes),
+            ("ENSEMBLES", g.ensembles),
+            ("CHUNK", CHUNK),
+            ("PAIRS", g.channel_pairs()),
+        ];
+        match self.kernel {
+            Kernel::Project { per_head } => {
+                constants.push(("PER_HEAD", per_head));
+                // Planes of a workgroup, in sixteens.
+                constants.push(("COLUMNS", g.bits().div_ceil(16).min(4)));
+            }
+        }
+        constants.into_iter().map(|(name, value)| (name, value as u32)).collect()
+    }
+}
+
+impl Stage for Key {
+    fn stage(&self) -> &'static str {
+        self.kernel.stage()
+    }
+}
+
+impl KernelKey for Key {
+    fn label(&self) -> String {
+        let g = &self.geometry;
+        let flags = self.defines().join(",");
+        format!(
+            "race {:?} heads={}/{} dims={}/{} tables={}x{}x{} [{flags}]",
+            self.kernel, g.num_q_heads, g.num_kv_heads, g.head_dim, g.value_dim, g.ensembles, g.tables, g.planes,
+        )
+    }
+
+    fn source(&self) -> KernelSource {
+        let assembled = Assembler::assemble(self.kernel.text(), SNIPPETS, &self.defines(), &self.constants());
+        // A text that cannot be put together fails to compile with its reason; a test assembles every variant.
+        let wgsl = assembled.unwrap_or_else(|reason| format!("error: {reason}"));
+        let mut bindings = vec![Binding::Uniform { size: size_of::<Params>() as u64 }];
+        let storage = self.kernel.storage().iter();
+        bindings.extend(storage.map(|&written| if written { Binding::ReadWrite } else { Binding::Read }));
+        KernelSource { wgsl, bindings, entry: "main" }
+    }
+}
