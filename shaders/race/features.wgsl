@@ -4,6 +4,8 @@
 // is a product of PLANES of them.
 const BUCKETS: u32 = TABLES << PLANES;
 const BITS: u32 = TABLES * PLANES;
+// Buckets R of a table.
+const SIZE: f32 = f32(1u << PLANES);
 const TILE_TABLES: u32 = max(1u, 32u >> PLANES);
 const TILE_PLANES: u32 = TILE_TABLES * PLANES;
 // Rows of 33, so that neither reading along tokens nor along planes meets one memory bank only.

@@ -2,7 +2,7 @@
 
 use crate::engine::gpu::{Assembler, Binding, KernelKey, KernelSource, Stage};
 use crate::race::gpu::params::Params;
-use crate::race::plan::{CHUNK, Geometry};
+use crate::race::plan::{CHUNK, Geometry, SCAN_WIDTH};
 use crate::tensor::DType;
 
 /// What a kernel does; with a [`Geometry`] it names one pipeline.
@@ -10,6 +10,14 @@ use crate::tensor::DType;
 pub(crate) enum Kernel {
     /// Hashes rows, `per_head` for each token and kv head.
     Project { per_head: usize },
+    /// Sums over the keys of each chunk.
+    ChunkSums,
+    /// Sums before each chunk, or with `reverse` after it, and the state's moving on.
+    Scan { reverse: bool },
+    /// Outputs of queries; `read`: from the state alone.
+    Output { output: DType, read: bool },
+    /// What the backward of [`crate::Normalization::Ratio`] needs to know of outputs.
+    Statistics { grad: DType, read: bool },
 }
 
 /// One pipeline.
@@ -27,13 +35,16 @@ macro_rules! snippets {
 
 const SNIPPETS: &[(&str, &str)] = snippets!(
     "common": ["elements", "output", "reduce", "tanh"],
-    "race": ["params", "input", "features", "double"],
+    "race": ["params", "input", "input2", "features", "matrices", "double"],
 );
 
 impl Kernel {
     fn text(self) -> &'static str {
         match self {
             Self::Project { .. } => include_str!("../../../shaders/race/project.wgsl"),
+            Self::ChunkSums => include_str!("../../../shaders/race/chunk_sums.wgsl"),
+            Self::Scan { .. } => include_str!("../../../shaders/race/scan.wgsl"),
+            Self::Output { .. } | Self::Statistics { .. } => include_str!("../../../shaders/race/output.wgsl"),
         }
     }
 
@@ -41,15 +52,24 @@ impl Kernel {
     fn stage(self) -> &'static str {
         match self {
             Self::Project { .. } => "project",
+            Self::ChunkSums => "chunk sums",
+            Self::Scan { .. } => "scan",
+            Self::Output { .. } => "output",
+            Self::Statistics { .. } => "statistics",
         }
     }
 
     /// Storage bindings after the uniform, `true` where written. The first is always the piece's info.
-    fn storage(self) -> &'static [bool] {
+    fn storage(self, geometry: &Geometry) -> &'static [bool] {
         const R: bool = false;
         const W: bool = true;
         match self {
             Self::Project { .. } => &[R, R, R, W],
+            Self::ChunkSums => &[R, R, R, W],
+            Self::Scan { .. } => &[R, W, W],
+            Self::Output { .. } if geometry.ensembles > 1 => &[R, R, R, R, W, W],
+            Self::Output { .. } => &[R, R, R, R, W],
+            Self::Statistics { .. } => &[R, R, R, R, W, R],
         }
     }
 }
@@ -76,6 +96,20 @@ impl Key {
         if g.ratio {
             defines.push("RATIO");
         }
+        match self.kernel {
+            Kernel::Scan { reverse: true } => defines.push("REVERSE"),
+            Kernel::Output { output, .. } => {
+                defines.push(dtype_define("OUT", output));
+                if g.ensembles > 1 {
+                    defines.push("SUMMED");
+                }
+            }
+            Kernel::Statistics { grad, .. } => defines.extend(["STATISTICS", dtype_define("IN2", grad)]),
+            _ => {}
+        }
+        if matches!(self.kernel, Kernel::Output { read: true, .. } | Kernel::Statistics { read: true, .. }) {
+            defines.push("READ");
+        }
         defines
     }
 
@@ -99,6 +133,9 @@ impl Key {
                 // Planes of a workgroup, in sixteens.
                 constants.push(("COLUMNS", g.bits().div_ceil(16).min(4)));
             }
+            Kernel::Statistics { .. } => constants.push(("INPUT2", 6)),
+            Kernel::Scan { .. } => constants.push(("WIDTH", SCAN_WIDTH)),
+            _ => {}
         }
         constants.into_iter().map(|(name, value)| (name, value as u32)).collect()
     }
@@ -125,7 +162,7 @@ impl KernelKey for Key {
         // A text that cannot be put together fails to compile with its reason; a test assembles every variant.
         let wgsl = assembled.unwrap_or_else(|reason| format!("error: {reason}"));
         let mut bindings = vec![Binding::Uniform { size: size_of::<Params>() as u64 }];
-        let storage = self.kernel.storage().iter();
+        let storage = self.kernel.storage(&self.geometry).iter();
         bindings.extend(storage.map(|&written| if written { Binding::ReadWrite } else { Binding::Read }));
         KernelSource { wgsl, bindings, entry: "main" }
     }

@@ -12,6 +12,7 @@
 //! α = R·φ − c with the centring constant c of the kv head, see [`crate::race::plan::centre`]. A matrix's last row and
 //! column are the sums of v and of ones, so that plain A and B follow from it whatever c is.
 
+mod forward;
 mod kernels;
 mod params;
 mod state;
@@ -46,6 +47,8 @@ struct Workspace {
     hashes: Scratch,
     /// Matrices of chunks.
     matrices: Scratch,
+    /// Outputs summed over ensembles.
+    sums: Scratch,
 }
 
 /// The wgpu executor.
@@ -136,12 +139,12 @@ impl RaceExecutor for GpuRace {
 
     fn forward(
         &mut self,
-        _: Recording<'_>,
+        rec: Recording<'_>,
         call: &Call,
-        _: &Inputs<'_>,
-        _: &mut StateStorage,
+        inputs: &Inputs<'_>,
+        state: &mut StateStorage,
     ) -> Result<Option<Tensor>> {
-        Err(missing(call.op))
+        self.run_forward(rec, call, inputs, state.gpu_mut(call.op)?)
     }
 
     fn backward(

@@ -47,6 +47,14 @@ fn keys() -> Vec<Key> {
         let mut add = |kernel| keys.push(Key { kernel, geometry });
         add(Kernel::Project { per_head: 1 });
         add(Kernel::Project { per_head: geometry.group });
+        add(Kernel::ChunkSums);
+        for flag in [true, false] {
+            add(Kernel::Scan { reverse: flag });
+            for dtype in [DType::F32, DType::F16, DType::Bf16] {
+                add(Kernel::Output { output: dtype, read: flag });
+                add(Kernel::Statistics { grad: dtype, read: flag });
+            }
+        }
     }
     keys.sort_by_key(KernelKey::label);
     keys.dedup_by_key(|key| key.label());
