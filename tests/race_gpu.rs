@@ -351,7 +351,7 @@ fn any_normalization_causal_or_not_with_a_state_or_without() {
 #[test]
 fn any_shape() {
     let ragged = |case: Case| Case { tokens: 70, lengths: vec![70, 0, 33, 64], ..case };
-    for (heads, dims, hash) in [
+    for (i, (heads, dims, hash)) in [
         ((1, 1), (64, 64), (2, 2)),
         ((4, 1), (80, 64), (4, 4)),
         ((4, 4), (128, 128), (1, 1)),
@@ -359,11 +359,12 @@ fn any_shape() {
         ((3, 1), (5, 7), (2, 6)),
         ((2, 1), (16, 200), (1, 8)),
         ((2, 2), (17, 1), (20, 2)),
-    ] {
-        for normalization in [Normalization::Ratio, Normalization::BucketMean] {
-            for causal in [true, false] {
-                ragged(Case { heads, dims, hash, normalization, causal, ..Case::default() }).judge();
-            }
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        for (j, normalization) in [Normalization::Ratio, Normalization::BucketMean].into_iter().enumerate() {
+            ragged(Case { heads, dims, hash, normalization, causal: (i + j) % 3 > 0, ..Case::default() }).judge();
         }
     }
 }
@@ -416,7 +417,11 @@ fn what_depends_on_the_query_survives() {
             offset: 3.0,
             ..Case::default()
         };
-        let data = case.data();
+        let mut data = case.data();
+        // Values that keys tell something of.
+        for (v, k) in data.v.chunks_exact_mut(case.dims.1).zip(data.k.chunks_exact(case.dims.0)) {
+            v.iter_mut().zip(k).for_each(|(v, k)| *v += 10.0 * k);
+        }
         let (got, want) = (case.forward(&data), case.reference(&data));
         case.compare(&got, &want);
         let varying = |o: &[f64]| -> Vec<f64> {
@@ -425,8 +430,10 @@ fn what_depends_on_the_query_survives() {
             o.iter().enumerate().map(|(i, x)| x - mean[i % dim]).collect()
         };
         let e = error(&varying(&got.o), &varying(&want.o));
-        println!("{normalization:?}: {e:.2e}");
-        assert!(e < 1e-3, "{normalization:?}: {e:.2e}");
+        let rounded: Vec<f64> = want.o.iter().map(|&x| f64::from(x as f32)).collect();
+        let least = error(&varying(&rounded), &varying(&want.o));
+        println!("{normalization:?}: {e:.2e}, {least:.2e} by the rounding of o alone");
+        assert!(e < 1e-3 && e < 2.0 * least, "{normalization:?}: {e:.2e}, and {least:.2e} by the rounding of o alone");
         let causal = Case { causal: true, ..case.clone() };
         causal.compare(&causal.forward(&data), &causal.reference(&data));
     }

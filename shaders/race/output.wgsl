@@ -21,6 +21,9 @@
 // where F_s = c·n + Σ α_k,s + R·ε is R times the bucket's mass at the query, and δ_s = F_s / n − 1: rows of values sum
 // to zero over the buckets where c = 1, so a common part of the weights, which would drown the rest, is left out.
 //
+// Where c = 1 the values are taken from a constant row μ close to their mean, which all weights together bring back:
+// what a query's weights make of the rest is not rounded with what is the same for all queries.
+//
 // With READ there are no keys, and one matrix a unit.
 @group(0) @binding(3) var<storage, read> t: array<f32>;
 @group(0) @binding(4) var<storage, read> matrices: array<f32>;
@@ -133,16 +136,35 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let odd$i = min(channel$i + 1u, VALUE_DIM - 1u);
     var low$i = vec4<f32>();
     var high$i = vec4<f32>();
+    var even_mean$i = 0.0;
+    var odd_mean$i = 0.0;
 #end
+    let last_at = matrix + BUCKETS * COLUMNS;
+    let seen = matrices[last_at + VALUE_DIM];
+    if seen > 0.0 {
+#repeat i PAIRS
+        even_mean$i = centre * matrices[last_at + even$i] / seen;
+        odd_mean$i = centre * matrices[last_at + odd$i] / seen;
+#end
+    }
+#ifndef READ
+    let v_at = input_at(b, chunk * CHUNK, kv_head);
+    if seen <= 0.0 {
+#repeat i PAIRS
+        even_mean$i = centre * input_element(v_at + even$i);
+        odd_mean$i = centre * input_element(v_at + odd$i);
+#end
+    }
+#endif
     // Weights for this invocation's key, in both halves of the chunk up to the queries' own.
     var own = vec4<f32>();
 #ifndef READ
     var before = vec4<f32>();
 #endif
-    // Parts of the divisor, or of the last row's weight.
-    var shared_part = vec4<f32>();
+    // This invocation's parts of Σ Ψ_s·(mass column), and of the last row's weight.
+    var mass_part = vec4<f32>();
 #ifndef RATIO
-    let seen = matrices[matrix + BUCKETS * COLUMNS + VALUE_DIM];
+    var last_part = vec4<f32>();
 #ifdef READ
     let n = vec4<f32>(seen);
 #else
@@ -188,16 +210,16 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let query = alpha_tile(local, q_at, q_stride, queries, first, beta, centre);
 #ifdef RATIO
         let weight = query;
-        shared_part += weight * entry;
 #else
         var weight = vec4<f32>();
         if first + lane < BUCKETS {
             let excess = mass + SIZE * 1e-6;
             let full = centre * n + excess;
             weight = (query - centre * select(vec4<f32>(), excess / n, n > vec4<f32>())) / full;
-            shared_part += (query + centre) / full;
+            last_part += (query + centre) / full;
         }
 #endif
+        mass_part += weight * entry;
         weights[lane * 9u + row8] = weight;
         workgroupBarrier();
 #ifndef READ
@@ -223,12 +245,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #ifdef RATIO
     let last = vec4<f32>(centre * f32(BUCKETS));
 #else
-    let last = centre * lane_sum(local, shared_part);
+    let inverse_masses = lane_sum(local, last_part);
+    let last = centre * inverse_masses;
 #endif
-    let last_at = matrix + BUCKETS * COLUMNS;
+    var divisor = lane_sum(local, mass_part);
 #repeat i PAIRS
-    low$i += last * matrices[last_at + even$i];
-    high$i += last * matrices[last_at + odd$i];
+    low$i += last * (matrices[last_at + even$i] - seen * even_mean$i) - divisor * even_mean$i;
+    high$i += last * (matrices[last_at + odd$i] - seen * odd_mean$i) - divisor * odd_mean$i;
 #end
 #ifndef READ
     // Queries see the keys up to their own.
@@ -237,7 +260,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if tile == 1u {
         before += last;
     }
-    let v_at = input_at(b, chunk * CHUNK, kv_head);
     for (var half = 0u; half <= tile; half++) {
         let keys = select(32u, queries, half == tile);
         workgroupBarrier();
@@ -247,21 +269,28 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             let weight = weights[j * 9u + row8];
             let at = v_at + (half * 32u + j) * p.in_token;
 #repeat i PAIRS
-            low$i += weight * input_element(at + even$i);
-            high$i += weight * input_element(at + odd$i);
+            low$i += weight * (input_element(at + even$i) - even_mean$i);
+            high$i += weight * (input_element(at + odd$i) - odd_mean$i);
 #end
         }
     }
 #endif
+    // What the weights add up to: all of them, as o has them.
 #ifdef RATIO
+    divisor += last * seen;
 #ifndef READ
-    shared_part += own + before;
+    divisor += lane_sum(local, own + before);
 #endif
-    let divisor = lane_sum(local, shared_part) + last * matrices[last_at + VALUE_DIM];
     let factor = select(vec4<f32>(), 1.0 / divisor, divisor > vec4<f32>());
+    let whole = select(vec4<f32>(), vec4<f32>(1.0), divisor > vec4<f32>());
 #else
     let factor = vec4<f32>(p.scale);
+    let whole = p.scale * (f32(BUCKETS) - SIZE * 1e-6 * inverse_masses);
 #endif
+#repeat i PAIRS
+    low$i = low$i * factor + whole * even_mean$i;
+    high$i = high$i * factor + whole * odd_mean$i;
+#end
     let first_row = row8 * 4u;
 #ifdef STATISTICS
     var product = vec4<f32>();
@@ -278,7 +307,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #end
     }
 #end
-    product = lane_sum(local, product) * factor * factor;
+    product = lane_sum(local, product) * factor;
     if lane == 0u {
 #repeat r 4
         if first_row + $ru < queries {
@@ -288,10 +317,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #end
     }
 #else
-#repeat i PAIRS
-    low$i *= factor;
-    high$i *= factor;
-#end
 #repeat r 4
     if first_row + $ru < queries {
         let token$r = first_query + first_row + $ru;
