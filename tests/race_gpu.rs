@@ -439,6 +439,26 @@ fn what_depends_on_the_query_survives() {
     }
 }
 
+#[test]
+fn single_steps() {
+    let step = |case: Case| Case { tokens: 1, lengths: vec![1, 0, 1], initial: true, ..case };
+    for (heads, dims, hash, ensembles, dtype, output) in [
+        ((4, 1), (64, 64), (4, 4), 1, DType::F32, DType::F32),
+        ((10, 2), (80, 70), (5, 6), 1, DType::Bf16, DType::F16),
+        ((2, 2), (128, 130), (2, 8), 2, DType::F16, DType::Bf16),
+        ((3, 1), (7, 5), (64, 6), 1, DType::F32, DType::F32),
+    ] {
+        for normalization in [Normalization::Ratio, Normalization::BucketSum] {
+            for beta in [0.2, 4.0] {
+                let betas = vec![beta];
+                let base =
+                    Case { heads, dims, hash, ensembles, dtype, output, betas, normalization, ..Case::default() };
+                step(base).judge();
+            }
+        }
+    }
+}
+
 fn tokens_of<'a>(
     x: &'a Elements,
     [_, _, h, d]: [usize; 4],

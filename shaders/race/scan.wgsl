@@ -1,5 +1,6 @@
 #import params
 #import double
+#import hash
 // Replaces the matrix of each chunk by the sum before it, the state included, and moves the state on: one workgroup per
 // (unit, WIDTH columns). With REVERSE it is the sum after each chunk, and the state is a gradient.
 //
@@ -12,12 +13,10 @@
 @group(0) @binding(2) var<storage, read_write> state: array<vec2<f32>>;
 @group(0) @binding(3) var<storage, read_write> matrices: array<f32>;
 
-const BUCKETS: u32 = TABLES << PLANES;
 const COLUMNS: u32 = VALUE_DIM + 1u;
 const MATRIX: u32 = (BUCKETS + 1u) * COLUMNS;
 const COLUMN_BLOCKS: u32 = (COLUMNS + WIDTH - 1u) / WIDTH;
 const STRIDE: u32 = 256u / WIDTH;
-const SIZE: f32 = f32(1u << PLANES);
 const INVERSE: f32 = 1.0 / SIZE;
 var<workgroup> parts: array<vec2<f32>, 256>;
 #ifdef REVERSE

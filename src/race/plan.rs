@@ -86,6 +86,15 @@ impl Geometry {
         self.value_dim.div_ceil(64 * self.channel_pairs())
     }
 
+    /// Query heads that a step works on at a time: what fits workgroup memory, with the key.
+    pub fn step_heads(&self) -> usize {
+        // The row being hashed, sums of all invocations, and a few words.
+        let fixed = self.head_dim * 4 + 256 * 12 + 1024;
+        let row = self.bits() * 8 + 256 * 4;
+        let room = (16 << 10) - fixed - row;
+        (room / row).clamp(1, 4).min(self.group)
+    }
+
     /// Tiles of 32 buckets.
     pub fn bucket_tiles(&self) -> usize {
         self.buckets().div_ceil(32)

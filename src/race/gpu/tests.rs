@@ -48,6 +48,8 @@ fn keys() -> Vec<Key> {
         add(Kernel::Project { per_head: 1 });
         add(Kernel::Project { per_head: geometry.group });
         add(Kernel::ChunkSums);
+        add(Kernel::StepMass);
+        [DType::F32, DType::F16, DType::Bf16].map(|output| add(Kernel::Step { output }));
         for flag in [true, false] {
             add(Kernel::Scan { reverse: flag });
             for dtype in [DType::F32, DType::F16, DType::Bf16] {
@@ -107,5 +109,9 @@ fn structs_have_the_offsets_of_their_rust_twins() {
         input2.batch => "in2_batch",
         input2.token => "in2_token",
         input2.head => "in2_head",
+        input3.offset => "in3_offset",
+        input3.batch => "in3_batch",
+        input3.token => "in3_token",
+        input3.head => "in3_head",
     );
 }
