@@ -389,6 +389,16 @@ impl Device {
         }
     }
 
+    /// Waits until the work submitted so far is done, so that a stream does not run ahead of the device and fill its
+    /// memory. Nothing to wait for on the CPU path, and no way to in browsers.
+    pub(crate) fn settle(&self, op: &'static str) -> Result<()> {
+        match &self.kind {
+            Kind::Cpu => Ok(()),
+            #[cfg(feature = "wgpu")]
+            Kind::Gpu(context) => context.settle(op),
+        }
+    }
+
     pub(crate) fn race_executor(
         &self,
         config: &RaceConfig,

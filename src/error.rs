@@ -149,6 +149,25 @@ pub enum Error {
         /// What is missing and what to do instead.
         why: String,
     },
+    /// A stream stopped: its source or its sink gave up, or the library refused or failed.
+    #[error("{op}: stopped at token {position}: {cause}")]
+    Stream {
+        /// The stream.
+        op: &'static str,
+        /// The first token that is not done; in a stream that runs backwards, the end of those that are not.
+        position: u64,
+        /// Why. An [`Error`] of this crate, or what the source or the sink said.
+        #[source]
+        cause: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A stream stopped because its caller said so.
+    #[error("{op}: cancelled at token {position}")]
+    Cancelled {
+        /// The stream.
+        op: &'static str,
+        /// As in [`Error::Stream`].
+        position: u64,
+    },
     /// A saved file that cannot be used.
     #[error("{op}: {reason}")]
     File {

@@ -14,6 +14,7 @@
 mod device;
 mod engine;
 mod error;
+mod file;
 mod lsh;
 mod merge;
 pub mod race;
@@ -28,7 +29,15 @@ pub use lsh::{Hyperplanes, MAX_PLANES, MAX_TABLES};
 pub use merge::merge_state;
 pub use race::attention::{Race, RaceGradients, RaceOptions, RaceOutput};
 pub use race::config::{Beta, Normalization, RaceConfig, RaceShape};
+pub use race::source::HostSource;
+#[cfg(feature = "mmap")]
+pub use race::source::SafetensorsSource;
 pub use race::state::{RaceState, StateGradient, StateParts, StateShape};
+pub use race::stream::{
+    Boundaries, OnProgress, OutputSink, Segment, SegmentSource, StreamFailure, StreamOptions, StreamProgress, Wanted,
+};
+#[cfg(not(target_arch = "wasm32"))]
+pub use race::stream_backward::{BackwardStream, GradientSink, SegmentGradients, StreamGradients};
 pub use socket::cache::{DEFAULT_PAGE_TOKENS, DecodeOptions, Mode, SocketCache};
 pub use socket::config::{Budget, CacheShape, Rule, Scoring, SelectionScope, SocketConfig, Temperature};
 pub use socket::executor::{Attended, Memory, Selection, StageTime};

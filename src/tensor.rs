@@ -98,6 +98,37 @@ impl<'a> TensorView<'a> {
         self
     }
 
+    /// A range of tokens of a view of host memory, packed into a tensor of its own.
+    pub(crate) fn copy_tokens(
+        &self,
+        op: &'static str,
+        name: &'static str,
+        tokens: std::ops::Range<usize>,
+    ) -> Result<Tensor> {
+        fn pack<T: Copy>(view: &TensorView<'_>, data: &[T], tokens: std::ops::Range<usize>) -> Vec<T> {
+            let [batch, _, heads, channels] = view.shape;
+            let mut packed = Vec::with_capacity(batch * tokens.len() * heads * channels);
+            for b in 0..batch {
+                for t in tokens.clone() {
+                    for h in 0..heads {
+                        let at = view.row_offset(b, t, h);
+                        packed.extend_from_slice(&data[at..at + channels]);
+                    }
+                }
+            }
+            packed
+        }
+        let [batch, _, heads, channels] = self.shape;
+        let shape = [batch, tokens.len(), heads, channels];
+        match self.storage {
+            Storage::F32(data) => Tensor::from_f32(pack(self, data, tokens), shape),
+            Storage::F16(data) => Tensor::from_f16(pack(self, data, tokens), shape),
+            Storage::Bf16(data) => Tensor::from_bf16(pack(self, data, tokens), shape),
+            #[cfg(feature = "wgpu")]
+            Storage::Buffer { .. } => Err(convert::on_gpu(op, name)),
+        }
+    }
+
     /// Element type.
     pub fn dtype(&self) -> DType {
         self.dtype
@@ -239,19 +270,34 @@ impl<'a> TensorView<'a> {
     }
 }
 
+/// Elements in the memory of their own type, so that they can be seen as numbers and as bytes without a copy.
+#[derive(Clone, Debug, PartialEq)]
+enum HostData {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+    I32(Vec<i32>),
+}
+
 /// Elements read back to the host.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostTensor {
     dtype: DType,
     shape: Vec<usize>,
-    bytes: Vec<u8>,
+    data: HostData,
 }
 
 impl HostTensor {
     /// Wraps `bytes` (little endian, row-major) as `shape` of `dtype`.
     pub(crate) fn new(dtype: DType, shape: Vec<usize>, bytes: Vec<u8>) -> Self {
         debug_assert_eq!(bytes.len(), shape.iter().product::<usize>() * dtype.size());
-        Self { dtype, shape, bytes }
+        let data = match dtype {
+            DType::F32 => HostData::F32(bytemuck::pod_collect_to_vec(&bytes)),
+            DType::F16 => HostData::F16(bytemuck::pod_collect_to_vec(&bytes)),
+            DType::Bf16 => HostData::Bf16(bytemuck::pod_collect_to_vec(&bytes)),
+            DType::I32 => HostData::I32(bytemuck::pod_collect_to_vec(&bytes)),
+        };
+        Self { dtype, shape, data }
     }
 
     /// Element type.
@@ -266,23 +312,28 @@ impl HostTensor {
 
     /// The elements as little-endian bytes.
     pub fn bytes(&self) -> &[u8] {
-        &self.bytes
+        match &self.data {
+            HostData::F32(data) => bytemuck::cast_slice(data),
+            HostData::F16(data) => bytemuck::cast_slice(data),
+            HostData::Bf16(data) => bytemuck::cast_slice(data),
+            HostData::I32(data) => bytemuck::cast_slice(data),
+        }
     }
 
     /// The elements widened (or converted, for `I32`) to f32.
     pub fn to_f32(&self) -> Vec<f32> {
-        match self.dtype {
-            DType::F32 => self.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-            DType::I32 => self.to_i32().into_iter().map(|x| x as f32).collect(),
-            DType::F16 => self.bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-            DType::Bf16 => self.bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+        match &self.data {
+            HostData::F32(data) => data.clone(),
+            HostData::F16(data) => data.iter().map(|x| x.to_f32()).collect(),
+            HostData::Bf16(data) => data.iter().map(|x| x.to_f32()).collect(),
+            HostData::I32(data) => data.iter().map(|&x| x as f32).collect(),
         }
     }
 
     /// The elements as integers; floats are truncated.
     pub fn to_i32(&self) -> Vec<i32> {
-        match self.dtype {
-            DType::I32 => self.bytes.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+        match &self.data {
+            HostData::I32(data) => data.clone(),
             _ => self.to_f32().into_iter().map(|x| x as i32).collect(),
         }
     }
@@ -305,6 +356,67 @@ pub struct Tensor {
     dtype: DType,
     shape: Vec<usize>,
     resident: Resident,
+}
+
+/// `[batch, token, head, channel]` with as many elements as there are.
+fn check_count(shape: [usize; 4], count: usize) -> Result<()> {
+    let wanted = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+    if wanted == Some(count) {
+        return Ok(());
+    }
+    let expected = format!("a product of {count}, the number of elements");
+    Err(Error::Shape { op: "tensor", tensor: "shape", got: shape.to_vec(), expected })
+}
+
+/// Tensors of the caller's making, for segments of a stream.
+impl Tensor {
+    fn of_host(dtype: DType, shape: [usize; 4], count: usize, data: HostData) -> Result<Self> {
+        check_count(shape, count)?;
+        let shape = shape.to_vec();
+        Ok(Self { dtype, shape: shape.clone(), resident: Resident::Host(HostTensor { dtype, shape, data }) })
+    }
+
+    /// A tensor in host memory, `shape` = `[batch, token, head, channel]`; nothing is copied.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] where the number of elements is another.
+    pub fn from_f32(data: Vec<f32>, shape: [usize; 4]) -> Result<Self> {
+        Self::of_host(DType::F32, shape, data.len(), HostData::F32(data))
+    }
+
+    /// As [`Tensor::from_f32`] for half precision.
+    ///
+    /// # Errors
+    /// As [`Tensor::from_f32`].
+    pub fn from_f16(data: Vec<f16>, shape: [usize; 4]) -> Result<Self> {
+        Self::of_host(DType::F16, shape, data.len(), HostData::F16(data))
+    }
+
+    /// As [`Tensor::from_f32`] for bfloat16.
+    ///
+    /// # Errors
+    /// As [`Tensor::from_f32`].
+    pub fn from_bf16(data: Vec<bf16>, shape: [usize; 4]) -> Result<Self> {
+        Self::of_host(DType::Bf16, shape, data.len(), HostData::Bf16(data))
+    }
+
+    /// A tensor in a buffer of `device`'s, from its first byte on; `shape` = `[batch, token, head, channel]`. The
+    /// buffer needs `STORAGE` usage to be an input and `COPY_SRC` to be read.
+    ///
+    /// # Errors
+    /// [`Error::WrongDevice`] on the CPU path, [`Error::OutOfBounds`] for a buffer that is too small.
+    #[cfg(feature = "wgpu")]
+    pub fn from_buffer(device: &crate::Device, buffer: wgpu::Buffer, dtype: DType, shape: [usize; 4]) -> Result<Self> {
+        let op = "tensor";
+        let wrong = Error::WrongDevice { op, tensor: "buffer", got: "a GPU buffer", expected: "the CPU" };
+        let context = device.context().ok_or(wrong)?.clone();
+        let needed = shape.iter().fold(1u64, |n, &d| n.saturating_mul(d as u64));
+        let available = buffer.size() / dtype.size() as u64;
+        if needed > available {
+            return Err(Error::OutOfBounds { op, tensor: "buffer", needed, available });
+        }
+        Ok(Self::gpu(context, dtype, shape.to_vec(), buffer))
+    }
 }
 
 impl Tensor {
@@ -380,11 +492,11 @@ impl Tensor {
         let mut shape = [1; 4];
         shape.get_mut(..self.shape.len())?.copy_from_slice(&self.shape);
         match &self.resident {
-            Resident::Host(host) => match self.dtype {
-                DType::F32 => Some(TensorView::f32(bytemuck::try_cast_slice(&host.bytes).ok()?, shape)),
-                DType::F16 => Some(TensorView::f16(bytemuck::try_cast_slice(&host.bytes).ok()?, shape)),
-                DType::Bf16 => Some(TensorView::bf16(bytemuck::try_cast_slice(&host.bytes).ok()?, shape)),
-                DType::I32 => None,
+            Resident::Host(host) => match &host.data {
+                HostData::F32(data) => Some(TensorView::f32(data, shape)),
+                HostData::F16(data) => Some(TensorView::f16(data, shape)),
+                HostData::Bf16(data) => Some(TensorView::bf16(data, shape)),
+                HostData::I32(_) => None,
             },
             #[cfg(feature = "wgpu")]
             Resident::Gpu { buffer, .. } => {

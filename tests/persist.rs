@@ -330,7 +330,7 @@ fn hostile_configurations_are_refused() {
         ("budget", json!({"Ratio": 0.0}), "budget (ratio) = 0"),
         ("temperature", json!({"Beta": -1.0}), "temperature"),
         ("center", json!(u64::MAX), "center = 18446744073709551615"),
-        ("center", json!(null), "7 tensors, a cache of 1 sequences has 6"),
+        ("center", json!(null), "7 tensors, this cache has 6"),
         ("value_norm", json!(true), "0.bias is missing"),
         ("scoring", json!("Hamming"), "7 tensors"),
         ("hyperplanes", json!({"Supplied": "many"}), "softhash.cache"),
@@ -382,7 +382,7 @@ fn hostile_tensors_are_refused() {
         let end = data.len();
         h["0.gain2"] = json!({"dtype": "F32", "shape": [0, 1u64 << 40], "data_offsets": [end, end]});
     });
-    refused(&no_elements, "8 tensors, a cache of 1 sequences has 7");
+    refused(&no_elements, "8 tensors, this cache has 7");
 
     let nan16 = f16::NAN.to_le_bytes();
     refused(&forge_tensor(&file, "0.k", 2, &nan16), "0.k: NaN or infinity at element 1");

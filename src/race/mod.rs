@@ -6,5 +6,10 @@ pub(crate) mod cpu;
 pub(crate) mod executor;
 #[cfg(feature = "wgpu")]
 pub(crate) mod gpu;
+mod persist;
 pub mod reference;
+pub(crate) mod source;
 pub(crate) mod state;
+pub(crate) mod stream;
+#[cfg(not(target_arch = "wasm32"))]
+pub(crate) mod stream_backward;

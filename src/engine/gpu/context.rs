@@ -219,6 +219,18 @@ impl Context {
         Ok(index)
     }
 
+    /// Waits until all submitted work is done.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn settle(&self, op: &'static str) -> Result<()> {
+        self.readback.settle(self, op)
+    }
+
+    /// Browsers cannot wait.
+    #[cfg(target_arch = "wasm32")]
+    pub fn settle(&self, op: &'static str) -> Result<()> {
+        self.check_alive(op)
+    }
+
     /// The pipeline of `key`, compiled at its first use; concurrent calls for one key compile once.
     pub fn pipeline(&self, op: &'static str, key: &dyn KernelKey) -> Result<Arc<Pipeline>> {
         self.lost.check(op)?;

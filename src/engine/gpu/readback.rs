@@ -52,6 +52,13 @@ impl Readback {
         finish(ctx, op, &pending.staging, mapped, pending.skip, pending.bytes)
     }
 
+    /// Waits until all submitted work is done.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn settle(&self, ctx: &Context, op: &'static str) -> Result<()> {
+        let index = ctx.submit_indexed(op, ctx.encoder("settle"))?;
+        poller::wait(ctx.device(), ctx.lost(), &index).map_err(|message| ctx.gone_or(op, message))
+    }
+
     #[cfg(not(target_arch = "wasm32"))]
     pub fn read_blocking(
         &self,
