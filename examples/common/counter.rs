@@ -18,6 +18,7 @@ pub enum Part {
 impl Part {
     /// A power of two, so that scaling is exact: q and k of norm about 0.8 at 128 channels, where tanh is neither flat
     /// nor saturated; v and the gradient of spread 1.2.
+    #[inline(always)]
     fn scale(self) -> f32 {
         match self {
             Self::Q | Self::K => 1.0 / 2048.0,
@@ -51,17 +52,54 @@ fn mix(mut x: u32) -> u32 {
 #[inline(always)]
 fn element(row: u32, channel: u32, scale: f32) -> f32 {
     let x = mix(row.wrapping_add(channel.wrapping_mul(GOLDEN)));
-    // Bytes added in pairs.
-    let pairs = (x & 0x00ff_00ff) + ((x >> 8) & 0x00ff_00ff);
-    let sum = (pairs & 0xffff) + (pairs >> 16);
-    (sum as i32 - 510) as f32 * scale
+    // Bytes added in pairs; wrapping, for checks would keep the loop from its vectors.
+    let pairs = (x & 0x00ff_00ff).wrapping_add((x >> 8) & 0x00ff_00ff);
+    let sum = (pairs & 0xffff).wrapping_add(pairs >> 16);
+    (sum as i32).wrapping_sub(510) as f32 * scale
+}
+
+/// To nearest, ties to even, without the care for NaN that would keep it from vectors.
+#[inline(always)]
+fn to_bf16(x: f32) -> bf16 {
+    let bits = x.to_bits();
+    bf16::from_bits((bits.wrapping_add(0x7fff).wrapping_add((bits >> 16) & 1) >> 16) as u16)
+}
+
+/// Fills rows with whatever vectors there are: multiplying 32-bit lanes takes more than every x86-64 has.
+struct Fill<'a, T, F> {
+    counter: &'a Counter,
+    part: Part,
+    first: u64,
+    out: &'a mut [T],
+    make: F,
+}
+
+impl<T, F: Fn(f32) -> T> pulp::NullaryFnOnce for Fill<'_, T, F> {
+    type Output = ();
+
+    // Inlined, it is compiled for those vectors.
+    #[inline(always)]
+    fn call(self) {
+        let Counter { heads, channels, .. } = *self.counter;
+        let scale = self.part.scale();
+        for (i, out) in self.out.chunks_exact_mut(channels).enumerate() {
+            let key = self.counter.row_key(self.part, self.first + (i / heads) as u64, i % heads);
+            let mut channel = 0u32;
+            for out in out {
+                *out = (self.make)(element(key, channel, scale));
+                channel = channel.wrapping_add(1);
+            }
+        }
+    }
 }
 
 impl Counter {
+    #[inline(always)]
     fn base(&self, part: Part) -> u32 {
         mix(self.seed.wrapping_add((part as u32).wrapping_mul(GOLDEN)))
     }
 
+    #[inline(always)]
     fn row_key(&self, part: Part, token: u64, head: usize) -> u32 {
         let token = (token % self.period) as u32;
         mix(mix(self.base(part) ^ token) ^ (head as u32).wrapping_mul(GOLDEN))
@@ -71,37 +109,35 @@ impl Counter {
     pub fn tensor(&self, part: Part, tokens: Range<u64>) -> Result<Tensor> {
         let shape = [1, (tokens.end - tokens.start) as usize, self.heads, self.channels];
         match self.dtype {
-            DType::Bf16 => Tensor::from_bf16(self.fill(part, tokens, bf16::from_f32), shape),
+            DType::Bf16 => Tensor::from_bf16(self.fill(part, tokens, to_bf16), shape),
             _ => Tensor::from_f32(self.fill(part, tokens, |x| x), shape),
         }
     }
 
-    fn fill<T: Copy + Default + Send>(&self, part: Part, tokens: Range<u64>, make: impl Fn(f32) -> T + Sync) -> Vec<T> {
+    fn fill<T: Copy + Default + Send, F: Fn(f32) -> T + Copy + Sync>(
+        &self,
+        part: Part,
+        tokens: Range<u64>,
+        make: F,
+    ) -> Vec<T> {
         const TOKENS: usize = 64;
-        let (row, scale) = (self.heads * self.channels, part.scale());
+        let row = self.heads * self.channels;
         let mut out = vec![T::default(); (tokens.end - tokens.start) as usize * row];
         let arch = pulp::Arch::new();
         out.par_chunks_mut(TOKENS * row).enumerate().for_each(|(block, out)| {
-            // Multiplying 32-bit lanes takes more than the instructions that every x86-64 has.
-            arch.dispatch(|| {
-                for (i, out) in out.chunks_exact_mut(self.channels).enumerate() {
-                    let token = tokens.start + (block * TOKENS + i / self.heads) as u64;
-                    let key = self.row_key(part, token, i % self.heads);
-                    for (channel, out) in out.iter_mut().enumerate() {
-                        *out = make(element(key, channel as u32, scale));
-                    }
-                }
-            });
+            let first = tokens.start + (block * TOKENS) as u64;
+            arch.dispatch(Fill { counter: self, part, first, out, make });
         });
         out
     }
 
     /// One row as the tensor holds it.
+    #[inline(always)]
     pub fn row(&self, part: Part, token: u64, head: usize, out: &mut [f64]) {
         let (key, scale) = (self.row_key(part, token, head), part.scale());
         for (channel, out) in out.iter_mut().enumerate() {
             let x = element(key, channel as u32, scale);
-            *out = f64::from(if self.dtype == DType::Bf16 { bf16::from_f32(x).to_f32() } else { x });
+            *out = f64::from(if self.dtype == DType::Bf16 { to_bf16(x).to_f32() } else { x });
         }
     }
 
@@ -113,5 +149,28 @@ impl Counter {
         let first = (first % self.period) as u32;
         let bf16 = u32::from(self.dtype == DType::Bf16);
         [self.base(part), first, heads, channels, period, part.scale().to_bits(), bf16]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_those_of_the_tensor() {
+        for dtype in [DType::F32, DType::Bf16] {
+            let counter = Counter { seed: 3, heads: 3, channels: 40, dtype, period: 150 };
+            let tensor = counter.tensor(Part::V, 20..220).unwrap().read_blocking().unwrap().to_f32();
+            let mut row = vec![0.0; 40];
+            for (i, found) in tensor.chunks(40).enumerate() {
+                counter.row(Part::V, (20 + i / 3) as u64, i % 3, &mut row);
+                assert!(found.iter().zip(&row).all(|(a, b)| f64::from(*a) == *b));
+            }
+            let rounded = tensor.iter().all(|x| bf16::from_f32(*x).to_f32() == *x);
+            assert_eq!(rounded, dtype == DType::Bf16);
+            assert_eq!(tensor[..120], tensor[150 * 120..151 * 120]);
+            let spread = tensor.iter().map(|x| x * x).sum::<f32>() / tensor.len() as f32;
+            assert!((1.2..1.45).contains(&spread), "{spread}");
+        }
     }
 }

@@ -6,6 +6,7 @@
 use crate::counter::{Counter, Part};
 use rayon::prelude::*;
 use softhash::race::reference::features_backward;
+use std::ops::Range;
 
 /// A head and its hash, under the ratio normalisation, causal.
 pub struct Truth {
@@ -35,6 +36,7 @@ struct Sums {
 }
 
 impl Sums {
+    #[inline(always)]
     fn add(&mut self, phi: &[f64], mass: f64, row: &[f64]) {
         for ((phi, a), b) in phi.iter().zip(&mut self.a).zip(self.b.chunks_exact_mut(row.len())) {
             *a += phi * mass;
@@ -48,6 +50,7 @@ impl Sums {
     }
 
     /// φ·A, and φ·B into `out`.
+    #[inline(always)]
     fn read(&self, phi: &[f64], out: &mut [f64]) -> f64 {
         out.fill(0.0);
         for (phi, b) in phi.iter().zip(self.b.chunks_exact(out.len())) {
@@ -69,8 +72,41 @@ struct Token {
     phi: Vec<f64>,
 }
 
+/// In eight sums, which the compiler can keep in vectors.
+#[inline(always)]
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    let mut sums = [0.0; 8];
+    let (a, b) = (a.chunks_exact(8), b.chunks_exact(8));
+    let rest: f64 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| a * b).sum();
+    for (a, b) in a.zip(b) {
+        sums.iter_mut().zip(a).zip(b).for_each(|((sum, a), b)| *sum += a * b);
+    }
+    rest + sums.iter().sum::<f64>()
+}
+
 /// Tokens summed up by one thread at a time.
 const BLOCK: u64 = 1 << 15;
+
+/// The sums of a piece, with whatever vectors there are: of its keys, or, given the state before it, of what its queries
+/// send.
+struct Sum<'a> {
+    truth: &'a Truth,
+    piece: Range<u64>,
+    state: Option<Sums>,
+}
+
+impl pulp::NullaryFnOnce for Sum<'_> {
+    type Output = Sums;
+
+    // Inlined, with all that it calls, it is compiled for those vectors.
+    #[inline(always)]
+    fn call(self) -> Sums {
+        match self.state {
+            None => self.truth.absorbed(self.piece),
+            Some(state) => self.truth.sent(self.piece, state),
+        }
+    }
+}
 
 impl Truth {
     fn zeros(&self) -> Sums {
@@ -82,11 +118,13 @@ impl Truth {
         Token { row: vec![0.0; self.counter.channels], phi: vec![0.0; self.zeros().a.len()] }
     }
 
+    #[inline(always)]
     fn rows(&self, part: Part, token: u64, out: &mut [f64]) {
         self.counter.row(part, token, self.head, out);
     }
 
     /// Loads q or k of a token and hashes it: φ_r = Π_p σ(±2β·tanh(w_p·x)), doubled up plane by plane.
+    #[inline(always)]
     fn hash(&self, part: Part, token: u64, out: &mut Token) {
         self.rows(part, token, &mut out.row);
         let channels = self.counter.channels;
@@ -94,7 +132,7 @@ impl Truth {
         for (planes, phi) in tables.zip(out.phi.chunks_exact_mut(1 << self.planes_per_table)) {
             phi[0] = 1.0;
             for (p, w) in planes.chunks_exact(channels).enumerate() {
-                let u: f64 = w.iter().zip(&out.row).map(|(w, x)| w * x).sum();
+                let u = dot(w, &out.row);
                 let high = 1.0 / (1.0 + (-2.0 * self.beta * u.tanh()).exp());
                 // Plane 0 is the most significant bit.
                 for r in (0..1usize << p).rev() {
@@ -106,7 +144,7 @@ impl Truth {
     }
 
     /// Pieces of all tokens: cut at blocks, before each wanted token and after it.
-    fn pieces(&self, tokens: u64, wanted: &[u64]) -> Vec<std::ops::Range<u64>> {
+    fn pieces(&self, tokens: u64, wanted: &[u64]) -> Vec<Range<u64>> {
         let mut cuts: Vec<u64> = (0..tokens).step_by(BLOCK as usize).collect();
         cuts.extend(wanted.iter().flat_map(|&t| [t, t + 1]));
         cuts.push(tokens);
@@ -123,17 +161,9 @@ impl Truth {
         let absorbed: Vec<Sums> = pieces
             .par_iter()
             .map(|piece| {
-                arch.dispatch(|| {
-                    let (mut sums, mut k) = (self.zeros(), self.token());
-                    let mut v = k.row.clone();
-                    for token in piece.clone() {
-                        self.hash(Part::K, token, &mut k);
-                        self.rows(Part::V, token, &mut v);
-                        sums.add(&k.phi, 1.0, &v);
-                    }
-                    progress(piece.end - piece.start);
-                    sums
-                })
+                let sums = arch.dispatch(Sum { truth: self, piece: piece.clone(), state: None });
+                progress(piece.end - piece.start);
+                sums
             })
             .collect();
         // The state before every piece, and after the last.
@@ -150,7 +180,7 @@ impl Truth {
                 .par_iter()
                 .zip(&states)
                 .map(|(piece, state)| {
-                    let sent = arch.dispatch(|| self.sent(piece.clone(), state.clone()));
+                    let sent = arch.dispatch(Sum { truth: self, piece: piece.clone(), state: Some(state.clone()) });
                     progress(piece.end - piece.start);
                     sent
                 })
@@ -164,8 +194,22 @@ impl Truth {
         wanted.iter().map(|&t| self.one(t, &states[piece_of(t) + 1], later.get(piece_of(t)))).collect()
     }
 
+    /// What the keys of a piece bring.
+    #[inline(always)]
+    fn absorbed(&self, piece: Range<u64>) -> Sums {
+        let (mut sums, mut k) = (self.zeros(), self.token());
+        let mut v = k.row.clone();
+        for token in piece {
+            self.hash(Part::K, token, &mut k);
+            self.rows(Part::V, token, &mut v);
+            sums.add(&k.phi, 1.0, &v);
+        }
+        sums
+    }
+
     /// What the queries of a piece send to the states they read, given the state before it.
-    fn sent(&self, piece: std::ops::Range<u64>, mut state: Sums) -> Sums {
+    #[inline(always)]
+    fn sent(&self, piece: Range<u64>, mut state: Sums) -> Sums {
         let (mut sums, mut q, mut k) = (self.zeros(), self.token(), self.token());
         let (mut v, mut o, mut grad) = (k.row.clone(), k.row.clone(), k.row.clone());
         for token in piece {
@@ -182,6 +226,7 @@ impl Truth {
     }
 
     /// Gradient of the mass, and of the numerator in place of `grad`, where o = numerator / mass.
+    #[inline(always)]
     fn divide(&self, mass: f64, numerator: &[f64], grad: &mut [f64]) -> f64 {
         grad.iter_mut().for_each(|g| *g /= mass);
         -grad.iter().zip(numerator).map(|(g, n)| g * n).sum::<f64>() / mass
