@@ -1,4 +1,21 @@
 //! RACE: linear-time attention by soft hashing (arXiv 2510.04008).
+//!
+//! | room | what it holds |
+//! |---|---|
+//! | `config` | what the caller chooses, checked |
+//! | `attention` | [`crate::Race`]: forward, backward, append; states in and out |
+//! | `stream`, `stream_backward`, `source` | sequences of any length |
+//! | `state`, `persist` | what is kept of a sequence |
+//! | `executor` | what a backend must do: three passes, forward and backward |
+//! | [`reference`] | the formulas in f64 |
+//! | `cpu`, `gpu` | the executors |
+//!
+//! **The window, once it is built.** Exact attention over the last W tokens, mixed in by a gate per head
+//! (`o = g·o_window + (1 − g)·o_race`), takes a fourth pass beside the three of `executor`: it reads q, k, v and a ring of
+//! the W keys and values before them, and gives o_window with its lse; backward it gives the gradients of the same, and
+//! that of g from the two outputs. The ring belongs to the state (a fork copies it, a saved state gets two tensors more),
+//! so `append` and the streams stay as they are: a segment's first W tokens read the ring that the segment before left.
+//! Both halves see the same q, k, v, so the mix is a sum of two outputs and of two sets of gradients.
 
 pub(crate) mod attention;
 pub(crate) mod config;

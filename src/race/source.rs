@@ -1,6 +1,6 @@
 //! Sources of segments: host memory, and files in it.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::race::stream::{Segment, SegmentSource, StreamFailure, Wanted};
 use crate::tensor::TensorView;
 use std::ops::Range;
@@ -57,6 +57,75 @@ impl SegmentSource for HostSource<'_> {
             v: copy("v", Some(&self.v), wanted.v)?,
             grad_o: copy("grad_o", self.grad_o.as_ref(), wanted.grad_o)?,
         })
+    }
+}
+
+/// Segments that stay where they are, on a device or on the host: sequences larger than one buffer, as a list of them.
+#[derive(Clone, Debug)]
+pub struct ResidentSource {
+    segments: Vec<Segment>,
+    segment_tokens: u64,
+    batch: usize,
+    tokens: u64,
+}
+
+impl ResidentSource {
+    /// Segments in order: each of as many tokens as the first, the last of at most that. Streams over them must take
+    /// segments of that length ([`crate::StreamOptions::segment_tokens`]), or of all tokens where there is but one.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] where there is none, where one lacks q, k or v, or where batch or tokens differ.
+    pub fn new(segments: Vec<Segment>) -> Result<Self> {
+        let op = "source";
+        let shape_of = |segment: &Segment| segment.q.as_ref().map(|q| q.shape().to_vec()).unwrap_or_default();
+        let first = segments.first().map(shape_of).unwrap_or_default();
+        let [batch, segment_tokens, ..] = *first else {
+            let expected = "at least one segment, with q, k and v".into();
+            return Err(Error::Shape { op, tensor: "segments", got: vec![segments.len()], expected });
+        };
+        let mut tokens = 0;
+        for (i, segment) in segments.iter().enumerate() {
+            let own = shape_of(segment).get(1).copied().unwrap_or_default();
+            let last = i + 1 == segments.len();
+            let parts = [("q", &segment.q), ("k", &segment.k), ("v", &segment.v), ("grad_o", &segment.grad_o)];
+            for (tensor, part) in parts {
+                let shape = part.as_ref().map(|part| part.shape().to_vec());
+                let fits = shape.as_ref().map_or(tensor == "grad_o", |shape| {
+                    shape[..2] == [batch, own] && (own == segment_tokens || last && own < segment_tokens)
+                });
+                if !fits {
+                    let expected = format!("[{batch}, {segment_tokens}, ..] in segment {i}");
+                    return Err(Error::Shape { op, tensor, got: shape.unwrap_or_default(), expected });
+                }
+            }
+            tokens += own as u64;
+        }
+        Ok(Self { segments, segment_tokens: segment_tokens as u64, batch, tokens })
+    }
+
+    /// Tokens of every segment but the last.
+    pub fn segment_tokens(&self) -> usize {
+        self.segment_tokens as usize
+    }
+}
+
+impl SegmentSource for ResidentSource {
+    fn batch(&self) -> usize {
+        self.batch
+    }
+
+    fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    fn read(&mut self, tokens: Range<u64>, _: Wanted) -> Result<Segment, StreamFailure> {
+        let index = tokens.start.checked_div(self.segment_tokens).unwrap_or_default();
+        let start = index * self.segment_tokens;
+        let whole = start..start.saturating_add(self.segment_tokens).min(self.tokens);
+        match self.segments.get(index as usize) {
+            Some(segment) if tokens == whole => Ok(segment.clone()),
+            _ => Err(format!("tokens {tokens:?} are no segment: they have {} each", self.segment_tokens).into()),
+        }
     }
 }
 

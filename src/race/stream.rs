@@ -32,7 +32,7 @@ pub struct Wanted {
 }
 
 /// Tokens of all sequences, `[batch, token, head, channel]` each; what was not asked for may be left out.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Segment {
     /// Queries.
     pub q: Option<Tensor>,

@@ -176,8 +176,7 @@ pub fn judge(device: &Device, case: &Fixture, report: &mut Report<'_>) -> Result
     };
 
     // The reference, kv head by kv head.
-    let mut got = Found::default();
-    got.dplanes = vec![0.0; c.rows.data.len()];
+    let mut got = Found { dplanes: vec![0.0; c.rows.data.len()], ..Found::default() };
     let group = c.num_q_heads / c.num_kv_heads;
     let one = c.tokens * d;
     for h in 0..c.num_kv_heads {
