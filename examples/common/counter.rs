@@ -151,26 +151,3 @@ impl Counter {
         [self.base(part), first, heads, channels, period, part.scale().to_bits(), bf16]
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rows_are_those_of_the_tensor() {
-        for dtype in [DType::F32, DType::Bf16] {
-            let counter = Counter { seed: 3, heads: 3, channels: 40, dtype, period: 150 };
-            let tensor = counter.tensor(Part::V, 20..220).unwrap().read_blocking().unwrap().to_f32();
-            let mut row = vec![0.0; 40];
-            for (i, found) in tensor.chunks(40).enumerate() {
-                counter.row(Part::V, (20 + i / 3) as u64, i % 3, &mut row);
-                assert!(found.iter().zip(&row).all(|(a, b)| f64::from(*a) == *b));
-            }
-            let rounded = tensor.iter().all(|x| bf16::from_f32(*x).to_f32() == *x);
-            assert_eq!(rounded, dtype == DType::Bf16);
-            assert_eq!(tensor[..120], tensor[150 * 120..151 * 120]);
-            let spread = tensor.iter().map(|x| x * x).sum::<f32>() / tensor.len() as f32;
-            assert!((1.2..1.45).contains(&spread), "{spread}");
-        }
-    }
-}

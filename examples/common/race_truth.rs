@@ -6,6 +6,7 @@
 use crate::counter::{Counter, Part};
 use rayon::prelude::*;
 use softhash::race::reference::features_backward;
+use softhash::{DType, Result, Tensor};
 use std::ops::Range;
 
 /// A head and its hash, under the ratio normalisation, causal.
@@ -26,6 +27,13 @@ pub struct At {
     pub dq: Vec<f64>,
     pub dk: Vec<f64>,
     pub dv: Vec<f64>,
+}
+
+impl At {
+    /// o, dq, dk and dv.
+    pub fn parts(&self) -> [&[f64]; 4] {
+        [&self.o, &self.dq, &self.dk, &self.dv]
+    }
 }
 
 /// Sums over tokens: φ·mass per bucket, and φ ⊗ row.
@@ -110,7 +118,7 @@ impl pulp::NullaryFnOnce for Sum<'_> {
 
 impl Truth {
     fn zeros(&self) -> Sums {
-        let buckets = self.planes.len() / self.counter.channels / self.planes_per_table << self.planes_per_table;
+        let buckets = (self.planes.len() / self.counter.channels / self.planes_per_table) << self.planes_per_table;
         Sums { a: vec![0.0; buckets], b: vec![0.0; buckets * self.counter.channels] }
     }
 
@@ -257,65 +265,36 @@ impl Truth {
     }
 }
 
-/// ‖found − truth‖ / ‖truth‖ over all of `pairs`.
-pub fn error<'a>(pairs: impl Iterator<Item = (&'a [f64], &'a [f64])>) -> f64 {
-    let (mut off, mut size) = (0.0, 0.0);
-    for (found, truth) in pairs {
-        off += found.iter().zip(truth).map(|(f, t)| (f - t).powi(2)).sum::<f64>();
-        size += truth.iter().map(|t| t * t).sum::<f64>();
-        // Of different lengths is wrong altogether.
-        off += if found.len() == truth.len() { 0.0 } else { f64::INFINITY };
+/// Copies `head`'s rows of a result over `range` to where [`At`] keeps them, of the tokens that lie in it.
+pub fn note(
+    found: &mut [At],
+    head: usize,
+    range: &Range<u64>,
+    tensor: &Tensor,
+    of: impl Fn(&mut At) -> &mut Vec<f64>,
+) -> Result<()> {
+    if !found.iter().any(|at| range.contains(&at.token)) {
+        return Ok(());
     }
-    (off / size).sqrt()
+    let [heads, channels] = [tensor.shape()[2], tensor.shape()[3]];
+    let data = tensor.read_blocking()?.to_f32();
+    for at in found.iter_mut().filter(|at| range.contains(&at.token)) {
+        let row = (at.token - range.start) as usize * heads + head;
+        *of(at) = data[row * channels..(row + 1) * channels].iter().map(|x| f64::from(*x)).collect();
+    }
+    Ok(())
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use softhash::race::reference::{self, Problem, State};
-    use softhash::{DType, Hyperplanes, Normalization};
+/// Relative error that a result from inputs of `dtype` may have: far above what rounding does, far below what any
+/// mistake does.
+pub fn tolerance(dtype: DType) -> f64 {
+    if dtype == DType::F32 { 1e-4 } else { 1e-2 }
+}
 
-    #[test]
-    fn it_is_what_the_reference_says() {
-        let counter = Counter { seed: 5, heads: 2, channels: 12, dtype: DType::Bf16, period: 40 };
-        let planes = Hyperplanes::Gaussian { seed: 2 }.rows(2, 3, 12, 1).unwrap();
-        let planes: Vec<f64> = planes.into_iter().map(f64::from).collect();
-        let truth = Truth { counter, head: 1, planes: planes.clone(), planes_per_table: 3, beta: 1.5 };
-        let all = |part| {
-            let mut rows = vec![0.0; 70 * 12];
-            rows.chunks_mut(12).enumerate().for_each(|(t, row)| counter.row(part, t as u64, 1, row));
-            rows
-        };
-        let [q, k, v, grad_o] = [Part::Q, Part::K, Part::V, Part::GradO].map(all);
-        let problem = Problem {
-            tables: 2,
-            planes_per_table: 3,
-            planes: &planes,
-            beta: 1.5,
-            normalization: Normalization::Ratio,
-            epsilon: 0.0,
-            causal: true,
-            head_dim: 12,
-            value_dim: 12,
-            q: vec![&q],
-            k: &k,
-            v: &v,
-        };
-        let zeros = State::zeros(16, 12);
-        let (o, _) = reference::forward(&problem, &zeros);
-        let gradients = reference::backward(&problem, &zeros, &[&grad_o], &zeros);
-        let found = truth.at(70, &[0, 33, 34, 69], true, |_| ());
-        for at in &found {
-            let row = at.token as usize * 12..(at.token as usize + 1) * 12;
-            for (found, expected) in
-                [(&at.o, &o[0]), (&at.dq, &gradients.dq[0]), (&at.dk, &gradients.dk), (&at.dv, &gradients.dv)]
-            {
-                let scale = expected.iter().fold(0.0f64, |m, x| m.max(x.abs()));
-                for (a, b) in found.iter().zip(&expected[row.clone()]) {
-                    assert!((a - b).abs() < 1e-12 * scale, "token {}: {a} and {b}", at.token);
-                }
-            }
-        }
-        assert!(truth.at(70, &[3], false, |_| ())[0].dq.is_empty());
-    }
+/// ‖found − truth‖ / ‖truth‖; not a number counts as infinite.
+pub fn error(found: &[f64], truth: &[f64]) -> f64 {
+    let off: f64 = found.iter().zip(truth).map(|(f, t)| (f - t).powi(2)).sum();
+    let size: f64 = truth.iter().map(|t| t * t).sum();
+    let error = (off / size).sqrt();
+    if error.is_nan() || found.len() != truth.len() { f64::INFINITY } else { error }
 }

@@ -21,6 +21,8 @@ mod race_truth;
 mod source;
 #[path = "../common/table.rs"]
 mod table;
+#[cfg(test)]
+mod tests;
 
 use clap::{Parser, ValueEnum};
 use counter::{Counter, Part};
@@ -30,8 +32,8 @@ use race_truth::{At, Truth};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use softhash::{
-    Beta, Boundaries, DType, Device, Race, RaceConfig, RaceOptions, RaceShape, StreamFailure, StreamOptions,
-    StreamProgress, Tensor,
+    Beta, Boundaries, DType, Race, RaceConfig, RaceOptions, RaceShape, StreamFailure, StreamOptions, StreamProgress,
+    Tensor,
 };
 use source::Source;
 use std::ops::{ControlFlow, Range};
@@ -103,14 +105,6 @@ impl Args {
             Type::Bf16 => DType::Bf16,
         }
     }
-
-    /// Relative error that a check may find.
-    fn tolerance(&self) -> f64 {
-        match self.dtype {
-            Type::F32 => 1e-4,
-            Type::Bf16 => 1e-2,
-        }
-    }
 }
 
 const BETA: f32 = 1.0;
@@ -139,16 +133,7 @@ impl Checked {
 
     /// Notes the checked tokens of a result over `range`.
     fn note(&mut self, range: &Range<u64>, tensor: &Tensor, of: impl Fn(&mut At) -> &mut Vec<f64>) -> Result<()> {
-        if !self.tokens.iter().any(|token| range.contains(token)) {
-            return Ok(());
-        }
-        let [heads, channels] = [tensor.shape()[2], tensor.shape()[3]];
-        let data = tensor.read_blocking()?.to_f32();
-        for at in self.found.iter_mut().filter(|at| range.contains(&at.token)) {
-            let row = (at.token - range.start) as usize * heads + self.head;
-            *of(at) = data[row * channels..(row + 1) * channels].iter().map(|x| f64::from(*x)).collect();
-        }
-        Ok(())
+        Ok(race_truth::note(&mut self.found, self.head, range, tensor, of)?)
     }
 }
 
@@ -281,27 +266,24 @@ fn compare(args: &Args, race: &Race, counter: Counter, checked: &Checked) -> Res
     let start = Instant::now();
     let truths = truth.at(tokens, &checked.tokens, backward, |n| bar.inc(n));
     bar.finish_and_clear();
-    let parts: [(&str, fn(&At) -> &Vec<f64>); 4] =
-        [("o", |at| &at.o), ("dq", |at| &at.dq), ("dk", |at| &at.dk), ("dv", |at| &at.dv)];
-    let parts = &parts[..if backward { 4 } else { 1 }];
+    let names = if backward { &["o", "dq", "dk", "dv"][..] } else { &["o"] };
     let mut worst = 0f64;
     let mut rows = Vec::new();
     for (found, truth) in checked.found.iter().zip(&truths) {
         let mut row = vec![found.token.to_string()];
-        for (_, of) in parts {
-            let error = race_truth::error(std::iter::once((of(found).as_slice(), of(truth).as_slice())));
-            // A result that is not a number is as wrong as can be.
-            worst = worst.max(if error.is_nan() { f64::INFINITY } else { error });
+        for (found, truth) in found.parts().into_iter().zip(truth.parts()).take(names.len()) {
+            let error = race_truth::error(found, truth);
+            worst = worst.max(error);
             row.push(format!("{error:.1e}"));
         }
         rows.push(row);
     }
     let mut headers = vec!["error at token"];
-    headers.extend(parts.iter().map(|(name, _)| *name));
+    headers.extend(names);
     table::print(&headers, &rows);
     let seconds = start.elapsed().as_secs_f64();
     println!("head {} against sums in f64 over all tokens, in {seconds:.1} s", checked.head);
-    Ok(worst <= args.tolerance())
+    Ok(worst <= race_truth::tolerance(args.dtype()))
 }
 
 fn run(args: &Args) -> Result<bool> {
@@ -364,7 +346,7 @@ fn main() -> ExitCode {
     match run(&args) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => {
-            eprintln!("error: a result is off by more than {:.0e}", args.tolerance());
+            eprintln!("error: a result is off by more than {:.0e}", race_truth::tolerance(args.dtype()));
             ExitCode::FAILURE
         }
         Err(error) => {

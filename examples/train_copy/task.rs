@@ -94,7 +94,7 @@ impl Source {
                     left -= **w;
                     left < 0.0
                 });
-                let chosen = chosen.or_else(|| open().last()).map_or(0, |(i, _)| i);
+                let chosen = chosen.or_else(|| open().next_back()).map_or(0, |(i, _)| i);
                 weights[chosen] = 0.0;
                 chosen
             })
