@@ -14,6 +14,8 @@
 mod data;
 #[path = "support/judge.rs"]
 mod judge;
+#[path = "support/origin.rs"]
+mod origin;
 #[path = "support/record.rs"]
 mod record;
 
@@ -131,7 +133,6 @@ fn main() {
         .warm_up_time(Duration::from_millis(100))
         .measurement_time(Duration::from_secs_f64(arguments.seconds));
     let mut run = Run::new(&device, arguments.filter.clone());
-    println!("copy: {:.1} GB/s, read and written bytes counted", run.measure_copy(&device) * 1e-9);
 
     for heads in &arguments.heads {
         let (q, kv) = heads.split_once('/').expect("heads are given as 32/8");
