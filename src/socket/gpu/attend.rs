@@ -44,6 +44,11 @@ impl Workspace {
         self.entries = None;
     }
 
+    #[cfg(test)]
+    pub fn buffers(&self) -> impl Iterator<Item = &wgpu::Buffer> {
+        self.buffers.iter().flatten()
+    }
+
     pub fn bytes(&self) -> u64 {
         self.buffers.iter().flatten().map(wgpu::Buffer::size).sum()
     }
