@@ -503,6 +503,50 @@ fn whole_budget_is_dense() {
     }
 }
 
+/// `Auto` goes sparse at the lengths of the table in `benches/NOTES.md`: here 4K for short scans, 16K for long ones.
+#[test]
+fn auto_follows_the_table() {
+    for (tables, crossover) in [(16, 4096), (17, 16384)] {
+        for (tokens, sparse) in [(crossover - 1, false), (crossover, true)] {
+            let config = config(Scoring::Hamming, tables, 8);
+            let case = Case::new(config, shape([1, 1], [8, 8], DType::F32), 1024, &[tokens], 1);
+            let mut cache = case.filled();
+            let [auto, expected] = [Mode::Auto, if sparse { Mode::Sparse } else { Mode::Dense }].map(|mode| {
+                let got = cache.decode_with(&case.q_view(), &DecodeOptions { mode, ..reporting() }).unwrap();
+                (wide(&got.o), wide(&got.lse), got.selection.is_some())
+            });
+            assert_eq!(auto, expected, "{tables} tables, {tokens} tokens");
+            assert_eq!(auto.2, sparse);
+        }
+    }
+}
+
+#[test]
+fn a_profile_names_the_stages_of_a_step() {
+    let case = Case::new(config(Scoring::Hamming, 8, 8), shape([2, 1], [16, 16], DType::F32), 64, &[200, 90], 1);
+    for (mode, expected) in
+        [(Mode::Sparse, &["hash query", "score", "select", "attend"][..]), (Mode::Dense, &["attend"])]
+    {
+        let stages = case.filled().profile_with(&case.q_view(), &DecodeOptions { mode, ..reporting() }).unwrap();
+        let names: Vec<_> = stages.iter().map(|s| s.stage).collect();
+        assert_eq!(names, expected);
+        assert!(stages.iter().all(|s| s.nanoseconds > 0.0));
+    }
+}
+
+/// Bytes by part, of one page of 64 tokens: two heads of 16 and 32 channels, 96 bits in 3 words, gain and bias.
+#[test]
+fn memory_is_counted_by_part() {
+    let config = SocketConfig { value_norm: true, ..config(Scoring::SignProjection, 12, 8) };
+    let case = Case::new(config, shape([2, 2], [16, 32], DType::F16), 64, &[3], 1);
+    let memory = case.filled().memory();
+    assert_eq!((memory.keys, memory.values), (64 * 2 * 16 * 2, 64 * 2 * 32 * 2));
+    assert_eq!((memory.bits, memory.scalars), (64 * 2 * 3 * 4, 64 * 2 * 2 * 4));
+    assert!(memory.workspace >= 96 * 16 * 4, "the hyperplanes at least");
+    let parts = [memory.keys, memory.values, memory.bits, memory.scalars, memory.workspace];
+    assert_eq!(memory.total(), parts.iter().sum::<u64>());
+}
+
 #[test]
 fn same_bits_whatever_the_number_of_threads() {
     let shape = shape([8, 2], [128, 128], DType::Bf16);

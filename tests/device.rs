@@ -71,7 +71,9 @@ fn auto_takes_real_gpus_only_and_says_why() {
 #[cfg(feature = "wgpu")]
 mod gpu {
     use super::auto_under;
-    use softhash::{Device, DeviceOptions, Error, wgpu};
+    use softhash::{
+        CacheShape, DEFAULT_PAGE_TOKENS, DType, Device, DeviceOptions, Error, SocketCache, SocketConfig, wgpu,
+    };
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -153,6 +155,47 @@ mod gpu {
             let report = auto_under(&[]);
             assert!(report.contains("computes in software and was not asked for"), "{report}");
         }
+    }
+
+    #[test]
+    fn the_asynchronous_twins_agree() {
+        let wait = pollster::block_on::<std::pin::Pin<Box<dyn Future<Output = Device>>>>;
+        let by_name = wait(Box::pin(async { Device::by_name_async(SOFTWARE).await.unwrap() }));
+        let options = DeviceOptions::new().name(SOFTWARE);
+        let opened = wait(Box::pin(async { Device::open_async(options).await.unwrap() }));
+        for device in [by_name, opened] {
+            assert!(device.report().gpu.unwrap().adapter.contains(SOFTWARE));
+        }
+        let auto = wait(Box::pin(async { Device::auto_async().await.unwrap() }));
+        assert_eq!(auto.report(), Device::auto().unwrap().report());
+        let all = pollster::block_on(Device::enumerate_async());
+        assert_eq!(all, Device::enumerate());
+        let text = all.last().unwrap().to_string();
+        assert_eq!(text, "cpu (cpu, Cpu)");
+    }
+
+    /// The report names each kernel once it is compiled, and what its variant uses.
+    #[test]
+    fn the_report_names_kernels_and_variants() {
+        let uses_subgroups = |checked: bool| {
+            let device = Device::open(DeviceOptions::new().name(SOFTWARE).checked(checked)).unwrap();
+            assert!(device.report().to_string().contains("kernels: none compiled yet"));
+            let shape = CacheShape { num_q_heads: 2, num_kv_heads: 1, head_dim: 8, value_dim: 8, dtype: DType::F32 };
+            let cache = SocketCache::new(&device, SocketConfig::fast(), shape, 1).unwrap();
+            assert_eq!(cache.page_tokens(), DEFAULT_PAGE_TOKENS);
+            cache.warm_up(DType::F32, DType::F32).unwrap();
+            let report = device.report();
+            assert!(report.kernels.is_sorted_by(|a, b| a.label < b.label));
+            assert!(report.kernels.iter().all(|kernel| !kernel.f16), "halves are unpacked from integers");
+            let text = report.to_string();
+            for kernel in &report.kernels {
+                let mark = if kernel.subgroups { " [subgroups]" } else { "" };
+                assert!(text.contains(&format!("\n  {}{mark}", kernel.label)), "{text}");
+            }
+            report.kernels.iter().filter(|kernel| kernel.subgroups).count()
+        };
+        assert_eq!(uses_subgroups(true), 0);
+        assert!(uses_subgroups(false) > 0);
     }
 
     #[test]

@@ -137,6 +137,64 @@ fn halves_merge_where_they_live() {
     }
 }
 
+/// A step's attention is six dispatches, and two more for each slab that the keys' memory has grown by: slabs double, so
+/// they stay few, and `reserve` makes one of them.
+#[test]
+fn a_step_takes_six_dispatches() {
+    let device = common::device::gpu();
+    let q = numbers(9, 4 * 64);
+    let q = TensorView::f32(&q, [1, 1, 4, 64]);
+    for (reserved, slabs) in [(256, 1), (0, 3)] {
+        let mut cache = SocketCache::with_page_tokens(&device, config(), SHAPE, 1, 64).unwrap();
+        cache.reserve(reserved).unwrap();
+        for page in 0..4 {
+            let (k, v) = (numbers(page, 64 * 2 * 64), numbers(page, 64 * 2 * 32));
+            cache.append(&TensorView::f32(&k, [1, 64, 2, 64]), &TensorView::f32(&v, [1, 64, 2, 32])).unwrap();
+        }
+        let sparse = cache.profile_with(&q, &DecodeOptions::default()).unwrap();
+        assert_eq!(sparse.len(), 4 + 2 * slabs, "{sparse:?}");
+        let dense = DecodeOptions { mode: Mode::Dense, ..DecodeOptions::default() };
+        assert_eq!(cache.profile_with(&q, &dense).unwrap().len(), 1 + slabs);
+    }
+}
+
+/// 16-bit results merge on the device as on the host, o₁'s type deciding; and a read can be awaited.
+#[test]
+fn results_of_any_type_merge_on_the_device() {
+    let gpu = common::device::gpu();
+    let (k, v, q) = (numbers(11, 90 * 2 * 64), numbers(12, 90 * 2 * 32), numbers(13, 4 * 64));
+    let attend = |device: &Device, tokens: std::ops::Range<usize>, output: DType| {
+        let mut cache = SocketCache::new(device, config(), SHAPE, 1).unwrap();
+        let n = tokens.len();
+        let (k, v) = (&k[tokens.start * 128..tokens.end * 128], &v[tokens.start * 64..tokens.end * 64]);
+        cache.append(&TensorView::f32(k, [1, n, 2, 64]), &TensorView::f32(v, [1, n, 2, 32])).unwrap();
+        let options = DecodeOptions { mode: Mode::Dense, output: Some(output), ..DecodeOptions::default() };
+        cache.decode_with(&TensorView::f32(&q, [1, 1, 4, 64]), &options).unwrap()
+    };
+    for (first, second) in [(DType::F16, DType::Bf16), (DType::Bf16, DType::F32), (DType::F32, DType::F16)] {
+        let merged = [&gpu, &Device::cpu()].map(|device| {
+            let (a, b) = (attend(device, 0..37, first), attend(device, 37..90, second));
+            let views = [&a.o, &a.lse, &b.o, &b.lse].map(|t| t.view().unwrap());
+            let (o, lse) = merge_state(device, &views[0], &views[1], &views[2], &views[3]).unwrap();
+            assert_eq!((o.dtype(), lse.dtype()), (first, DType::F32));
+            let read = pollster::block_on(o.read()).unwrap();
+            assert_eq!((read.dtype(), read.shape(), read.bytes().len()), (first, o.shape(), 4 * 32 * first.size()));
+            (read.to_f32(), pollster::block_on(lse.read()).unwrap().to_f32())
+        });
+        let unit = match first {
+            DType::F16 => 1e-3,
+            DType::Bf16 => 8e-3,
+            _ => 2e-5,
+        };
+        let scale = merged[1].0.iter().fold(0f32, |m, x| m.max(x.abs()));
+        // Halves are rounded, attended, merged and rounded again: two units of the last place on each path.
+        for (a, b) in merged[0].0.iter().zip(&merged[1].0) {
+            assert!((a - b).abs() <= 2.0 * unit * scale, "{first:?} {second:?}: {a} {b}");
+        }
+        close(&merged[0].1, &merged[1].1);
+    }
+}
+
 /// The stages of a step are named, and timed where the device has a clock.
 #[test]
 fn a_profile_names_the_stages_of_a_step() {

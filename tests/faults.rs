@@ -497,6 +497,51 @@ fn damaged_files(device: &Device) {
     is!(error, File);
 }
 
+/// Runs `name` of this file in a process that may not have more than 3 GB of address space.
+#[cfg(target_os = "linux")]
+fn run_short_of_memory(name: &str) {
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", "ulimit -v 3000000 && exec \"$@\"", "sh"]).arg(std::env::current_exe().unwrap());
+    let output = shell.args(["--exact", name, "--ignored", "--nocapture"]).output().unwrap();
+    let text = [output.stdout, output.stderr].map(|x| String::from_utf8_lossy(&x).into_owned()).concat();
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+}
+
+/// Memory that the system really refuses, in the middle of growing.
+fn short_of_memory(device: &Device) {
+    // A page takes 8 MB of keys and 4 MB of values, so that 500 of them pass the limit and each alone is nothing.
+    let mut cache = SocketCache::with_page_tokens(device, config(), SHAPE, 500, 65536).unwrap();
+    let (k, v) = (wave(90 * 2 * 16), wave(90 * 2 * 8));
+    cache.append_to(0, &TensorView::f32(&k, [1, 90, 2, 16]), &TensorView::f32(&v, [1, 90, 2, 8])).unwrap();
+    seen(&mut cache);
+    let memory = cache.memory();
+    let (k, v) = (wave(500 * 2 * 16), wave(500 * 2 * 8));
+    let (k, v) = (TensorView::f32(&k, [500, 1, 2, 16]), TensorView::f32(&v, [500, 1, 2, 8]));
+    for _ in 0..2 {
+        let error = refused(&mut cache, &["append", "out of memory asking for"], |c| c.append(&k, &v));
+        is!(error, OutOfMemory);
+        let error = refused(&mut cache, &["reserve", "out of memory asking for"], |c| c.reserve(65536));
+        is!(error, OutOfMemory);
+        assert_eq!(cache.memory(), memory);
+        assert_eq!((cache.len(0), cache.len(1)), (Some(90), Some(0)));
+    }
+    // What fits goes on.
+    let (k, v) = (TensorView::f32(&[1.0; 32], [1, 1, 2, 16]), TensorView::f32(&[1.0; 16], [1, 1, 2, 8]));
+    cache.append_to(499, &k, &v).unwrap();
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_refused_allocation_changes_nothing() {
+    run_short_of_memory("short_of_memory_on_the_cpu");
+}
+
+#[test]
+#[ignore = "run by a_refused_allocation_changes_nothing"]
+fn short_of_memory_on_the_cpu() {
+    short_of_memory(&Device::cpu());
+}
+
 #[test]
 fn no_such_adapter() {
     let error = Device::by_name("no such adapter").unwrap_err();
@@ -573,6 +618,101 @@ mod buffers {
         let uniform = buffer(&device, &[0; 512], BufferUsages::UNIFORM);
         let view = TensorView::buffer(&uniform, 0, DType::F32, Q);
         is!(refused(&mut cache, &["decode", "STORAGE usage"], |c| c.decode(&view)), Unsupported);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_refused_allocation_changes_nothing() {
+        run_short_of_memory("buffers::short_of_memory_on_the_gpu");
+    }
+
+    #[test]
+    #[ignore = "run by a_refused_allocation_changes_nothing"]
+    fn short_of_memory_on_the_gpu() {
+        short_of_memory(&software());
+    }
+
+    #[test]
+    fn what_the_gpu_path_cannot_do_it_says() {
+        let device = software();
+        let odd = CacheShape { value_dim: 7, ..SHAPE };
+        let mut cache = SocketCache::new(&device, config(), odd, 2).unwrap();
+        let q = wave(128);
+        let q = TensorView::f32(&q, Q);
+        cache.decode(&q).unwrap();
+        let options = DecodeOptions { output: Some(DType::F16), ..Default::default() };
+        let words = ["decode", "16-bit outputs of an odd value_dim = 7", "F32 output"];
+        says(&cache.decode_with(&q, &options).unwrap_err(), &words);
+        is!(cache.decode_with(&q, &options).unwrap_err(), Unsupported);
+
+        let mut cache = super::cache(&device);
+        let uneven = buffer(&device, &[0; 508], BufferUsages::STORAGE);
+        let gaps = TensorView::buffer(&uneven, 0, DType::F32, [1, 1, 4, 8]).with_strides([64, 64, 16, 1]);
+        let lse = TensorView::buffer(&uneven, 0, DType::F32, [1, 1, 4, 1]);
+        let error = merge_state(&device, &gaps, &lse, &gaps, &lse).unwrap_err();
+        says(&error, &["merge_state", "gaps"]);
+        is!(error, Unsupported);
+        let (gpu, _) = device.as_wgpu().unwrap();
+        let ragged = gpu.create_buffer(&wgpu::BufferDescriptor {
+            label: None,
+            size: 254,
+            usage: BufferUsages::STORAGE,
+            mapped_at_creation: false,
+        });
+        let q = TensorView::buffer(&ragged, 0, DType::Bf16, [2, 1, 4, 16]).with_strides([63, 63, 16, 1]);
+        let error = refused(&mut cache, &["decode", "multiple of 4"], |c| c.decode(&q));
+        is!(error, Unsupported);
+
+        let plain = lent(&adapter()).1;
+        let mut cache = super::cache(&plain);
+        let q = wave(128);
+        let q = TensorView::f32(&q, Q);
+        let words = ["profile", "timestamp"];
+        let error = refused(&mut cache, &words, |c| c.profile_with(&q, &DecodeOptions::default()));
+        is!(error, Unsupported);
+        let attended = cache.decode(&q).unwrap();
+        let indices = TensorView::buffer(attended.o.as_buffer().unwrap(), 0, DType::I32, [2, 1, 4, 8]);
+        let lse = attended.lse.view().unwrap();
+        let error = merge_state(&plain, &indices, &lse, &indices, &lse).unwrap_err();
+        says(&error, &["merge_state", "o1 has dtype I32"]);
+        is!(error, DType);
+    }
+
+    /// A device that has no more than WebGPU promises: bindings of 128 MiB.
+    #[test]
+    fn capacity_beyond_the_devices_limits() {
+        let adapter = adapter();
+        let (gpu, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor::default())).unwrap();
+        let device = Device::from_wgpu(&adapter.get_info(), gpu, queue).unwrap();
+        let shape =
+            CacheShape { num_q_heads: 1024, num_kv_heads: 1024, head_dim: 512, value_dim: 8, dtype: DType::F32 };
+        let error = SocketCache::with_page_tokens(&device, config(), shape, 1, 128).unwrap_err();
+        says(&error, &["new", "bytes of one page = 268435456", "limit of 134217728"]);
+        is!(error, Limit);
+        // One page fills a binding, and there can be 4096 of them.
+        let mut cache = SocketCache::with_page_tokens(&device, config(), shape, 32, 64).unwrap();
+        let error = cache.reserve(9600).unwrap_err();
+        says(&error, &["reserve", "tokens to hold = 307200", "limit of 262144"]);
+        is!(error, Limit);
+        let zeros = buffer(&device, &[0; 1 << 21], BufferUsages::STORAGE);
+        let of = |dim, strides| TensorView::buffer(&zeros, 0, DType::F32, [32, 9600, 1024, dim]).with_strides(strides);
+        let (k, v) = (of(512, [0, 0, 512, 1]), of(8, [0, 0, 8, 1]));
+        let error = cache.append(&k, &v).unwrap_err();
+        says(&error, &["append", "tokens to hold = 307200", "limit of 262144"]);
+        is!(error, Limit);
+        assert!(cache.is_empty());
+        assert_eq!(cache.memory().keys, 0);
+        // One query token's look-up tables of all heads pass one binding.
+        let wide = SocketConfig { tables: 1024, planes: 8, ..config() };
+        let mut cache =
+            SocketCache::with_page_tokens(&device, wide, CacheShape { head_dim: 8, ..shape }, 1, 64).unwrap();
+        let (k, v) = (vec![1.0; 20 * 1024 * 8], vec![1.0; 1024 * 8]);
+        let kv = TensorView::f32(&k, [1, 20, 1024, 8]);
+        cache.append(&kv, &kv).unwrap();
+        let error = cache.decode(&TensorView::f32(&v, [1, 1, 1024, 8])).unwrap_err();
+        says(&error, &["decode", "bytes of look-up tables", "limit of 134217728"]);
+        is!(error, Limit);
+        assert_eq!(cache.len(0), Some(20));
     }
 
     #[test]

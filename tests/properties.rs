@@ -70,6 +70,34 @@ fn prefill_of_whole_prompts(device: &Device) {
     }
 }
 
+/// Every awkward length, beside head dimensions, group sizes and element types, in ragged batches.
+fn sizes_dimensions_and_groups(device: &Device) {
+    let table =
+        [(64, 1, DType::F32), (80, 4, DType::F16), (96, 8, DType::Bf16), (128, 4, DType::Bf16), (256, 8, DType::F16)];
+    for (dim, group, dtype) in table {
+        let shape = CacheShape { num_q_heads: 2 * group, num_kv_heads: 2, head_dim: dim, value_dim: dim, dtype };
+        let budget = Budget::Tokens(9);
+        let config = SocketConfig { center: None, budget, sink: 4, window: 8, ..SocketConfig::fast() };
+        let problem = Problem {
+            config,
+            shape,
+            page_tokens: 64,
+            lengths: vec![1, 2, 63, 65, 100, 2047],
+            tq: 1,
+            q_dtype: dtype,
+            output: dtype,
+            history: History::Whole,
+            seed: dim as u64,
+        };
+        let data = problem.data();
+        let mut cache = problem.cache(device, &data);
+        for mode in [Mode::Sparse, Mode::Dense] {
+            let found = read(&cache.decode_with(&data.q.view(), &problem.options(mode)).unwrap());
+            judge(device, &problem, &data, mode, &found).unwrap_or_else(|e| panic!("{dim} {group} {dtype:?}: {e}"));
+        }
+    }
+}
+
 /// Appends in chunks, a truncated tail and a fork leave the same content: the same selection, the same output.
 fn histories_agree(device: &Device, problem: &Problem) -> Judged {
     let data = problem.data();
@@ -172,6 +200,11 @@ mod cpu {
     }
 
     #[test]
+    fn sizes() {
+        sizes_dimensions_and_groups(&Device::cpu());
+    }
+
+    #[test]
     fn histories() {
         over_problems(12, 300, |problem| histories_agree(&Device::cpu(), &problem));
     }
@@ -207,6 +240,11 @@ mod gpu {
     #[test]
     fn prefill() {
         prefill_of_whole_prompts(&gpu());
+    }
+
+    #[test]
+    fn sizes() {
+        sizes_dimensions_and_groups(&gpu());
     }
 
     #[test]

@@ -140,7 +140,8 @@ impl SocketCache {
     }
 
     /// Compiles every kernel that appends and decodes with queries of dtype `q` and results of dtype `output` need,
-    /// concurrently; later calls then compile nothing. Nothing to do on the CPU path.
+    /// concurrently; later calls then compile nothing. Nothing to do on the CPU path. It waits for the compiler: where the
+    /// caller must not, make and warm the cache on a thread of its own and send it over.
     ///
     /// # Errors
     /// [`Error::Gpu`] where a kernel does not compile, [`Error::DeviceLost`].

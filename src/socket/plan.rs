@@ -8,7 +8,7 @@ use crate::socket::problem::CacheSpec;
 use crate::tensor::DType;
 
 /// Whether [`crate::Mode::Auto`] runs the sparse path at this length. The lengths come from the table in
-/// `benches/NOTES.md`: the shortest measured at which sparse won.
+/// `benches/NOTES.md`: the shortest measured from which on sparse won at every longer one too.
 pub(crate) fn prefers_sparse(spec: &CacheSpec, cpu: bool, len: usize) -> bool {
     let cheap_scan = spec.config.layout().bits() <= 128;
     let crossover = match (cpu, cheap_scan) {

@@ -220,6 +220,13 @@ impl Index<'_> {
             let largest = own.iter().map(|x| x.abs()).fold(0.0, f64::max);
             base = 2.0 * naive.fold(0.0, f64::max) + floor * largest;
         }
+        if config.scoring == Scoring::SignProjection {
+            // Where the terms of a sum cancel, its error is of their size and not of the sum's; with few keys the naive
+            // sum may be nearer by luck.
+            let terms: f64 = query.projections.iter().map(|u| u.abs()).sum();
+            let gain = self.gains[..visible].iter().copied().fold(0.0, f64::max);
+            base += f64::from(f32::EPSILON) * scale * gain * terms;
+        }
         // Counts change where the query's own sign is unsure; sums and products do not, for there it is near zero.
         let unsure_counts = match config.scoring {
             Scoring::HardCollision | Scoring::Hamming => query.unsure.len() as f64,

@@ -237,7 +237,7 @@ impl Context {
         self.pipelines.get(self, op, key)
     }
 
-    /// Compiles all of `keys`, concurrently where there are threads. The thread that first polls it helps.
+    /// Compiles all of `keys`, concurrently where there are threads, and waits for them.
     pub fn warm_up(&self, keys: &[&dyn KernelKey]) -> Result<()> {
         self.check_alive("warm_up")?;
         self.pipelines.warm_up(self, keys)

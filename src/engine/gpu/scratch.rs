@@ -32,6 +32,11 @@ impl Scratch {
         }
     }
 
+    #[cfg(test)]
+    pub fn buffer(&self) -> Option<&wgpu::Buffer> {
+        self.0.as_ref()
+    }
+
     pub fn bytes(&self) -> u64 {
         self.0.as_ref().map_or(0, wgpu::Buffer::size)
     }

@@ -6,6 +6,7 @@ use crate::engine::cpu::{map, product};
 use crate::error::Result;
 use crate::socket::config::{SelectionScope, SocketConfig};
 use crate::socket::cpu::append::Projection;
+use crate::socket::cpu::laps::Laps;
 use crate::socket::cpu::score::{Score, mean};
 use crate::socket::cpu::select::{Scores, select};
 use crate::socket::cpu::storage::{Geometry, Sequence};
@@ -53,7 +54,7 @@ struct Chosen {
 
 impl Call<'_> {
     /// `scratch` keeps its room from call to call.
-    pub fn run<E: Element>(&self, scratch: &mut Vec<f32>) -> Result<Output> {
+    pub fn run<E: Element>(&self, scratch: &mut Vec<f32>, laps: &mut Laps) -> Result<Output> {
         let (g, problem) = (self.g, self.problem);
         let heads = g.kv_heads * g.group;
         let rows = problem.rows.len();
@@ -70,10 +71,13 @@ impl Call<'_> {
             let dense: Vec<usize> = (0..rows).filter(|&r| problem.rows[r].is_dense()).collect();
             self.dense::<E>(&dense, &mut out);
         }
+        if problem.rows.iter().any(|r| r.is_dense()) {
+            laps.lap("attend");
+        }
         let mut row = 0;
         while row < rows {
             let block = self.block(row);
-            self.sparse::<E>(block.clone(), scratch, &mut out)?;
+            self.sparse::<E>(block.clone(), scratch, &mut out, laps)?;
             row = block.end;
         }
         Ok(out)
@@ -243,13 +247,19 @@ impl Call<'_> {
     }
 
     /// Scores, selects and attends a block of rows; dense rows among them only report what they attended.
-    fn sparse<E: Element>(&self, block: Range<usize>, scratch: &mut Vec<f32>, out: &mut Output) -> Result<()> {
+    fn sparse<E: Element>(
+        &self,
+        block: Range<usize>,
+        scratch: &mut Vec<f32>,
+        out: &mut Output,
+        laps: &mut Laps,
+    ) -> Result<()> {
         let problem = self.problem;
         if !problem.want_selection && block.clone().all(|r| problem.rows[r].is_dense()) {
             return Ok(());
         }
         let scored: Vec<usize> = block.clone().filter(|&r| self.scored(r)).collect();
-        let scores = self.score(&scored, scratch)?;
+        let scores = self.score(&scored, scratch, laps)?;
         let heads = self.selecting_heads();
         let mut start = vec![None; block.len()];
         let mut at = 0;
@@ -264,13 +274,15 @@ impl Call<'_> {
             tasks.extend((0..heads).map(|head| (row, head, start[row - block.start].map(|s| &scores[s..]))));
         }
         let chosen = map(tasks, work, |(row, head, scores)| (row, head, self.choose(row, head, scores)));
+        laps.lap("select");
         self.attend_chosen::<E>(&chosen, out);
+        laps.lap("attend");
         self.report(&chosen, out);
         Ok(())
     }
 
     /// Scores of the rows, one after the other, `[page][kv head][selecting head of it][page token]`.
-    fn score<'b>(&self, rows: &[usize], scratch: &'b mut Vec<f32>) -> Result<&'b [f32]> {
+    fn score<'b>(&self, rows: &[usize], scratch: &'b mut Vec<f32>, laps: &mut Laps) -> Result<&'b [f32]> {
         let (g, problem) = (self.g, self.problem);
         let layout = self.config.layout();
         let per_head = self.selecting_heads() / g.kv_heads;
@@ -288,6 +300,7 @@ impl Call<'_> {
             let shifts: Vec<f32> = q.chunks_exact(g.dk).map(dot).collect();
             (tables::build(self.config, self.projection, kv_head, &q), shifts)
         });
+        laps.lap("hash query");
         let total = rows.iter().map(|&r| self.score_len(r)).sum();
         if scratch.len() < total {
             *scratch = zeros(problem.op, total)?;
@@ -326,6 +339,7 @@ impl Call<'_> {
                 mean(&group, g.page_tokens, keys, out);
             }
         });
+        laps.lap("score");
         Ok(&scratch[..total])
     }
 

@@ -2,6 +2,7 @@
 
 mod append;
 mod attend;
+mod laps;
 mod score;
 mod select;
 mod storage;
@@ -13,13 +14,14 @@ use crate::engine::Recording;
 use crate::engine::cpu::simd::Element;
 use crate::error::{Error, Result};
 use crate::lsh::Planes;
-use crate::socket::executor::{Attended, Executor, Memory, Selection, SequenceData};
+use crate::socket::executor::{Attended, Executor, Memory, Selection, SequenceData, StageTime};
 use crate::socket::problem::{AppendRow, AttendProblem, CacheSpec, SeqState};
 use crate::tensor::convert::{encode, on_gpu, padded_rows};
 use crate::tensor::{DType, Storage, Tensor, TensorView};
 use append::{Projection, Source};
 use attend::Call;
 use half::{bf16, f16};
+use laps::Laps;
 use std::sync::Arc;
 use storage::{Geometry, Sequence};
 
@@ -46,6 +48,10 @@ impl Executor for CpuExecutor {
     }
     fn attend(&mut self, rec: Recording<'_>, q: &TensorView<'_>, problem: &AttendProblem) -> Result<Attended> {
         self.0.attend(rec, q, problem)
+    }
+    #[cfg(not(target_arch = "wasm32"))]
+    fn profile(&mut self, q: &TensorView<'_>, problem: &AttendProblem) -> Result<Vec<StageTime>> {
+        self.0.profile(q, problem)
     }
     fn truncate(&mut self, seq: usize, state: SeqState) -> Result<()> {
         self.0.truncate(seq, state)
@@ -106,6 +112,7 @@ struct Cpu<E> {
     reserved: usize,
     /// Scores of the last call, whose room the next one takes.
     scratch: Vec<f32>,
+    laps: Laps,
     element: std::marker::PhantomData<E>,
 }
 
@@ -121,6 +128,7 @@ impl<E: Stored> Cpu<E> {
             seqs: Vec::new(),
             reserved: 0,
             scratch: Vec::new(),
+            laps: Laps::default(),
             element: std::marker::PhantomData,
         })
     }
@@ -178,7 +186,7 @@ impl<E: Stored> Executor for Cpu<E> {
             problem,
             q: &q,
         };
-        let out = call.run::<E>(&mut self.scratch)?;
+        let out = call.run::<E>(&mut self.scratch, &mut self.laps)?;
         let (batch, tq, heads) = (problem.batch(), problem.tq, self.spec.shape.num_q_heads);
         let shape = vec![batch, tq, heads];
         let selection = out.selection.map(|(indices, scores)| {
@@ -197,6 +205,14 @@ impl<E: Stored> Executor for Cpu<E> {
             lse: Tensor::host(DType::F32, shape, encode(DType::F32, &out.lse)),
             selection,
         })
+    }
+
+    #[cfg(not(target_arch = "wasm32"))]
+    fn profile(&mut self, q: &TensorView<'_>, problem: &AttendProblem) -> Result<Vec<StageTime>> {
+        self.laps.start();
+        let attended = self.attend(Recording::Run, q, problem);
+        let stages = self.laps.stop();
+        attended.map(|_| stages)
     }
 
     fn truncate(&mut self, seq: usize, state: SeqState) -> Result<()> {

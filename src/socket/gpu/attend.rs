@@ -42,6 +42,11 @@ impl Workspace {
         self.entries = None;
     }
 
+    #[cfg(test)]
+    pub fn buffers(&self) -> impl Iterator<Item = &wgpu::Buffer> {
+        self.buffers.iter().filter_map(engine::Scratch::buffer)
+    }
+
     pub fn bytes(&self) -> u64 {
         self.buffers.iter().map(engine::Scratch::bytes).sum()
     }

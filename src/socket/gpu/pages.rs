@@ -62,10 +62,11 @@ impl Pool {
         Ok(())
     }
 
-    /// Grows until `pages` are free. What was there stays; on failure the slabs already added stay too, empty.
+    /// Grows until `pages` are free, or not at all.
     pub fn grow(&mut self, ctx: &Context, op: &'static str, geometry: &Geometry, pages: usize) -> Result<()> {
         let limit = Self::slab_limit(ctx, geometry) as usize;
-        if pages.saturating_sub(self.free.len()).div_ceil(limit) > MAX_SLABS - self.slabs.len() {
+        let before = self.slabs.len();
+        if pages.saturating_sub(self.free.len()).div_ceil(limit) > MAX_SLABS - before {
             let what = "tokens to hold";
             let room = (MAX_SLABS as u64) * limit as u64 * geometry.page as u64;
             let value = (pages as u64).saturating_mul(geometry.page as u64);
@@ -77,7 +78,17 @@ impl Pool {
             let held: usize = self.slabs.iter().map(|s| s.pages).sum();
             let wish = missing.max(held).min(limit);
             let slab = Self::slab(ctx, op, geometry, wish)
-                .or_else(|error| if wish > missing { Self::slab(ctx, op, geometry, missing) } else { Err(error) })?;
+                .or_else(|error| if wish > missing { Self::slab(ctx, op, geometry, missing) } else { Err(error) });
+            let slab = match slab {
+                Ok(slab) => slab,
+                Err(error) => {
+                    // What did fit is given back: memory is short, and the caller's other work needs it.
+                    self.slabs.truncate(before);
+                    self.holders.truncate(before);
+                    self.free.retain(|&page| slab_of(page) < before);
+                    return Err(error);
+                }
+            };
             let number = (self.slabs.len() as u32) << LOCAL_BITS;
             self.holders.push(vec![0; slab.pages]);
             self.free.splice(0..0, (0..slab.pages as u32).rev().map(|local| number | local));
