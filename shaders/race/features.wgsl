@@ -1,21 +1,12 @@
+#import buckets
 // Bucket weights of 32 tokens in a tile of 32 buckets, from t = tanh(w·x) in the kernel's own `t`.
 //
 // A tile is 32 / R whole tables, or a part of one. σ(±2βt) of the planes it needs is computed once per token; a weight
 // is a product of PLANES of them.
-const BUCKETS: u32 = TABLES << PLANES;
-const BITS: u32 = TABLES * PLANES;
 const TILE_TABLES: u32 = max(1u, 32u >> PLANES);
 const TILE_PLANES: u32 = TILE_TABLES * PLANES;
 // Rows of 33, so that neither reading along tokens nor along planes meets one memory bank only.
 var<workgroup> odds: array<vec2<f32>, TILE_PLANES * 33u>;
-
-// (σ(−2βt), σ(2βt)), both to their own relative precision.
-fn logistic_pair(z: f32) -> vec2<f32> {
-    let e = exp(-abs(z));
-    let large = 1.0 / (1.0 + e);
-    let small = e * large;
-    return select(vec2<f32>(large, small), vec2<f32>(small, large), z > 0.0);
-}
 
 // Of `count` tokens whose rows of t start at `at` and lie `stride` apart, for the tile from bucket `first` on. Barriers
 // are the caller's.

@@ -2,14 +2,42 @@
 
 use crate::engine::gpu::{Assembler, Binding, KernelKey, KernelSource, Stage};
 use crate::race::gpu::params::Params;
-use crate::race::plan::{CHUNK, Geometry};
+use crate::race::plan::{CHUNK, Geometry, runs};
 use crate::tensor::DType;
 
 /// What a kernel does; with a [`Geometry`] it names one pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Kernel {
     /// Hashes rows, `per_head` for each token and kv head.
-    Project { per_head: usize },
+    Project {
+        per_head: usize,
+    },
+    /// Gradients of queries' hashes, from a gradient of o of dtype `grad`; `read` where no keys of the chunk are seen.
+    BackwardQuery {
+        grad: DType,
+        read: bool,
+    },
+    QuerySums {
+        grad: DType,
+    },
+    /// Gradients of keys' hashes; `absorb` where no queries are.
+    BackwardKey {
+        grad: DType,
+        absorb: bool,
+    },
+    BackwardValue {
+        grad: DType,
+        absorb: bool,
+    },
+    /// From hashes to q (`queries`) or k.
+    HashInputs {
+        queries: bool,
+    },
+    HashParameters {
+        queries: bool,
+    },
+    AddParameters,
+    FinishParameters,
 }
 
 /// One pipeline.
@@ -27,13 +55,21 @@ macro_rules! snippets {
 
 const SNIPPETS: &[(&str, &str)] = snippets!(
     "common": ["elements", "output", "reduce", "tanh"],
-    "race": ["params", "input", "features", "double"],
+    "race": ["params", "input", "features", "double", "input2", "buckets", "weights", "tile", "sums", "through_hash", "readings", "hash_rows"],
 );
 
 impl Kernel {
     fn text(self) -> &'static str {
         match self {
             Self::Project { .. } => include_str!("../../../shaders/race/project.wgsl"),
+            Self::BackwardQuery { .. } => include_str!("../../../shaders/race/backward_query.wgsl"),
+            Self::QuerySums { .. } => include_str!("../../../shaders/race/query_sums.wgsl"),
+            Self::BackwardKey { .. } => include_str!("../../../shaders/race/backward_key.wgsl"),
+            Self::BackwardValue { .. } => include_str!("../../../shaders/race/backward_value.wgsl"),
+            Self::HashInputs { .. } => include_str!("../../../shaders/race/hash_inputs.wgsl"),
+            Self::HashParameters { .. } => include_str!("../../../shaders/race/hash_parameters.wgsl"),
+            Self::AddParameters => include_str!("../../../shaders/race/add_parameters.wgsl"),
+            Self::FinishParameters => include_str!("../../../shaders/race/finish_parameters.wgsl"),
         }
     }
 
@@ -41,15 +77,35 @@ impl Kernel {
     fn stage(self) -> &'static str {
         match self {
             Self::Project { .. } => "project",
+            Self::BackwardQuery { .. } => "backward query",
+            Self::QuerySums { .. } => "query sums",
+            Self::BackwardKey { .. } => "backward key",
+            Self::BackwardValue { .. } => "backward value",
+            Self::HashInputs { .. } => "hash inputs",
+            Self::HashParameters { .. } => "hash parameters",
+            Self::AddParameters => "add parameters",
+            Self::FinishParameters => "finish parameters",
         }
     }
 
     /// Storage bindings after the uniform, `true` where written. The first is always the piece's info.
-    fn storage(self) -> &'static [bool] {
+    fn storage(self, ratio: bool) -> &'static [bool] {
         const R: bool = false;
         const W: bool = true;
         match self {
             Self::Project { .. } => &[R, R, R, W],
+            Self::BackwardQuery { read: false, .. } => &[R, R, R, R, W, W, R],
+            Self::BackwardQuery { read: true, .. } => &[R, R, R, R, W, W],
+            Self::QuerySums { .. } if ratio => &[R, R, R, W, R],
+            Self::QuerySums { .. } => &[R, R, R, W],
+            Self::BackwardKey { absorb: false, .. } => &[R, R, R, R, W, R, R],
+            Self::BackwardKey { absorb: true, .. } => &[R, R, R, R, W],
+            Self::BackwardValue { absorb: false, .. } => &[R, R, R, W, R, R],
+            Self::BackwardValue { absorb: true, .. } => &[R, R, R, W],
+            Self::HashInputs { .. } => &[R, R, R, R, W],
+            Self::HashParameters { .. } => &[R, R, R, R, W],
+            Self::AddParameters => &[R, R, W],
+            Self::FinishParameters => &[R, R, W, W],
         }
     }
 }
@@ -72,9 +128,22 @@ fn dtype_define(prefix: &'static str, dtype: DType) -> &'static str {
 impl Key {
     fn defines(&self) -> Vec<&'static str> {
         let g = &self.geometry;
-        let mut defines = vec![dtype_define("IN", g.dtype)];
+        let (input, input2) = match self.kernel {
+            Kernel::BackwardQuery { grad, .. } => (grad, g.dtype),
+            Kernel::QuerySums { grad } => (grad, g.dtype),
+            Kernel::BackwardKey { grad, .. } | Kernel::BackwardValue { grad, .. } => (g.dtype, grad),
+            _ => (g.dtype, g.dtype),
+        };
+        let mut defines = vec![dtype_define("IN", input), dtype_define("IN2", input2)];
         if g.ratio {
             defines.push("RATIO");
+        }
+        match self.kernel {
+            Kernel::BackwardQuery { read: true, .. } => defines.push("READ"),
+            Kernel::BackwardKey { absorb: true, .. } | Kernel::BackwardValue { absorb: true, .. } => {
+                defines.push("ABSORB");
+            }
+            _ => {}
         }
         defines
     }
@@ -99,6 +168,18 @@ impl Key {
                 // Planes of a workgroup, in sixteens.
                 constants.push(("COLUMNS", g.bits().div_ceil(16).min(4)));
             }
+            Kernel::BackwardQuery { .. } => {
+                constants.extend([("COLUMNS", g.bucket_runs()), ("INPUT2", 7)]);
+            }
+            Kernel::BackwardKey { .. } => constants.extend([("COLUMNS", g.bucket_runs()), ("INPUT2", 6)]),
+            Kernel::BackwardValue { .. } => constants.extend([("COLUMNS", runs(g.value_dim)), ("INPUT2", 5)]),
+            Kernel::QuerySums { .. } => constants.push(("COLUMNS", runs(g.value_dim))),
+            Kernel::HashInputs { queries } | Kernel::HashParameters { queries } => constants.extend([
+                ("COLUMNS", runs(g.head_dim)),
+                ("PER_HEAD", if queries { g.group } else { 1 }),
+                ("S_STRIDE", g.hash_gradient(queries)),
+            ]),
+            Kernel::AddParameters | Kernel::FinishParameters => {}
         }
         constants.into_iter().map(|(name, value)| (name, value as u32)).collect()
     }
@@ -125,7 +206,7 @@ impl KernelKey for Key {
         // A text that cannot be put together fails to compile with its reason; a test assembles every variant.
         let wgsl = assembled.unwrap_or_else(|reason| format!("error: {reason}"));
         let mut bindings = vec![Binding::Uniform { size: size_of::<Params>() as u64 }];
-        let storage = self.kernel.storage().iter();
+        let storage = self.kernel.storage(self.geometry.ratio).iter();
         bindings.extend(storage.map(|&written| if written { Binding::ReadWrite } else { Binding::Read }));
         KernelSource { wgsl, bindings, entry: "main" }
     }

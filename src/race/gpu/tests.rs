@@ -47,6 +47,21 @@ fn keys() -> Vec<Key> {
         let mut add = |kernel| keys.push(Key { kernel, geometry });
         add(Kernel::Project { per_head: 1 });
         add(Kernel::Project { per_head: geometry.group });
+        for grad in [geometry.dtype, DType::F32] {
+            add(Kernel::BackwardQuery { grad, read: false });
+            add(Kernel::BackwardQuery { grad, read: true });
+            add(Kernel::QuerySums { grad });
+            add(Kernel::BackwardKey { grad, absorb: false });
+            add(Kernel::BackwardValue { grad, absorb: false });
+        }
+        add(Kernel::BackwardKey { grad: DType::F32, absorb: true });
+        add(Kernel::BackwardValue { grad: DType::F32, absorb: true });
+        for queries in [false, true] {
+            add(Kernel::HashInputs { queries });
+            add(Kernel::HashParameters { queries });
+        }
+        add(Kernel::AddParameters);
+        add(Kernel::FinishParameters);
     }
     keys.sort_by_key(KernelKey::label);
     keys.dedup_by_key(|key| key.label());
