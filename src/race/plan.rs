@@ -109,6 +109,11 @@ pub(crate) fn runs(columns: usize) -> usize {
     columns.div_ceil(32).next_power_of_two().min(4)
 }
 
+/// Workgroups of the backward kernels that share `columns`.
+pub(crate) fn blocks(columns: usize) -> usize {
+    columns.div_ceil(32 * runs(columns))
+}
+
 /// The centring constant of a hash with P = `planes`: 1 where it is so flat that the weights' common part would drown
 /// what depends on the query, 0 where weights differ so much that taking that part away would cancel.
 pub(crate) fn centre(beta: f32, planes: usize) -> f32 {
