@@ -107,6 +107,8 @@ struct Room {
     hash_gradients: wgpu::Buffer,
     readings: Option<wgpu::Buffer>,
     shares: wgpu::Buffer,
+    /// Rows of a share.
+    share: usize,
 }
 
 /// What a call moves on from piece to piece, private until it is done.
@@ -301,22 +303,12 @@ impl GpuRace {
             None
         };
         let rows = queries.max(keys) / piece.heads;
-        let (share, _) = self.share(rows, piece.heads);
-        let shares = (rows.div_ceil(share) * self.share_elements(piece.heads) * 4) as u64;
-        let shares = self.workspace.shares.get(&ctx, op, "bytes of parameter gradients", shares)?;
-        Ok(Room { hashes, matrices, hash_gradients, readings, shares })
-    }
-
-    /// Elements of one share of the parameters' gradients.
-    fn share_elements(&self, heads: usize) -> usize {
-        heads * self.geometry.bits() * (self.geometry.head_dim + 1)
-    }
-
-    /// Rows of a share, of `rows` in all; and the number of shares.
-    fn share(&self, rows: usize, heads: usize) -> (usize, usize) {
-        let most = (SHARES as usize / (self.share_elements(heads) * 4)).max(1);
+        let one = piece.heads * g.bits() * (g.head_dim + 1) * 4;
+        let most = (SHARES as usize / one).max(1);
         let share = rows.div_ceil(most).max(SHARE_ROWS).next_multiple_of(32);
-        (share, rows.div_ceil(share))
+        let shares = (rows.div_ceil(share) * one) as u64;
+        let shares = self.workspace.shares.get(&ctx, op, "bytes of parameter gradients", shares)?;
+        Ok(Room { hashes, matrices, hash_gradients, readings, shares, share })
     }
 
     fn backward_piece(
@@ -456,8 +448,8 @@ impl GpuRace {
                 vec![block.info.clone(), hashes.clone(), gradients.clone(), Bind::from(&self.planes), bind];
             passes.dispatch(self.key(Kernel::HashInputs { queries }), params, groups, binds)?;
         }
-        let (share, shares) = self.share(rows, block.heads.len());
-        let params = Params { input: x.strides, k_at: t_at, chunks: share as u32, ..block.params };
+        let shares = rows.div_ceil(room.share);
+        let params = Params { input: x.strides, k_at: t_at, chunks: room.share as u32, ..block.params };
         let groups = (blocks(g.head_dim) * g.bits().div_ceil(32) * block.heads.len() * shares) as u64;
         let binds = vec![block.info.clone(), x.bind.clone(), hashes, gradients, Bind::from(&room.shares)];
         passes.dispatch(self.key(Kernel::HashParameters { queries }), params, groups, binds)?;
