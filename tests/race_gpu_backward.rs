@@ -62,11 +62,10 @@ impl Gradients {
 
     fn judge(&self, want: &Self, name: &str) {
         let errors = self.errors(want);
-        if std::env::var_os("SHOW_ERRORS").is_some() {
-            println!("{name}: {errors:.1e?}");
-        }
-        let bad: Vec<_> = errors.into_iter().filter(|(_, e, bound)| !(e <= bound)).collect();
-        assert!(bad.is_empty(), "{name}: (what, error, bound) {bad:.2e?}");
+        let line = |(what, e, bound): &(_, f64, f64)| format!("{what} {e:.1e} of {bound:.0e}");
+        println!("{name}: {}", errors.iter().map(line).collect::<Vec<_>>().join(", "));
+        let within = |(_, e, bound): &(_, f64, f64)| e <= bound;
+        assert!(errors.iter().all(within), "{name}: {:?}", errors.iter().map(line).collect::<Vec<_>>());
     }
 }
 
@@ -150,7 +149,9 @@ fn judge(case: &Case) {
 fn any_length() {
     for normalization in ALL {
         for tokens in [1, 2, 33, 65, 100] {
-            let case = Case { normalization, tokens, lengths: vec![tokens], initial: tokens == 65, ..Case::default() };
+            // One token alone is read whatever its hash: it takes a state for gradients to be.
+            let initial = tokens < 3 || tokens == 65;
+            let case = Case { normalization, tokens, lengths: vec![tokens], initial, ..Case::default() };
             judge(&Case { dims: (64, 80), ..case });
         }
     }
@@ -163,7 +164,14 @@ fn any_sharpness_causal_or_not_with_a_state_or_without() {
             for initial in [true, false] {
                 for beta in [0.1, 1.0, 4.0] {
                     let case = Case { normalization, causal, initial, betas: vec![beta], ..Case::default() };
-                    judge(&Case { heads: (4, 2), dims: (16, 12), tokens: 100, lengths: vec![100], hash: (3, 3), ..case });
+                    judge(&Case {
+                        heads: (4, 2),
+                        dims: (16, 12),
+                        tokens: 100,
+                        lengths: vec![100],
+                        hash: (3, 3),
+                        ..case
+                    });
                 }
             }
         }
@@ -202,12 +210,9 @@ fn ensembles_and_parameters_of_each_head() {
 
 #[test]
 fn any_dtype() {
-    for (dtype, output) in [
-        (DType::F16, DType::F16),
-        (DType::F16, DType::F32),
-        (DType::Bf16, DType::Bf16),
-        (DType::Bf16, DType::F32),
-    ] {
+    for (dtype, output) in
+        [(DType::F16, DType::F16), (DType::F16, DType::F32), (DType::Bf16, DType::Bf16), (DType::Bf16, DType::F32)]
+    {
         for causal in [true, false] {
             let case = Case { dtype, output, causal, dims: (64, 72), hash: (2, 2), ..Case::default() };
             judge(&Case { tokens: 67, lengths: vec![3, 67], ..case });

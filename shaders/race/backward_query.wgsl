@@ -25,7 +25,7 @@ var<workgroup> products: array<vec4<f32>, 512>;
 
 const ROW: u32 = VALUE_DIM + 1u;
 const BLOCKS: u32 = (BUCKETS + WIDTH - 1u) / WIDTH;
-const EPSILON: f32 = 1e-6 * f32(RADIX);
+const EPSILON: f32 = 1e-6 * SIZE;
 #ifdef RATIO
 const S_STRIDE: u32 = 2u * BITS;
 const READING: u32 = 2u;

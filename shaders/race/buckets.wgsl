@@ -1,5 +1,7 @@
 const BUCKETS: u32 = TABLES << PLANES;
 const BITS: u32 = TABLES * PLANES;
+// Buckets R of a table.
+const SIZE: f32 = f32(1u << PLANES);
 
 // (σ(−z), σ(z)), both to their own relative precision.
 fn logistic_pair(z: f32) -> vec2<f32> {

@@ -21,3 +21,14 @@ fn double_add(a: vec2<f32>, b: vec2<f32>) -> vec2<f32> {
     let first = two_sum(high.x, opaque(high.y + low.x));
     return two_sum(first.x, opaque(first.y + low.y));
 }
+
+// x / n for an n of at most 12 bits.
+fn double_over(x: vec2<f32>, n: u32) -> vec2<f32> {
+    let d = f32(n);
+    let quotient = opaque(x.x / d);
+    // In two halves, whose products with n are exact.
+    let upper = bitcast<f32>(bitcast<u32>(quotient) & 0xfffff000u);
+    let lower = opaque(quotient - upper);
+    let rest = opaque(opaque(x.x - opaque(upper * d)) - opaque(lower * d));
+    return two_sum(quotient, (rest + x.y) / d);
+}

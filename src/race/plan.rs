@@ -7,6 +7,9 @@ use std::ops::Range;
 /// Tokens of a chunk: inside it a query meets keys one by one, before it by their sum.
 pub(crate) const CHUNK: usize = 64;
 
+/// Columns of a matrix that a workgroup of the scan takes.
+pub(crate) const SCAN_WIDTH: usize = 8;
+
 /// What shapes the kernels: all that their text depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Geometry {
@@ -230,7 +233,7 @@ mod tests {
             let g = geometry(heads, dims, tables, planes);
             for (batch, tokens) in [(1, 1), (3, 64), (7, 65), (2, 100_000), (300, 1), (5, 4097)] {
                 for rows in [64, 1000, 1 << 16] {
-                    let budget = Budget { rows, ..Budget::new((1 << 30) + 4) };
+                    let budget = Budget { rows, ..Budget::new((4 << 30) - 4) };
                     let mut next = vec![0; batch];
                     for piece in pieces(&g, &budget, batch, tokens).unwrap() {
                         assert!(piece.heads >= 1 && piece.heads <= g.num_kv_heads);

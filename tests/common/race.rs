@@ -244,10 +244,7 @@ impl Case {
     pub fn state(&self, parts: &StateParts, batch: usize, kv_head: usize, ensemble: usize) -> math::State {
         let u = (batch * self.heads.1 + kv_head) * self.ensembles + ensemble;
         let (s, dv) = (self.buckets(), self.dims.1);
-        math::State {
-            a: parts.a[u * s..(u + 1) * s].to_vec(),
-            b: parts.b[u * s * dv..(u + 1) * s * dv].to_vec(),
-        }
+        math::State { a: parts.a[u * s..(u + 1) * s].to_vec(), b: parts.b[u * s * dv..(u + 1) * s * dv].to_vec() }
     }
 
     /// Shapes of q, k, v and grad_o.

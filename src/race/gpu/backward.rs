@@ -31,8 +31,9 @@
 //! bytes per sequence, kv head and ensemble) before each of its pieces. With the default S = 64, G = 1 and Dv = 64 that
 //! is about 530 bytes per token and kv head of a piece.
 
+use super::backward_kernels::BackwardKernel;
 use super::forward::Output;
-use super::kernels::Kernel;
+use super::kernels::{Kernel, Key};
 use super::params::Params;
 use super::state::GpuState;
 use super::sweep::{Block, KEEP_STATE};
@@ -118,6 +119,10 @@ struct Moving {
 }
 
 impl GpuRace {
+    fn backward_key(&self, kernel: BackwardKernel) -> Key {
+        self.key(Kernel::Backward(kernel))
+    }
+
     pub(super) fn zero_sums(&self, op: &'static str) -> Result<GpuParameterSums> {
         let g = &self.geometry;
         let plane_sets = if self.planes_stride == 0 { 1 } else { g.num_kv_heads };
@@ -158,7 +163,7 @@ impl GpuRace {
         };
         let groups = (elements.div_ceil(256) + sums.betas) as u64;
         let binds = vec![info, Bind::from(&sums.totals), Bind::from(&planes), Bind::from(&betas)];
-        passes.dispatch(self.key(Kernel::FinishParameters), params, groups, binds)?;
+        passes.dispatch(self.backward_key(BackwardKernel::FinishParameters), params, groups, binds)?;
         passes.ready()?.run(&self.ctx, op, Recording::Run)?;
         let tensor = |shape, buffer| Tensor::gpu(self.ctx.clone(), DType::F32, shape, buffer);
         Ok((tensor(vec![sums.betas], betas), tensor(shape, planes)))
@@ -370,24 +375,26 @@ impl GpuRace {
                 }
                 None => params.slots = self.read_state(passes, &numbered, &entry.state, matrices, false)?.params.slots,
             }
-            let kernel = Kernel::BackwardQuery { grad: staged.grad, read: staged.keys.is_none() };
-            passes.dispatch(self.key(kernel), params, tiles * g.group as u64, binds)?;
+            let kernel = BackwardKernel::Query { grad: staged.grad, read: staged.keys.is_none() };
+            passes.dispatch(self.backward_key(kernel), params, tiles * g.group as u64, binds)?;
             self.backward_hash(passes, call, piece, block, q, true, results.dq.as_ref(), room, moving)?;
 
             let params = Params { input: grad_o.strides, ..scaled(block.params) };
             let groups = block.units() * block.chunks * g.bucket_tiles() * blocks(g.value_dim);
             let mut binds = vec![block.info.clone(), grad_o.bind.clone(), Bind::from(readings), Bind::from(matrices)];
             binds.extend(g.ratio.then(|| Bind::from(&room.hashes)));
-            passes.dispatch(self.key(Kernel::QuerySums { grad: staged.grad }), params, groups as u64, binds)?;
+            passes.dispatch(
+                self.backward_key(BackwardKernel::QuerySums { grad: staged.grad }),
+                params,
+                groups as u64,
+                binds,
+            )?;
             self.scan(passes, block, &moving.gradient, matrices, true)?;
         }
         let Some((k, v)) = &staged.keys else { return Ok(()) };
         let absorb = staged.queries.is_none();
-        let block = &if absorb {
-            self.read_state(passes, block, &moving.gradient, matrices, true)?
-        } else {
-            block.clone()
-        };
+        let block =
+            &if absorb { self.read_state(passes, block, &moving.gradient, matrices, true)? } else { block.clone() };
         let grad = if absorb { DType::F32 } else { staged.grad };
         let params = scaled(block.params);
         let of_queries = staged.queries.as_ref().zip(room.readings.as_ref());
@@ -400,7 +407,7 @@ impl GpuRace {
             binds.extend([grad_o.bind.clone(), Bind::from(readings)]);
         }
         let groups = tiles * g.buckets().div_ceil(32 * g.bucket_runs()) as u64;
-        passes.dispatch(self.key(Kernel::BackwardKey { grad, absorb }), key, groups, binds)?;
+        passes.dispatch(self.backward_key(BackwardKernel::Key { grad, absorb }), key, groups, binds)?;
         self.backward_hash(passes, call, piece, block, k, false, results.dk.as_ref(), room, moving)?;
 
         let Some(dv) = &results.dv else { return Ok(()) };
@@ -412,7 +419,7 @@ impl GpuRace {
             binds.extend([grad_o.bind.clone(), Bind::from(readings)]);
         }
         let groups = tiles * blocks(g.value_dim) as u64;
-        passes.dispatch(self.key(Kernel::BackwardValue { grad, absorb }), value, groups, binds)
+        passes.dispatch(self.backward_key(BackwardKernel::Value { grad, absorb }), value, groups, binds)
     }
 
     /// A piece of a result with `row` elements a token, to be written by the first ensemble and added to by others.
@@ -444,26 +451,21 @@ impl GpuRace {
             let (bind, params) = self.written(call, piece, block, dx, g.num_kv_heads * per_head * g.head_dim);
             let params = Params { k_at: t_at, ..params };
             let groups = (blocks(g.head_dim) * block.heads.len() * rows.div_ceil(32)) as u64;
-            let binds =
-                vec![block.info.clone(), hashes.clone(), gradients.clone(), Bind::from(&self.planes), bind];
-            passes.dispatch(self.key(Kernel::HashInputs { queries }), params, groups, binds)?;
+            let binds = vec![block.info.clone(), hashes.clone(), gradients.clone(), Bind::from(&self.planes), bind];
+            passes.dispatch(self.backward_key(BackwardKernel::HashInputs { queries }), params, groups, binds)?;
         }
         let shares = rows.div_ceil(room.share);
         let params = Params { input: x.strides, k_at: t_at, chunks: room.share as u32, ..block.params };
         let groups = (blocks(g.head_dim) * g.bits().div_ceil(32) * block.heads.len() * shares) as u64;
         let binds = vec![block.info.clone(), x.bind.clone(), hashes, gradients, Bind::from(&room.shares)];
-        passes.dispatch(self.key(Kernel::HashParameters { queries }), params, groups, binds)?;
+        passes.dispatch(self.backward_key(BackwardKernel::HashParameters { queries }), params, groups, binds)?;
 
         let sets = moving.sums.sets();
         let one = g.bits() * (g.head_dim + 1);
-        let params = Params {
-            slots: sets as u32,
-            chunks: shares as u32,
-            out_at: (block.ensemble * one) as u32,
-            ..block.params
-        };
+        let params =
+            Params { slots: sets as u32, chunks: shares as u32, out_at: (block.ensemble * one) as u32, ..block.params };
         let elements = one * if sets > 1 { block.heads.len() } else { 1 };
         let binds = vec![block.info.clone(), Bind::from(&room.shares), Bind::from(&moving.sums.totals)];
-        passes.dispatch(self.key(Kernel::AddParameters), params, elements.div_ceil(256) as u64, binds)
+        passes.dispatch(self.backward_key(BackwardKernel::AddParameters), params, elements.div_ceil(256) as u64, binds)
     }
 }

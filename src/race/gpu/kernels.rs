@@ -1,8 +1,9 @@
 //! The kernels: a typed key each, from which alone its shader is made.
 
 use crate::engine::gpu::{Assembler, Binding, KernelKey, KernelSource, Stage};
+use crate::race::gpu::backward_kernels::BackwardKernel;
 use crate::race::gpu::params::Params;
-use crate::race::plan::{CHUNK, Geometry, runs};
+use crate::race::plan::{CHUNK, Geometry, SCAN_WIDTH};
 use crate::tensor::DType;
 
 /// What a kernel does; with a [`Geometry`] it names one pipeline.
@@ -12,32 +13,23 @@ pub(crate) enum Kernel {
     Project {
         per_head: usize,
     },
-    /// Gradients of queries' hashes, from a gradient of o of dtype `grad`; `read` where no keys of the chunk are seen.
-    BackwardQuery {
+    /// Sums over the keys of each chunk.
+    ChunkSums,
+    /// Sums before each chunk, or with `reverse` after it, and the state's moving on.
+    Scan {
+        reverse: bool,
+    },
+    /// Outputs of queries; `read`: from the state alone.
+    Output {
+        output: DType,
+        read: bool,
+    },
+    /// What the backward of [`crate::Normalization::Ratio`] needs to know of outputs.
+    Statistics {
         grad: DType,
         read: bool,
     },
-    QuerySums {
-        grad: DType,
-    },
-    /// Gradients of keys' hashes; `absorb` where no queries are.
-    BackwardKey {
-        grad: DType,
-        absorb: bool,
-    },
-    BackwardValue {
-        grad: DType,
-        absorb: bool,
-    },
-    /// From hashes to q (`queries`) or k.
-    HashInputs {
-        queries: bool,
-    },
-    HashParameters {
-        queries: bool,
-    },
-    AddParameters,
-    FinishParameters,
+    Backward(BackwardKernel),
 }
 
 /// One pipeline.
@@ -55,21 +47,18 @@ macro_rules! snippets {
 
 const SNIPPETS: &[(&str, &str)] = snippets!(
     "common": ["elements", "output", "reduce", "tanh"],
-    "race": ["params", "input", "features", "double", "input2", "buckets", "weights", "tile", "sums", "through_hash", "readings", "hash_rows"],
+    "race": ["params", "input", "input2", "features", "matrices", "double", "buckets", "weights", "tile", "sums", "through_hash",
+        "readings", "hash_rows"],
 );
 
 impl Kernel {
     fn text(self) -> &'static str {
         match self {
             Self::Project { .. } => include_str!("../../../shaders/race/project.wgsl"),
-            Self::BackwardQuery { .. } => include_str!("../../../shaders/race/backward_query.wgsl"),
-            Self::QuerySums { .. } => include_str!("../../../shaders/race/query_sums.wgsl"),
-            Self::BackwardKey { .. } => include_str!("../../../shaders/race/backward_key.wgsl"),
-            Self::BackwardValue { .. } => include_str!("../../../shaders/race/backward_value.wgsl"),
-            Self::HashInputs { .. } => include_str!("../../../shaders/race/hash_inputs.wgsl"),
-            Self::HashParameters { .. } => include_str!("../../../shaders/race/hash_parameters.wgsl"),
-            Self::AddParameters => include_str!("../../../shaders/race/add_parameters.wgsl"),
-            Self::FinishParameters => include_str!("../../../shaders/race/finish_parameters.wgsl"),
+            Self::Backward(kernel) => kernel.text(),
+            Self::ChunkSums => include_str!("../../../shaders/race/chunk_sums.wgsl"),
+            Self::Scan { .. } => include_str!("../../../shaders/race/scan.wgsl"),
+            Self::Output { .. } | Self::Statistics { .. } => include_str!("../../../shaders/race/output.wgsl"),
         }
     }
 
@@ -77,41 +66,32 @@ impl Kernel {
     fn stage(self) -> &'static str {
         match self {
             Self::Project { .. } => "project",
-            Self::BackwardQuery { .. } => "backward query",
-            Self::QuerySums { .. } => "query sums",
-            Self::BackwardKey { .. } => "backward key",
-            Self::BackwardValue { .. } => "backward value",
-            Self::HashInputs { .. } => "hash inputs",
-            Self::HashParameters { .. } => "hash parameters",
-            Self::AddParameters => "add parameters",
-            Self::FinishParameters => "finish parameters",
+            Self::Backward(kernel) => kernel.stage(),
+            Self::ChunkSums => "chunk sums",
+            Self::Scan { .. } => "scan",
+            Self::Output { .. } => "output",
+            Self::Statistics { .. } => "statistics",
         }
     }
 
     /// Storage bindings after the uniform, `true` where written. The first is always the piece's info.
-    fn storage(self, ratio: bool) -> &'static [bool] {
+    fn storage(self, geometry: &Geometry) -> &'static [bool] {
         const R: bool = false;
         const W: bool = true;
         match self {
             Self::Project { .. } => &[R, R, R, W],
-            Self::BackwardQuery { read: false, .. } => &[R, R, R, R, W, W, R],
-            Self::BackwardQuery { read: true, .. } => &[R, R, R, R, W, W],
-            Self::QuerySums { .. } if ratio => &[R, R, R, W, R],
-            Self::QuerySums { .. } => &[R, R, R, W],
-            Self::BackwardKey { absorb: false, .. } => &[R, R, R, R, W, R, R],
-            Self::BackwardKey { absorb: true, .. } => &[R, R, R, R, W],
-            Self::BackwardValue { absorb: false, .. } => &[R, R, R, W, R, R],
-            Self::BackwardValue { absorb: true, .. } => &[R, R, R, W],
-            Self::HashInputs { .. } => &[R, R, R, R, W],
-            Self::HashParameters { .. } => &[R, R, R, R, W],
-            Self::AddParameters => &[R, R, W],
-            Self::FinishParameters => &[R, R, W, W],
+            Self::Backward(kernel) => kernel.storage(geometry),
+            Self::ChunkSums => &[R, R, R, W],
+            Self::Scan { .. } => &[R, W, W],
+            Self::Output { .. } if geometry.ensembles > 1 => &[R, R, R, R, W, W],
+            Self::Output { .. } => &[R, R, R, R, W],
+            Self::Statistics { .. } => &[R, R, R, R, W, R],
         }
     }
 }
 
 /// `prefix` is `IN`, `IN2` or `OUT`.
-fn dtype_define(prefix: &'static str, dtype: DType) -> &'static str {
+pub(super) fn dtype_define(prefix: &'static str, dtype: DType) -> &'static str {
     match (prefix, dtype) {
         ("IN", DType::F16) => "IN_F16",
         ("IN", DType::Bf16) => "IN_BF16",
@@ -128,22 +108,26 @@ fn dtype_define(prefix: &'static str, dtype: DType) -> &'static str {
 impl Key {
     fn defines(&self) -> Vec<&'static str> {
         let g = &self.geometry;
-        let (input, input2) = match self.kernel {
-            Kernel::BackwardQuery { grad, .. } => (grad, g.dtype),
-            Kernel::QuerySums { grad } => (grad, g.dtype),
-            Kernel::BackwardKey { grad, .. } | Kernel::BackwardValue { grad, .. } => (g.dtype, grad),
-            _ => (g.dtype, g.dtype),
-        };
-        let mut defines = vec![dtype_define("IN", input), dtype_define("IN2", input2)];
+        if let Kernel::Backward(kernel) = self.kernel {
+            return kernel.defines(g);
+        }
+        let mut defines = vec![dtype_define("IN", g.dtype)];
         if g.ratio {
             defines.push("RATIO");
         }
         match self.kernel {
-            Kernel::BackwardQuery { read: true, .. } => defines.push("READ"),
-            Kernel::BackwardKey { absorb: true, .. } | Kernel::BackwardValue { absorb: true, .. } => {
-                defines.push("ABSORB");
+            Kernel::Scan { reverse: true } => defines.push("REVERSE"),
+            Kernel::Output { output, .. } => {
+                defines.push(dtype_define("OUT", output));
+                if g.ensembles > 1 {
+                    defines.push("SUMMED");
+                }
             }
+            Kernel::Statistics { grad, .. } => defines.extend(["STATISTICS", dtype_define("IN2", grad)]),
             _ => {}
+        }
+        if matches!(self.kernel, Kernel::Output { read: true, .. } | Kernel::Statistics { read: true, .. }) {
+            defines.push("READ");
         }
         defines
     }
@@ -168,18 +152,10 @@ impl Key {
                 // Planes of a workgroup, in sixteens.
                 constants.push(("COLUMNS", g.bits().div_ceil(16).min(4)));
             }
-            Kernel::BackwardQuery { .. } => {
-                constants.extend([("COLUMNS", g.bucket_runs()), ("INPUT2", 7)]);
-            }
-            Kernel::BackwardKey { .. } => constants.extend([("COLUMNS", g.bucket_runs()), ("INPUT2", 6)]),
-            Kernel::BackwardValue { .. } => constants.extend([("COLUMNS", runs(g.value_dim)), ("INPUT2", 5)]),
-            Kernel::QuerySums { .. } => constants.push(("COLUMNS", runs(g.value_dim))),
-            Kernel::HashInputs { queries } | Kernel::HashParameters { queries } => constants.extend([
-                ("COLUMNS", runs(g.head_dim)),
-                ("PER_HEAD", if queries { g.group } else { 1 }),
-                ("S_STRIDE", g.hash_gradient(queries)),
-            ]),
-            Kernel::AddParameters | Kernel::FinishParameters => {}
+            Kernel::Statistics { .. } => constants.push(("INPUT2", 6)),
+            Kernel::Backward(kernel) => constants.extend(kernel.constants(g)),
+            Kernel::Scan { .. } => constants.push(("WIDTH", SCAN_WIDTH)),
+            _ => {}
         }
         constants.into_iter().map(|(name, value)| (name, value as u32)).collect()
     }
@@ -206,7 +182,7 @@ impl KernelKey for Key {
         // A text that cannot be put together fails to compile with its reason; a test assembles every variant.
         let wgsl = assembled.unwrap_or_else(|reason| format!("error: {reason}"));
         let mut bindings = vec![Binding::Uniform { size: size_of::<Params>() as u64 }];
-        let storage = self.kernel.storage(self.geometry.ratio).iter();
+        let storage = self.kernel.storage(&self.geometry).iter();
         bindings.extend(storage.map(|&written| if written { Binding::ReadWrite } else { Binding::Read }));
         KernelSource { wgsl, bindings, entry: "main" }
     }

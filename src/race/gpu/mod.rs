@@ -12,6 +12,9 @@
 //! α = R·φ − c with the centring constant c of the kv head, see [`crate::race::plan::centre`]. A matrix's last row and
 //! column are the sums of v and of ones, so that plain A and B follow from it whatever c is.
 
+mod backward;
+mod backward_kernels;
+mod forward;
 mod kernels;
 mod params;
 mod state;
@@ -20,6 +23,7 @@ mod sweep;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use backward::GpuParameterSums;
 pub(crate) use state::GpuState;
 
 use crate::engine::Recording;
@@ -35,10 +39,6 @@ use std::sync::Arc;
 const STORAGE: wgpu::BufferUsages =
     wgpu::BufferUsages::STORAGE.union(wgpu::BufferUsages::COPY_SRC).union(wgpu::BufferUsages::COPY_DST);
 
-/// Gradients of β and hyperplanes on a GPU.
-#[derive(Debug)]
-pub(crate) struct GpuParameterSums {}
-
 /// Scratch buffers that calls share.
 #[derive(Default)]
 struct Workspace {
@@ -46,6 +46,12 @@ struct Workspace {
     hashes: Scratch,
     /// Matrices of chunks.
     matrices: Scratch,
+    /// Outputs summed over ensembles.
+    sums: Scratch,
+    /// Of a backward: gradients of hashes, readings of queries, shares of the parameters' gradients.
+    hash_gradients: Scratch,
+    readings: Scratch,
+    shares: Scratch,
 }
 
 /// The wgpu executor.
@@ -59,13 +65,11 @@ pub(crate) struct GpuRace {
     planes_stride: u32,
     /// β and the centring constant of each kv head.
     heads: Vec<[f32; 2]>,
+    /// Values of β: one, or one per kv head.
+    betas: usize,
     /// Factor of a bucket normalisation's sum, of one ensemble.
     weight: f32,
     workspace: Workspace,
-}
-
-fn missing(op: &'static str) -> Error {
-    Error::Unsupported { op, why: "RACE's backward on a GPU".into() }
 }
 
 impl GpuRace {
@@ -84,8 +88,8 @@ impl GpuRace {
             Normalization::BucketSum => config.tables as f32 / buckets,
         };
         let (planes, planes_stride) = upload(&ctx, op, parameters)?;
-        let heads = heads(&geometry, parameters);
-        Ok(Self { ctx, geometry, budget, planes, planes_stride, heads, weight, workspace: Workspace::default() })
+        let (heads, betas) = (heads(&geometry, parameters), parameters.beta.values().len());
+        Ok(Self { ctx, geometry, budget, planes, planes_stride, heads, betas, weight, workspace: Workspace::default() })
     }
 
     fn key(&self, kernel: Kernel) -> Key {
@@ -119,6 +123,7 @@ impl RaceExecutor for GpuRace {
     fn set_parameters(&mut self, parameters: &Parameters) -> Result<()> {
         (self.planes, self.planes_stride) = upload(&self.ctx, "set_parameters", parameters)?;
         self.heads = heads(&self.geometry, parameters);
+        self.betas = parameters.beta.values().len();
         Ok(())
     }
 
@@ -131,32 +136,33 @@ impl RaceExecutor for GpuRace {
     }
 
     fn new_sums(&self, op: &'static str) -> Result<ParameterSums> {
-        Err(missing(op))
+        Ok(ParameterSums::Gpu(self.zero_sums(op)?))
     }
 
     fn forward(
         &mut self,
-        _: Recording<'_>,
+        rec: Recording<'_>,
         call: &Call,
-        _: &Inputs<'_>,
-        _: &mut StateStorage,
+        inputs: &Inputs<'_>,
+        state: &mut StateStorage,
     ) -> Result<Option<Tensor>> {
-        Err(missing(call.op))
+        self.run_forward(rec, call, inputs, state.gpu_mut(call.op)?)
     }
 
     fn backward(
         &mut self,
         call: &Call,
-        _: &Inputs<'_>,
-        _: &StateStorage,
-        _: &mut StateStorage,
-        _: &mut ParameterSums,
+        inputs: &Inputs<'_>,
+        state: &StateStorage,
+        grad_state: &mut StateStorage,
+        sums: &mut ParameterSums,
     ) -> Result<InputGradients> {
-        Err(missing(call.op))
+        let op = call.op;
+        self.run_backward(call, inputs, state.gpu(op)?, grad_state.gpu_mut(op)?, sums.gpu_mut(op)?)
     }
 
-    fn finish_sums(&self, op: &'static str, _: ParameterSums) -> Result<(Tensor, Tensor)> {
-        Err(missing(op))
+    fn finish_sums(&self, op: &'static str, sums: ParameterSums) -> Result<(Tensor, Tensor)> {
+        self.total(op, &sums.gpu(op)?)
     }
 
     fn export(&self, op: &'static str, state: &StateStorage) -> Result<StateData> {

@@ -3,10 +3,15 @@
 use super::GpuRace;
 use super::kernels::Kernel;
 use super::params::Params;
+use super::state::GpuState;
 use crate::engine::gpu::{Bind, Input, Passes};
 use crate::error::Result;
-use crate::race::plan::Piece;
+use crate::race::plan::{Piece, SCAN_WIDTH};
 use std::ops::Range;
+
+/// Flags of shaders/race/scan.wgsl.
+const WRITE_TOTAL: u32 = 1;
+pub(super) const KEEP_STATE: u32 = 2;
 
 /// One block of a piece's kv heads in one ensemble.
 #[derive(Clone)]
@@ -26,11 +31,6 @@ impl Block {
     pub fn units(&self) -> usize {
         self.sequences.len() * self.heads.len()
     }
-
-    /// (sequence, token, kv head) triples, padding included.
-    pub fn rows(&self) -> usize {
-        self.units() * self.params.tokens as usize
-    }
 }
 
 impl GpuRace {
@@ -42,43 +42,43 @@ impl GpuRace {
         passes.part(&words)
     }
 
-    /// The blocks of a piece in one ensemble. Rows of keys stand first in the buffer of hashes, then those of queries.
-    pub(super) fn blocks(&self, piece: &Piece, info: &Bind, ensemble: usize) -> Vec<Block> {
-        let g = &self.geometry;
-        let of = |heads: Range<usize>| {
-            let rows = piece.sequences.len() * piece.tokens.len() * heads.len();
-            let params = Params {
-                batch: piece.sequences.len() as u32,
-                tokens: piece.tokens.len() as u32,
-                head: heads.start as u32,
-                heads: heads.len() as u32,
-                chunks: piece.chunks() as u32,
-                slots: piece.chunks() as u32,
-                planes_at: (ensemble * g.bits() * g.head_dim) as u32,
-                planes_stride: self.planes_stride,
-                k_at: 0,
-                q_at: (rows * g.bits()) as u32,
-                ..Params::default()
-            };
-            Block {
-                info: info.clone(),
-                params,
-                sequences: piece.sequences.clone(),
-                heads,
-                ensemble,
-                chunks: piece.chunks(),
-            }
-        };
-        let starts = (0..g.num_kv_heads).step_by(piece.heads);
-        starts.map(|start| of(start..(start + piece.heads).min(g.num_kv_heads))).collect()
+    /// Blocks of kv heads that a piece is worked on in.
+    pub(super) fn head_blocks(&self, piece: &Piece) -> Vec<Range<usize>> {
+        let heads = self.geometry.num_kv_heads;
+        (0..heads).step_by(piece.heads).map(|start| start..(start + piece.heads).min(heads)).collect()
     }
 
-    /// Bytes of the hashes and matrices of a piece's largest block.
-    pub(super) fn scratch_bytes(&self, piece: &Piece) -> (u64, u64) {
+    /// A block of a piece. Rows of keys stand first in the buffer of hashes, then those of queries.
+    pub(super) fn block(&self, piece: &Piece, info: &Bind, heads: Range<usize>, ensemble: usize) -> Block {
+        let g = &self.geometry;
+        let rows = piece.sequences.len() * piece.tokens.len() * heads.len();
+        let params = Params {
+            batch: piece.sequences.len() as u32,
+            tokens: piece.tokens.len() as u32,
+            head: heads.start as u32,
+            heads: heads.len() as u32,
+            chunks: piece.chunks() as u32,
+            slots: piece.chunks() as u32,
+            planes_at: (ensemble * g.bits() * g.head_dim) as u32,
+            planes_stride: self.planes_stride,
+            k_at: 0,
+            q_at: (rows * g.bits()) as u32,
+            ..Params::default()
+        };
+        let (sequences, chunks) = (piece.sequences.clone(), piece.chunks());
+        Block { info: info.clone(), params, sequences, heads, ensemble, chunks }
+    }
+
+    /// The buffers of hashes and of matrices, large enough for a piece's largest block.
+    pub(super) fn scratch(&mut self, op: &'static str, piece: &Piece) -> Result<(wgpu::Buffer, wgpu::Buffer)> {
         let g = &self.geometry;
         let units = (piece.sequences.len() * piece.heads) as u64;
         let hashes = units * (piece.tokens.len() * (g.group + 1) * g.bits() * 4) as u64;
-        (hashes, units * (piece.chunks().max(1) * g.matrix() * 4) as u64)
+        let matrices = units * (piece.chunks() * g.matrix() * 4) as u64;
+        Ok((
+            self.workspace.hashes.get(&self.ctx, op, "bytes of hashes", hashes)?,
+            self.workspace.matrices.get(&self.ctx, op, "bytes of chunk sums", matrices)?,
+        ))
     }
 
     /// t of keys (`per_head` = 1, from `Params::k_at` on), or of queries (`per_head` = the group, from `Params::q_at`).
@@ -97,5 +97,66 @@ impl GpuRace {
         let groups = rows.div_ceil(64) * block.heads.len() * g.bits().div_ceil(64);
         let binds = vec![block.info.clone(), x.bind.clone(), Bind::from(&self.planes), Bind::from(hashes)];
         passes.dispatch(self.key(Kernel::Project { per_head }), params, groups as u64, binds)
+    }
+
+    /// The matrices of the block's chunks.
+    pub(super) fn chunk_sums(
+        &self,
+        passes: &mut Passes<'_>,
+        block: &Block,
+        v: &Input,
+        hashes: &wgpu::Buffer,
+        matrices: &wgpu::Buffer,
+    ) -> Result<()> {
+        let g = &self.geometry;
+        let params = Params { input: v.strides, ..block.params };
+        let groups = block.units() * block.chunks * g.bucket_tiles() * g.channel_blocks();
+        let binds = vec![block.info.clone(), v.bind.clone(), Bind::from(hashes), Bind::from(matrices)];
+        passes.dispatch(self.key(Kernel::ChunkSums), params, groups as u64, binds)
+    }
+
+    /// Replaces matrices of chunks by the sums before them, `state` included, or with `reverse` by those after them;
+    /// the state moves on to the block's end, or its gradient back to the block's beginning.
+    pub(super) fn scan(
+        &self,
+        passes: &mut Passes<'_>,
+        block: &Block,
+        state: &GpuState,
+        matrices: &wgpu::Buffer,
+        reverse: bool,
+    ) -> Result<()> {
+        self.dispatch_scan(passes, block, block.params, state, matrices, reverse)
+    }
+
+    /// The state itself, or with `reverse` a gradient, as one matrix for each unit. The block returned has it in the place of its chunks' matrices.
+    pub(super) fn read_state(
+        &self,
+        passes: &mut Passes<'_>,
+        block: &Block,
+        state: &GpuState,
+        matrices: &wgpu::Buffer,
+        reverse: bool,
+    ) -> Result<Block> {
+        let params = Params { slots: 1, ..block.params };
+        let scan = Params { chunks: 0, flags: WRITE_TOTAL | KEEP_STATE, ..params };
+        self.dispatch_scan(passes, block, scan, state, matrices, reverse)?;
+        Ok(Block { params, ..block.clone() })
+    }
+
+    pub(super) fn dispatch_scan(
+        &self,
+        passes: &mut Passes<'_>,
+        block: &Block,
+        params: Params,
+        state: &GpuState,
+        matrices: &wgpu::Buffer,
+        reverse: bool,
+    ) -> Result<()> {
+        let g = &self.geometry;
+        let (bind, first) = self.bind_state(state, &block.sequences);
+        let params = Params { state_at: first + (block.ensemble * g.state_unit()) as u32, ..params };
+        let groups = block.units() * g.columns().div_ceil(SCAN_WIDTH);
+        let binds = vec![block.info.clone(), bind, Bind::from(matrices)];
+        passes.dispatch(self.key(Kernel::Scan { reverse }), params, groups as u64, binds)
     }
 }

@@ -45,23 +45,17 @@ fn keys() -> Vec<Key> {
     let mut keys = Vec::new();
     for geometry in geometries() {
         let mut add = |kernel| keys.push(Key { kernel, geometry });
+        super::backward_kernels::every(&geometry).into_iter().for_each(|kernel| add(Kernel::Backward(kernel)));
         add(Kernel::Project { per_head: 1 });
         add(Kernel::Project { per_head: geometry.group });
-        for grad in [geometry.dtype, DType::F32] {
-            add(Kernel::BackwardQuery { grad, read: false });
-            add(Kernel::BackwardQuery { grad, read: true });
-            add(Kernel::QuerySums { grad });
-            add(Kernel::BackwardKey { grad, absorb: false });
-            add(Kernel::BackwardValue { grad, absorb: false });
+        add(Kernel::ChunkSums);
+        for flag in [true, false] {
+            add(Kernel::Scan { reverse: flag });
+            for dtype in [DType::F32, DType::F16, DType::Bf16] {
+                add(Kernel::Output { output: dtype, read: flag });
+                add(Kernel::Statistics { grad: dtype, read: flag });
+            }
         }
-        add(Kernel::BackwardKey { grad: DType::F32, absorb: true });
-        add(Kernel::BackwardValue { grad: DType::F32, absorb: true });
-        for queries in [false, true] {
-            add(Kernel::HashInputs { queries });
-            add(Kernel::HashParameters { queries });
-        }
-        add(Kernel::AddParameters);
-        add(Kernel::FinishParameters);
     }
     keys.sort_by_key(KernelKey::label);
     keys.dedup_by_key(|key| key.label());
