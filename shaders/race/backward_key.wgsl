@@ -127,10 +127,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                     right[right_at(step, bucket - start + i)] = x[i];
                 }
                 workgroupBarrier();
-                for (var k = 0u; k < DEPTH; k++) {
-                    let a = products[left_at(base + k, row8)];
+                for (var k = p.zero; k < DEPTH; k += 4u) {
+#repeat u 4
+                    let a$u = products[left_at(base + k + $uu, row8)];
 #repeat c COLUMNS
-                    sums[$c] += a * right[right_at(k, column + $cu * 32u)];
+                    sums[$c] += a$u * right[right_at(k + $uu, column + $cu * 32u)];
+#end
 #end
                 }
 #ifndef RATIO
@@ -144,10 +146,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                     right[right_at(step, bucket - start + i)] = x[i];
                 }
                 workgroupBarrier();
-                for (var k = 0u; k < DEPTH; k++) {
-                    let a = select(vec4<f32>(), vec4<f32>(1.0), position <= vec4<u32>(first + base + k));
+                for (var k = p.zero; k < DEPTH; k += 4u) {
+#repeat u 4
+                    let a$u = select(vec4<f32>(), vec4<f32>(1.0), position <= vec4<u32>(first + base + k + $uu));
 #repeat c COLUMNS
-                    sums[$c] += a * right[right_at(k, column + $cu * 32u)];
+                    sums[$c] += a$u * right[right_at(k + $uu, column + $cu * 32u)];
+#end
 #end
                 }
 #endif
@@ -155,16 +159,20 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
     }
 #endif
-#repeat c COLUMNS
-    if start + $cu * 32u < BUCKETS {
+    for (var c = p.zero; c < COLUMNS && start + c * 32u < BUCKETS; c++) {
+        var sum = sums[0];
+#repeat i COLUMNS
+        if c == $iu {
+            sum = sums[$i];
+        }
+#end
         var phi = vec4<f32>();
-        for (var i = 0u; i < 4u; i++) {
+        for (var i = p.zero; i < 4u; i++) {
             // Rows of padding give nothing.
             if token + row8 * 4u + i < length {
-                phi[i] = alpha_at(p.k_at + (row + (row8 * 4u + i) * p.heads) * BITS, start + $cu * 32u + column, beta, centre) + centre;
+                phi[i] = alpha_at(p.k_at + (row + (row8 * 4u + i) * p.heads) * BITS, start + c * 32u + column, beta, centre) + centre;
             }
         }
-        through_hash(local, 0u, start + $cu * 32u, sums[$c] * phi, row * BITS, p.heads * BITS, p.k_at + row * BITS, p.heads * BITS, rows, beta);
+        through_hash(local, 0u, start + c * 32u, sum * phi, row * BITS, p.heads * BITS, p.k_at + row * BITS, p.heads * BITS, rows, beta);
     }
-#end
 }

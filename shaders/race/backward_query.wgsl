@@ -78,7 +78,7 @@ fn finish(local: u32, tile: Tile, start: u32, value: vec4<f32>, mass: vec4<f32>)
     let row8 = local / 32u;
     let bucket = start + local % 32u;
     var alpha = vec4<f32>();
-    for (var i = 0u; i < 4u; i++) {
+    for (var i = p.zero; i < 4u; i++) {
         if row8 * 4u + i < tile.rows {
             alpha[i] = alpha_at(p.q_at + (tile.row + (row8 * 4u + i) * tile.row_step) * BITS, bucket, tile.beta, tile.centre);
         }
@@ -91,8 +91,10 @@ fn finish(local: u32, tile: Tile, start: u32, value: vec4<f32>, mass: vec4<f32>)
 #ifdef RATIO
     first_total += alpha * mass;
     second_total += alpha * value;
-    through_hash(local, 0u, start, value * phi, s_at, s_step, t_at, t_step, tile.rows, tile.beta);
-    through_hash(local, 1u, start, mass * phi, s_at + BITS, s_step, t_at, t_step, tile.rows, tile.beta);
+    for (var stream = p.zero; stream < 2u; stream++) {
+        let part = phi * select(value, mass, stream == 1u);
+        through_hash(local, stream, start, part, s_at + stream * BITS, s_step, t_at, t_step, tile.rows, tile.beta);
+    }
 #else
     // R·(A + ε); the share ω = φ / (A + ε); a constant over buckets is taken off both dα and what multiplies the
     // state's rows, which changes nothing in exact arithmetic and is most of them where the hash is flat.
@@ -219,10 +221,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                     right[right_at(i % DEPTH, i / DEPTH)] = x;
                 }
                 workgroupBarrier();
-                for (var k = 0u; k < DEPTH; k++) {
-                    let a = left[left_at(base + k, row8)];
+                for (var k = p.zero; k < DEPTH; k += 4u) {
+#repeat u 4
+                    let a$u = left[left_at(base + k + $uu, row8)];
 #repeat c COLUMNS
-                    values[$c] += a * right[right_at(k, column + $cu * 32u)];
+                    values[$c] += a$u * right[right_at(k + $uu, column + $cu * 32u)];
+#end
 #end
                 }
             }
@@ -241,20 +245,30 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 right[right_at(key - first, bucket + i)] = alpha[i];
             }
             workgroupBarrier();
-            for (var k = 0u; k < DEPTH; k++) {
-                let product = products[left_at(first + k, row8)];
-                let sees = select(vec4<f32>(), vec4<f32>(1.0), position >= vec4<u32>(first + k));
+            for (var k = p.zero; k < DEPTH; k += 4u) {
+#repeat u 4
+                let product$u = products[left_at(first + k + $uu, row8)];
+                let sees$u = select(vec4<f32>(), vec4<f32>(1.0), position >= vec4<u32>(first + k + $uu));
 #repeat c COLUMNS
-                let alpha$c = right[right_at(k, column + $cu * 32u)];
-                values[$c] += product * alpha$c;
-                masses[$c] += sees * alpha$c;
+                let alpha$cx$u = right[right_at(k + $uu, column + $cu * 32u)];
+                values[$c] += product$u * alpha$cx$u;
+                masses[$c] += sees$u * alpha$cx$u;
+#end
 #end
             }
         }
 #endif
-#repeat c COLUMNS
-        finish(local, tile, start + $cu * 32u, values[$c], masses[$c]);
+        for (var c = p.zero; c < COLUMNS; c++) {
+            var value = values[0];
+            var mass = masses[0];
+#repeat i COLUMNS
+            if c == $iu {
+                value = values[$i];
+                mass = masses[$i];
+            }
 #end
+            finish(local, tile, start + c * 32u, value, mass);
+        }
     }
 
     let first_sum = sum_of_columns(row8, column, first_total);

@@ -21,7 +21,7 @@ const BLOCKS: u32 = (VALUE_DIM + WIDTH - 1u) / WIDTH;
 
 fn fill_keys(row: u32, rows: u32, row8: u32, bucket: u32, column: u32, beta: f32, centre: f32) {
     var x = vec4<f32>();
-    for (var i = 0u; i < 4u; i++) {
+    for (var i = p.zero; i < 4u; i++) {
         if row8 * 4u + i < rows {
             x[i] = alpha_at(p.k_at + (row + (row8 * 4u + i) * p.heads) * BITS, bucket + column, beta, centre);
         }
@@ -115,10 +115,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                     right[right_at(i / WIDTH, i % WIDTH)] = x;
                 }
                 workgroupBarrier();
-                for (var k = 0u; k < DEPTH; k++) {
-                    let a = products[left_at(base + k, row8)];
+                for (var k = p.zero; k < DEPTH; k += 4u) {
+#repeat u 4
+                    let a$u = products[left_at(base + k + $uu, row8)];
 #repeat c COLUMNS
-                    sums[$c] += a * right[right_at(k, column + $cu * 32u)];
+                    sums[$c] += a$u * right[right_at(k + $uu, column + $cu * 32u)];
+#end
 #end
                 }
             }

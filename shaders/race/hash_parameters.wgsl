@@ -80,7 +80,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     workgroupBarrier();
     if column == 0u {
         var sum = vec4<f32>();
-        for (var k = 0u; k < 32u; k++) {
+        for (var k = p.zero; k < 32u; k++) {
             sum += left[left_at(k, row8)];
         }
         for (var i = 0u; i < 4u; i++) {

@@ -95,7 +95,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 workgroupBarrier();
                 add_products(row8, column, base);
                 if tile == 0u {
-                    for (var k = 0u; k < DEPTH; k++) {
+                    for (var k = p.zero; k < DEPTH; k++) {
 #repeat c COLUMNS
                         sums_row$c += of_sums[base + k] * right[right_at(k, column + $cu * 32u)];
 #end
@@ -103,7 +103,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 }
 #ifdef RATIO
                 if start == 0u {
-                    for (var k = 0u; k < DEPTH; k++) {
+                    for (var k = p.zero; k < DEPTH; k++) {
                         masses += left[left_at(base + k, row8)] * of_masses[base + k];
                     }
                 }
@@ -134,7 +134,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     left[left_at(step, local % 8u)] = masses;
     workgroupBarrier();
     masses = vec4<f32>();
-    for (var k = 0u; k < 32u; k++) {
+    for (var k = p.zero; k < 32u; k++) {
         masses += left[left_at(k, row8)];
     }
 #endif
@@ -155,7 +155,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     workgroupBarrier();
     if local == 0u {
         var sum = 0.0;
-        for (var k = 0u; k < 32u; k++) {
+        for (var k = p.zero; k < 32u; k++) {
             sum += of_sums[k];
         }
         chunks[at + BUCKETS * ROW + VALUE_DIM] = sum;

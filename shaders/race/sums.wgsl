@@ -10,10 +10,12 @@ fn clear_sums() {
 
 // Adds DEPTH steps, those of `left` from `from` on.
 fn add_products(row8: u32, column: u32, base: u32) {
-    for (var k = 0u; k < DEPTH; k++) {
-        let a = left[left_at(base + k, row8)];
+    for (var k = p.zero; k < DEPTH; k += 4u) {
+#repeat u 4
+        let a$u = left[left_at(base + k + $uu, row8)];
 #repeat c COLUMNS
-        sums[$c] += a * right[right_at(k, column + $cu * 32u)];
+        sums[$c] += a$u * right[right_at(k + $uu, column + $cu * 32u)];
+#end
 #end
     }
 }

@@ -25,7 +25,7 @@ fn through_hash(local: u32, stream: u32, start: u32, value: vec4<f32>, at: u32, 
         sums4 = carried[stream];
     }
     let row = local / 16u;
-    for (var i = 0u; i < SPAN; i++) {
+    for (var i = p.zero; i < SPAN; i++) {
         let column = in_tile * SPAN + i;
         let a = left[left_at(column, row / 4u)][row % 4u];
         let b = left[left_at(column, row / 4u + 4u)][row % 4u];

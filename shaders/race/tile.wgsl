@@ -21,8 +21,10 @@ fn square_at(step: u32, column: u32) -> u32 {
 
 fn square_product(row8: u32, column: u32) -> vec4<f32> {
     var sum = vec4<f32>();
-    for (var k = 0u; k < 32u; k++) {
-        sum += left[left_at(k, row8)] * right[square_at(k, column)];
+    for (var k = p.zero; k < 32u; k += 4u) {
+#repeat u 4
+        sum += left[left_at(k + $uu, row8)] * right[square_at(k + $uu, column)];
+#end
     }
     return sum;
 }
@@ -33,7 +35,7 @@ fn sum_of_columns(row8: u32, column: u32, value: vec4<f32>) -> vec4<f32> {
     left[left_at(column, row8)] = value;
     workgroupBarrier();
     var sum = vec4<f32>();
-    for (var k = 0u; k < 32u; k++) {
+    for (var k = p.zero; k < 32u; k++) {
         sum += left[left_at(k, row8)];
     }
     return sum;

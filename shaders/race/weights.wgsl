@@ -1,11 +1,14 @@
 #import buckets
 // Bucket weights α = R·φ − c straight from a row of t = tanh(w·x), for kernels whose workgroup memory is taken.
+//
+// Loops begin at a zero that compilers do not know, here and in other places that are not hot: unrolled, their
+// exponentials take software drivers seconds to compile.
 
 // Of one bucket; 0 past the last.
 fn alpha_at(row: u32, bucket: u32, beta: f32, centre: f32) -> f32 {
     let first = row + min(bucket >> PLANES, TABLES - 1u) * PLANES;
     var weight = 1.0;
-    for (var plane = 0u; plane < PLANES; plane++) {
+    for (var plane = p.zero; plane < PLANES; plane++) {
         let pair = logistic_pair(2.0 * beta * t[first + plane]);
         weight *= 2.0 * select(pair.x, pair.y, ((bucket >> (PLANES - 1u - plane)) & 1u) == 1u);
     }
@@ -23,7 +26,7 @@ fn alpha_of_four(row: u32, bucket: u32, beta: f32, centre: f32) -> vec4<f32> {
     } else {
         let first = row + min(bucket >> PLANES, TABLES - 1u) * PLANES;
         var upper = 4.0;
-        for (var plane = 0u; plane + 2u < PLANES; plane++) {
+        for (var plane = p.zero; plane + 2u < PLANES; plane++) {
             let pair = logistic_pair(2.0 * beta * t[first + plane]);
             upper *= 2.0 * select(pair.x, pair.y, ((bucket >> (PLANES - 1u - plane)) & 1u) == 1u);
         }
