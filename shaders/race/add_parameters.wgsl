@@ -1,5 +1,5 @@
 #import params
-#import buckets
+#import hash
 #import double
 // Adds the shares that hash_parameters made to the sums of a whole backward, pairs of f32
 // `[set, ENSEMBLES, BITS, HEAD_DIM + 1]`: an invocation per element. `slots` is the number of sets, 1 or one per kv head,

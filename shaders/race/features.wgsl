@@ -1,4 +1,4 @@
-#import buckets
+#import hash
 // Bucket weights of 32 tokens in a tile of 32 buckets, from t = tanh(w·x) in the kernel's own `t`.
 //
 // A tile is 32 / R whole tables, or a part of one. σ(±2βt) of the planes it needs is computed once per token; a weight

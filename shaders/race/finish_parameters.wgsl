@@ -1,5 +1,5 @@
 #import params
-#import buckets
+#import hash
 #import double
 // Gradients of hyperplanes and of β from their sums: one workgroup per 256 elements of the hyperplanes, then one per
 // value of β. `slots` is the number of sets of sums, `chunks` that of hyperplanes, `heads` that of β.

@@ -1,5 +1,5 @@
 #import params
-#import buckets
+#import hash
 #import sums
 #import hash_rows
 // Gradient of q or k, dx = Wᵀ·du: one workgroup per (block of WIDTH channels, kv head, 32 rows of that head).

@@ -1,6 +1,6 @@
 #import params
 #import input
-#import buckets
+#import hash
 #import sums
 #import hash_rows
 // Gradient of hyperplanes, dW = Σ du·xᵀ, and in a last column Σ t·s, that of β: one workgroup per (block of WIDTH

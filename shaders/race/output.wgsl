@@ -5,7 +5,7 @@
 #ifdef STATISTICS
 #import input2
 #else
-#import output
+#import store
 #endif
 // Outputs of 32 queries of one query head, or what the backward needs to know of them: one workgroup per (unit, chunk,
 // query head of the group, half of the chunk, block of channels).
@@ -350,17 +350,3 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #end
 #endif
 }
-
-#ifndef STATISTICS
-// Two neighbouring elements, or the first of them: rows of 16-bit elements have an even length.
-fn store(at: u32, x: f32, y: f32, both: bool) {
-#ifdef OUT_F32
-    out[at] = bitcast<u32>(x);
-    if both {
-        out[at + 1u] = bitcast<u32>(y);
-    }
-#else
-    out[at >> 1u] = pack_pair(x, y);
-#endif
-}
-#endif

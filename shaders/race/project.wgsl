@@ -1,12 +1,12 @@
 #import params
 #import input
 #import tanh
+#import hash
 // t = tanh(w·x) of queries or keys, `[row, TABLES * PLANES]`, row = (sequence, token, head of the block): one workgroup
 // per (kv head, 64 rows of that head, block of planes), a tiled matrix product.
 @group(0) @binding(3) var<storage, read> planes: array<f32>;
 @group(0) @binding(4) var<storage, read_write> t: array<f32>;
 
-const BITS: u32 = TABLES * PLANES;
 const PLANE_BLOCK: u32 = COLUMNS * 16u;
 const PLANE_BLOCKS: u32 = (BITS + PLANE_BLOCK - 1u) / PLANE_BLOCK;
 // Channels of a slice, and rows of the slices padded against bank conflicts.

@@ -1,6 +1,6 @@
 #import params
 #import input
-#import buckets
+#import hash
 #ifdef RATIO
 #import weights
 #endif

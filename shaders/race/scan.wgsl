@@ -1,6 +1,6 @@
 #import params
 #import double
-#import buckets
+#import hash
 // Replaces the matrix of each chunk by the sum before it, the state included, and moves the state on: one workgroup per
 // (unit, WIDTH columns). With REVERSE it is the sum after each chunk, and the state is a gradient.
 //

@@ -1,4 +1,4 @@
-#import buckets
+#import hash
 // Bucket weights α = R·φ − c straight from a row of t = tanh(w·x), for kernels whose workgroup memory is taken.
 //
 // Loops begin at a zero that compilers do not know, here and in other places that are not hot: unrolled, their

@@ -86,35 +86,19 @@ impl Geometry {
         self.value_dim.div_ceil(64 * self.channel_pairs())
     }
 
-    /// Runs of 32 buckets that a workgroup of the backward kernels takes: whole tables.
-    pub fn bucket_runs(&self) -> usize {
-        if self.planes == 8 { 8 } else { runs(self.buckets()) }
-    }
-
-    /// Elements of the gradient of a row's hash; queries under [`crate::Normalization::Ratio`] need room for two parts.
-    pub fn hash_gradient(&self, queries: bool) -> usize {
-        self.bits() * if queries && self.ratio { 2 } else { 1 }
-    }
-
-    /// Elements that the backward keeps of a query between its kernels.
-    pub fn reading(&self) -> usize {
-        if self.ratio { 2 } else { 2 * (self.buckets() + 1) }
+    /// Query heads that a step works on at a time: what fits workgroup memory, with the key.
+    pub fn step_heads(&self) -> usize {
+        // The row being hashed, sums of all invocations, and a few words.
+        let fixed = self.head_dim * 4 + 256 * 12 + 1024;
+        let row = self.bits() * 8 + 256 * 4;
+        let room = (16 << 10) - fixed - row;
+        (room / row).clamp(1, 4).min(self.group)
     }
 
     /// Tiles of 32 buckets.
     pub fn bucket_tiles(&self) -> usize {
         self.buckets().div_ceil(32)
     }
-}
-
-/// Runs of 32 columns that a workgroup of the backward kernels takes, of `columns` in all: 1, 2 or 4.
-pub(crate) fn runs(columns: usize) -> usize {
-    columns.div_ceil(32).next_power_of_two().min(4)
-}
-
-/// Workgroups of the backward kernels that share `columns`.
-pub(crate) fn blocks(columns: usize) -> usize {
-    columns.div_ceil(32 * runs(columns))
 }
 
 /// The centring constant of a hash with P = `planes`: 1 where it is so flat that the weights' common part would drown

@@ -31,7 +31,7 @@
 //! bytes per sequence, kv head and ensemble) before each of its pieces. With the default S = 64, G = 1 and Dv = 64 that
 //! is about 530 bytes per token and kv head of a piece.
 
-use super::backward_kernels::BackwardKernel;
+use super::backward_kernels::{BackwardKernel, blocks};
 use super::forward::Output;
 use super::kernels::{Kernel, Key};
 use super::params::Params;
@@ -42,7 +42,7 @@ use crate::engine::Recording;
 use crate::engine::gpu::{Bind, Context, Input, Passes, stage};
 use crate::error::{Error, Result};
 use crate::race::executor::{Call, InputGradients, Inputs, Pass, needed};
-use crate::race::plan::{Budget, CHUNK, Piece, blocks, pieces};
+use crate::race::plan::{Budget, CHUNK, Piece, pieces};
 use crate::tensor::{DType, Tensor, TensorView};
 use std::ops::Range;
 use std::sync::Arc;
@@ -406,7 +406,7 @@ impl GpuRace {
             key.input2 = grad_o.strides;
             binds.extend([grad_o.bind.clone(), Bind::from(readings)]);
         }
-        let groups = tiles * g.buckets().div_ceil(32 * g.bucket_runs()) as u64;
+        let groups = tiles * g.bucket_blocks() as u64;
         passes.dispatch(self.backward_key(BackwardKernel::Key { grad, absorb }), key, groups, binds)?;
         self.backward_hash(passes, call, piece, block, k, false, results.dk.as_ref(), room, moving)?;
 

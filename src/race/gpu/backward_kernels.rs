@@ -1,8 +1,40 @@
 //! The kernels of the backward passes.
 
 use super::kernels::dtype_define;
-use crate::race::plan::{Geometry, runs};
+use crate::race::plan::Geometry;
 use crate::tensor::DType;
+
+/// Runs of 32 columns that a workgroup takes, of `columns` in all: 1, 2 or 4.
+fn runs(columns: usize) -> usize {
+    columns.div_ceil(32).next_power_of_two().min(4)
+}
+
+/// Workgroups that share `columns`.
+pub(super) fn blocks(columns: usize) -> usize {
+    columns.div_ceil(32 * runs(columns))
+}
+
+impl Geometry {
+    /// Runs of 32 buckets that a workgroup takes: whole tables.
+    fn bucket_runs(&self) -> usize {
+        if self.planes == 8 { 8 } else { runs(self.buckets()) }
+    }
+
+    /// Workgroups that share the buckets.
+    pub(super) fn bucket_blocks(&self) -> usize {
+        self.buckets().div_ceil(32 * self.bucket_runs())
+    }
+
+    /// Elements of the gradient of a row's hash; queries under [`crate::Normalization::Ratio`] need room for two parts.
+    pub(super) fn hash_gradient(&self, queries: bool) -> usize {
+        self.bits() * if queries && self.ratio { 2 } else { 1 }
+    }
+
+    /// Elements that the backward keeps of a query between its kernels.
+    pub(super) fn reading(&self) -> usize {
+        if self.ratio { 2 } else { 2 * (self.buckets() + 1) }
+    }
+}
 
 /// What a kernel does. `grad` is the dtype of the gradient of o.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -8,8 +8,8 @@ use super::{GpuRace, STORAGE, too_large};
 use crate::engine::Recording;
 use crate::engine::gpu::{Bind, Input, Passes, stage};
 use crate::error::{Error, Result};
-use crate::race::executor::{Call, Inputs, needed};
-use crate::race::plan::{Piece, pieces};
+use crate::race::executor::{Call, Inputs, Pass, needed};
+use crate::race::plan::{Budget, Piece, pieces};
 use crate::tensor::{DType, Tensor};
 
 /// Pieces of one submission: what a driver keeps of a call stays bounded however long it is.
@@ -34,6 +34,11 @@ impl GpuRace {
         self.own(op, state)?;
         let g = self.geometry;
         let output = if call.pass.reads() { Some(self.output(call)?) } else { None };
+        let shape = vec![call.batch(), call.tokens, g.num_q_heads, g.value_dim];
+        if let (Some(output), Pass::Causal, 1) = (&output, call.pass, call.tokens) {
+            self.step(rec, call, inputs, state, output)?;
+            return Ok(Some(Tensor::gpu(self.ctx.clone(), output.dtype, shape, output.buffer.clone())));
+        }
         let limit = self.budget.binding;
         let all = pieces(&g, &self.budget, call.batch(), call.tokens).map_err(|value| too_large(op, value, limit))?;
         let has_work = |piece: &Piece| piece.sequences.clone().any(|b| call.lengths[b] > piece.tokens.start);
@@ -52,7 +57,6 @@ impl GpuRace {
             }
             rec => self.forward_pieces(rec, call, inputs, state, &all, output.as_ref())?,
         }
-        let shape = vec![call.batch(), call.tokens, g.num_q_heads, g.value_dim];
         Ok(output.map(|o| Tensor::gpu(self.ctx.clone(), o.dtype, shape, o.buffer)))
     }
 
@@ -77,6 +81,50 @@ impl GpuRace {
         let offset = start / align * align;
         let bind = Bind::Range { buffer: output.buffer.clone(), offset, size: (end - offset).next_multiple_of(4) };
         (bind, ((start - offset) / size) as u32)
+    }
+
+    /// One token of each sequence.
+    fn step(
+        &self,
+        rec: Recording<'_>,
+        call: &Call,
+        inputs: &Inputs<'_>,
+        state: &GpuState,
+        output: &Output,
+    ) -> Result<()> {
+        let (op, g, ctx) = (call.op, &self.geometry, &self.ctx);
+        // No scratch, so bindings alone bound a piece.
+        let budget = Budget { matrices: u64::MAX, rows: usize::MAX, ..self.budget };
+        let all = pieces(g, &budget, call.batch(), 1).map_err(|value| too_large(op, value, budget.binding))?;
+        let mut passes = Passes::new(ctx, op);
+        for piece in &all {
+            let staged = |tensor, view| -> Result<Input> {
+                stage(ctx, op, &needed(op, tensor, view)?, piece.sequences.clone(), 0..1)
+            };
+            let (q, k, v) = (staged("q", inputs.q)?, staged("k", inputs.k)?, staged("v", inputs.v)?);
+            let info = self.info(&mut passes, piece, &call.lengths);
+            let row = g.num_q_heads * g.value_dim;
+            let (bind, out_at) = self.bind_rows(output, call, piece, row);
+            let (state, state_at) = self.bind_state(state, &piece.sequences);
+            let params = Params {
+                input: k.strides,
+                input2: q.strides,
+                input3: v.strides,
+                out_at,
+                out_batch: row as u32,
+                state_at,
+                scale: self.weight,
+                ..self.block(piece, &info, 0..g.num_kv_heads, 0).params
+            };
+            let units = (piece.sequences.len() * g.num_kv_heads) as u64;
+            let planes = Bind::from(&self.planes);
+            let binds = vec![info.clone(), k.bind.clone(), planes.clone(), state.clone(), q.bind, v.bind, bind];
+            let kernel = Kernel::Step { output: output.dtype };
+            passes.dispatch(self.key(kernel), params, units * g.value_dim.div_ceil(32) as u64, binds)?;
+            let binds = vec![info, k.bind, planes, state];
+            passes.dispatch(self.key(Kernel::StepMass), params, units * g.ensembles as u64, binds)?;
+        }
+        passes.ready()?.run(ctx, op, rec)
     }
 
     fn forward_pieces(

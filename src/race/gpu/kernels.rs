@@ -29,6 +29,12 @@ pub(crate) enum Kernel {
         grad: DType,
         read: bool,
     },
+    /// One token of each sequence: B and the output.
+    Step {
+        output: DType,
+    },
+    /// One token of each sequence: A, once B is done.
+    StepMass,
     Backward(BackwardKernel),
 }
 
@@ -47,8 +53,8 @@ macro_rules! snippets {
 
 const SNIPPETS: &[(&str, &str)] = snippets!(
     "common": ["elements", "output", "reduce", "tanh"],
-    "race": ["params", "input", "input2", "features", "matrices", "double", "buckets", "weights", "tile", "sums", "through_hash",
-        "readings", "hash_rows"],
+    "race": ["params", "input", "input2", "hash", "features", "matrices", "double", "store"],
+    "race": ["weights", "tile", "sums", "through_hash", "readings", "hash_rows"],
 );
 
 impl Kernel {
@@ -59,6 +65,7 @@ impl Kernel {
             Self::ChunkSums => include_str!("../../../shaders/race/chunk_sums.wgsl"),
             Self::Scan { .. } => include_str!("../../../shaders/race/scan.wgsl"),
             Self::Output { .. } | Self::Statistics { .. } => include_str!("../../../shaders/race/output.wgsl"),
+            Self::Step { .. } | Self::StepMass => include_str!("../../../shaders/race/step.wgsl"),
         }
     }
 
@@ -71,6 +78,8 @@ impl Kernel {
             Self::Scan { .. } => "scan",
             Self::Output { .. } => "output",
             Self::Statistics { .. } => "statistics",
+            Self::Step { .. } => "step",
+            Self::StepMass => "step mass",
         }
     }
 
@@ -86,6 +95,8 @@ impl Kernel {
             Self::Output { .. } if geometry.ensembles > 1 => &[R, R, R, R, W, W],
             Self::Output { .. } => &[R, R, R, R, W],
             Self::Statistics { .. } => &[R, R, R, R, W, R],
+            Self::Step { .. } => &[R, R, R, W, R, R, W],
+            Self::StepMass => &[R, R, R, W],
         }
     }
 }
@@ -123,6 +134,8 @@ impl Key {
                     defines.push("SUMMED");
                 }
             }
+            Kernel::Step { output } => defines.push(dtype_define("OUT", output)),
+            Kernel::StepMass => defines.push("MASS"),
             Kernel::Statistics { grad, .. } => defines.extend(["STATISTICS", dtype_define("IN2", grad)]),
             _ => {}
         }
@@ -155,6 +168,7 @@ impl Key {
             Kernel::Statistics { .. } => constants.push(("INPUT2", 6)),
             Kernel::Backward(kernel) => constants.extend(kernel.constants(g)),
             Kernel::Scan { .. } => constants.push(("WIDTH", SCAN_WIDTH)),
+            Kernel::Step { .. } | Kernel::StepMass => constants.push(("HEADS", g.step_heads())),
             _ => {}
         }
         constants.into_iter().map(|(name, value)| (name, value as u32)).collect()

@@ -27,13 +27,13 @@ pub(crate) use backward::GpuParameterSums;
 pub(crate) use state::GpuState;
 
 use crate::engine::Recording;
-use crate::engine::gpu::{Context, Scratch};
+use crate::engine::gpu::{Context, KernelKey, Scratch};
 use crate::error::{Error, Result};
 use crate::race::config::{Normalization, Parameters, RaceConfig, RaceShape};
 use crate::race::executor::{Call, InputGradients, Inputs, ParameterSums, RaceExecutor, StateData, StateStorage};
 use crate::race::gpu::kernels::{Kernel, Key};
 use crate::race::plan::{Budget, Geometry, centre, pieces};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 use std::sync::Arc;
 
 const STORAGE: wgpu::BufferUsages =
@@ -67,6 +67,7 @@ pub(crate) struct GpuRace {
     heads: Vec<[f32; 2]>,
     /// Values of β: one, or one per kv head.
     betas: usize,
+    causal: bool,
     /// Factor of a bucket normalisation's sum, of one ensemble.
     weight: f32,
     workspace: Workspace,
@@ -89,7 +90,8 @@ impl GpuRace {
         };
         let (planes, planes_stride) = upload(&ctx, op, parameters)?;
         let (heads, betas) = (heads(&geometry, parameters), parameters.beta.values().len());
-        Ok(Self { ctx, geometry, budget, planes, planes_stride, heads, betas, weight, workspace: Workspace::default() })
+        let (causal, workspace) = (config.causal, Workspace::default());
+        Ok(Self { ctx, geometry, budget, planes, planes_stride, heads, betas, causal, weight, workspace })
     }
 
     fn key(&self, kernel: Kernel) -> Key {
@@ -171,5 +173,21 @@ impl RaceExecutor for GpuRace {
 
     fn import(&self, op: &'static str, data: &StateData) -> Result<StateStorage> {
         self.import_state(op, data)
+    }
+
+    fn warm_up(&self, output: DType) -> Result<()> {
+        let mut kernels = vec![
+            Kernel::Project { per_head: 1 },
+            Kernel::Project { per_head: self.geometry.group },
+            Kernel::ChunkSums,
+            Kernel::Scan { reverse: false },
+            Kernel::Output { output, read: !self.causal },
+        ];
+        if self.causal {
+            kernels.extend([Kernel::Step { output }, Kernel::StepMass]);
+        }
+        let keys: Vec<_> = kernels.into_iter().map(|kernel| self.key(kernel)).collect();
+        let keys: Vec<&dyn KernelKey> = keys.iter().map(|key| key as &dyn KernelKey).collect();
+        self.ctx.warm_up(&keys)
     }
 }

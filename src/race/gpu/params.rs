@@ -34,6 +34,8 @@ pub(crate) struct Params {
     pub input: Strides,
     /// Second input.
     pub input2: Strides,
+    /// Third input.
+    pub input3: Strides,
     /// First element of the result.
     pub out_at: u32,
     /// Elements from one sequence's result to the next's.

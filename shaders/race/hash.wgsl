@@ -1,6 +1,6 @@
+// Buckets of an ensemble, its hyperplanes, and the buckets R of a table.
 const BUCKETS: u32 = TABLES << PLANES;
 const BITS: u32 = TABLES * PLANES;
-// Buckets R of a table.
 const SIZE: f32 = f32(1u << PLANES);
 
 // (σ(−z), σ(z)), both to their own relative precision.
