@@ -24,11 +24,6 @@ pub(crate) enum Kernel {
         output: DType,
         read: bool,
     },
-    /// What the backward of [`crate::Normalization::Ratio`] needs to know of outputs.
-    Statistics {
-        grad: DType,
-        read: bool,
-    },
     /// One token of each sequence: B and the output.
     Step {
         output: DType,
@@ -64,7 +59,7 @@ impl Kernel {
             Self::Backward(kernel) => kernel.text(),
             Self::ChunkSums => include_str!("../../../shaders/race/chunk_sums.wgsl"),
             Self::Scan { .. } => include_str!("../../../shaders/race/scan.wgsl"),
-            Self::Output { .. } | Self::Statistics { .. } => include_str!("../../../shaders/race/output.wgsl"),
+            Self::Output { .. } => include_str!("../../../shaders/race/output.wgsl"),
             Self::Step { .. } | Self::StepMass => include_str!("../../../shaders/race/step.wgsl"),
         }
     }
@@ -77,7 +72,6 @@ impl Kernel {
             Self::ChunkSums => "chunk sums",
             Self::Scan { .. } => "scan",
             Self::Output { .. } => "output",
-            Self::Statistics { .. } => "statistics",
             Self::Step { .. } => "step",
             Self::StepMass => "step mass",
         }
@@ -94,7 +88,6 @@ impl Kernel {
             Self::Scan { .. } => &[R, W, W],
             Self::Output { .. } if geometry.ensembles > 1 => &[R, R, R, R, W, W],
             Self::Output { .. } => &[R, R, R, R, W],
-            Self::Statistics { .. } => &[R, R, R, R, W, R],
             Self::Step { .. } => &[R, R, R, W, R, R, W],
             Self::StepMass => &[R, R, R, W],
         }
@@ -136,10 +129,9 @@ impl Key {
             }
             Kernel::Step { output } => defines.push(dtype_define("OUT", output)),
             Kernel::StepMass => defines.push("MASS"),
-            Kernel::Statistics { grad, .. } => defines.extend(["STATISTICS", dtype_define("IN2", grad)]),
             _ => {}
         }
-        if matches!(self.kernel, Kernel::Output { read: true, .. } | Kernel::Statistics { read: true, .. }) {
+        if matches!(self.kernel, Kernel::Output { read: true, .. }) {
             defines.push("READ");
         }
         defines
@@ -165,7 +157,6 @@ impl Key {
                 // Planes of a workgroup, in sixteens.
                 constants.push(("COLUMNS", g.bits().div_ceil(16).min(4)));
             }
-            Kernel::Statistics { .. } => constants.push(("INPUT2", 6)),
             Kernel::Backward(kernel) => constants.extend(kernel.constants(g)),
             Kernel::Scan { .. } => constants.push(("WIDTH", SCAN_WIDTH)),
             Kernel::Step { .. } | Kernel::StepMass => constants.push(("HEADS", g.step_heads())),

@@ -21,6 +21,8 @@ mod state;
 mod sweep;
 
 #[cfg(test)]
+mod backward_tests;
+#[cfg(test)]
 mod tests;
 
 pub(crate) use backward::GpuParameterSums;

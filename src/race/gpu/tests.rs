@@ -60,7 +60,6 @@ fn keys() -> Vec<Key> {
             add(Kernel::Scan { reverse: flag });
             for dtype in [DType::F32, DType::F16, DType::Bf16] {
                 add(Kernel::Output { output: dtype, read: flag });
-                add(Kernel::Statistics { grad: dtype, read: flag });
             }
         }
     }
@@ -122,7 +121,7 @@ fn structs_have_the_offsets_of_their_rust_twins() {
     );
 }
 
-fn context() -> Arc<Context> {
+pub(super) fn context() -> Arc<Context> {
     let name = std::env::var("SOFTHASH_DEVICE").unwrap_or_else(|_| "llvmpipe".into()).to_lowercase();
     let adapter = pollster::block_on(adapters_best_first())
         .into_iter()
@@ -132,7 +131,7 @@ fn context() -> Arc<Context> {
     pollster::block_on(open(&adapter, false, None)).unwrap()
 }
 
-fn wave(count: usize, step: f32) -> Vec<f32> {
+pub(super) fn wave(count: usize, step: f32) -> Vec<f32> {
     (0..count).map(|i| (i as f32 * step).sin()).collect()
 }
 
