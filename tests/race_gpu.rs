@@ -533,3 +533,27 @@ fn states_come_back_to_the_bit_and_forks_part() {
     assert_eq!(race.read_state(&fork).unwrap(), parts);
     assert_ne!(race.read_state(&state).unwrap(), parts);
 }
+
+/// After 10⁹ tokens a token still counts, in chunks and in steps.
+#[test]
+fn long_contexts_forget_nothing() {
+    for betas in [vec![0.1], vec![4.0]] {
+        let case = Case { dims: (16, 12), hash: (3, 2), betas, initial: true, ..Case::default() };
+        let mut data = case.data();
+        data.initial.a.iter_mut().for_each(|a| *a += 1e9);
+        data.initial.b.iter_mut().for_each(|b| *b += 3e9);
+        let mut race = case.race(&data);
+        let mut state = case.initial(&race, &data);
+        let (q, k, v) = case.elements(&data);
+        let (of_q, of_k, of_v) = case.shapes();
+        for range in [0..60, 60..61, 61..64, 64..65] {
+            let part = |x, shape| tokens_of(x, shape, case.tokens, 1, &range);
+            race.append(&mut state, &part(&q, of_q), &part(&k, of_k), &part(&v, of_v)).unwrap();
+        }
+        let (got, want) = (race.read_state(&state).unwrap(), case.reference(&data));
+        let added = |x: &[f64], before: &[f64]| -> Vec<f64> { x.iter().zip(before).map(|(x, y)| x - y).collect() };
+        let a = error(&added(&got.a, &data.initial.a), &added(&want.a, &data.initial.a));
+        let b = error(&added(&got.b, &data.initial.b), &added(&want.b, &data.initial.b));
+        assert!(a < 3e-6 && b < 3e-6, "A {a:.2e}, B {b:.2e}");
+    }
+}

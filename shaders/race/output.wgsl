@@ -2,12 +2,8 @@
 #import input
 #import features
 #import matrices
-#ifdef STATISTICS
-#import input2
-#else
 #import store
-#endif
-// Outputs of 32 queries of one query head, or what the backward needs to know of them: one workgroup per (unit, chunk,
+// Outputs of 32 queries of one query head: one workgroup per (unit, chunk,
 // query head of the group, half of the chunk, block of channels).
 //
 // o = (Ψ·M + tril(Ψ·αᵀ)·[v, 1]) over the state before the chunk and the chunk's own keys. Ψ has a weight per bucket, in
@@ -27,15 +23,10 @@
 // With READ there are no keys, and one matrix a unit.
 @group(0) @binding(3) var<storage, read> t: array<f32>;
 @group(0) @binding(4) var<storage, read> matrices: array<f32>;
-#ifdef STATISTICS
-// Per row and block of channels: 1 / D and this block's part of −G·o / D.
-@group(0) @binding(5) var<storage, read_write> statistics: array<vec2<f32>>;
-#else
 @group(0) @binding(5) var<storage, read_write> out: array<u32>;
 #ifdef SUMMED
 // Sums over ensembles. FLAG 1 adds to what is there, FLAG 2 writes the result.
 @group(0) @binding(6) var<storage, read_write> sums: array<f32>;
-#endif
 #endif
 
 // Weights of queries 4i to 4i + 3 at `bucket * 9 + i`; later those of queries for keys; between, values to sum.
@@ -292,31 +283,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     high$i = high$i * factor + whole * odd_mean$i;
 #end
     let first_row = row8 * 4u;
-#ifdef STATISTICS
-    var product = vec4<f32>();
-#repeat r 4
-    if first_row + $ru < queries {
-        let grad_at = input2_at(b, first_query + first_row + $ru, kv_head * GROUP + in_group);
-#repeat i PAIRS
-        if channel$i < VALUE_DIM {
-            product[$r] += low$i[$r] * input2_element(grad_at + channel$i);
-        }
-        if channel$i + 1u < VALUE_DIM {
-            product[$r] += high$i[$r] * input2_element(grad_at + channel$i + 1u);
-        }
-#end
-    }
-#end
-    product = lane_sum(local, product) * factor;
-    if lane == 0u {
-#repeat r 4
-        if first_row + $ru < queries {
-            let row = ((b * p.tokens + first_query + first_row + $ru) * p.heads + h) * GROUP + in_group;
-            statistics[row * CHANNEL_BLOCKS + block] = vec2<f32>(factor[$r], -product[$r]);
-        }
-#end
-    }
-#else
 #repeat r 4
     if first_row + $ru < queries {
         let token$r = first_query + first_row + $ru;
@@ -348,5 +314,4 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #end
     }
 #end
-#endif
 }

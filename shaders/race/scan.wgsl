@@ -7,7 +7,7 @@
 // | | state s → matrix row s | last row | back |
 // |---|---|---|---|
 // | forward | R·x_s − c·m | m = Σ x / L | (c·m + M_s) / R |
-// | reverse | x_s / R | c·Σ x / R | R·M_s + (M_S − c·Σ M) / L |
+// | reverse | (x_s − c·m / R) / R, m = Σ x / L | c·Σ x / R | R·M_s + (M_S − c·Σ M) / L |
 //
 // FLAG 1 writes the sum of everything into one more matrix, at `p.chunks`; FLAG 2 leaves the state as it is.
 @group(0) @binding(2) var<storage, read_write> state: array<vec2<f32>>;
@@ -43,7 +43,9 @@ fn entry(at: u32, s: u32, centre: f32, last: vec2<f32>) -> vec2<f32> {
         return last;
     }
 #ifdef REVERSE
-    return state[at] * INVERSE;
+    // Rows of the sums that it is a gradient of add up to zero where c is 1: a constant off all of them changes nothing,
+    // and leaves small what keys take from them.
+    return double_add(state[at] * INVERSE, vec2<f32>(-last.x / f32(BUCKETS), 0.0));
 #else
     return double_add(state[at] * SIZE, -centre * last);
 #endif

@@ -16,9 +16,9 @@ use crate::tensor::{DType, Tensor};
 const PIECES: usize = 8;
 
 /// A result, and where its pieces are bound.
-struct Output {
-    buffer: wgpu::Buffer,
-    dtype: DType,
+pub(super) struct Output {
+    pub buffer: wgpu::Buffer,
+    pub dtype: DType,
 }
 
 impl GpuRace {
@@ -72,7 +72,7 @@ impl GpuRace {
     }
 
     /// The rows of a piece in a result of `row` elements a token, as a binding with the first element in it.
-    fn bind_rows(&self, output: &Output, call: &Call, piece: &Piece, row: usize) -> (Bind, u32) {
+    pub(super) fn bind_rows(&self, output: &Output, call: &Call, piece: &Piece, row: usize) -> (Bind, u32) {
         let size = output.dtype.size() as u64;
         let at = |b: usize, token: usize| (b * call.tokens + token) as u64 * row as u64 * size;
         let start = at(piece.sequences.start, piece.tokens.start);
@@ -185,7 +185,7 @@ impl GpuRace {
                         self.scan(passes, &block, state, &matrices, false)?;
                         (block, v)
                     }
-                    None => (self.read_state(passes, &block, state, &matrices)?, q),
+                    None => (self.read_state(passes, &block, state, &matrices, false)?, q),
                 };
                 let Some(output) = output else { continue };
                 let row = g.num_q_heads * g.value_dim;

@@ -1,6 +1,7 @@
 //! The kernels: a typed key each, from which alone its shader is made.
 
 use crate::engine::gpu::{Assembler, Binding, KernelKey, KernelSource, Stage};
+use crate::race::gpu::backward_kernels::BackwardKernel;
 use crate::race::gpu::params::Params;
 use crate::race::plan::{CHUNK, Geometry, SCAN_WIDTH};
 use crate::tensor::DType;
@@ -9,19 +10,27 @@ use crate::tensor::DType;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Kernel {
     /// Hashes rows, `per_head` for each token and kv head.
-    Project { per_head: usize },
+    Project {
+        per_head: usize,
+    },
     /// Sums over the keys of each chunk.
     ChunkSums,
     /// Sums before each chunk, or with `reverse` after it, and the state's moving on.
-    Scan { reverse: bool },
+    Scan {
+        reverse: bool,
+    },
     /// Outputs of queries; `read`: from the state alone.
-    Output { output: DType, read: bool },
-    /// What the backward of [`crate::Normalization::Ratio`] needs to know of outputs.
-    Statistics { grad: DType, read: bool },
+    Output {
+        output: DType,
+        read: bool,
+    },
     /// One token of each sequence: B and the output.
-    Step { output: DType },
+    Step {
+        output: DType,
+    },
     /// One token of each sequence: A, once B is done.
     StepMass,
+    Backward(BackwardKernel),
 }
 
 /// One pipeline.
@@ -40,15 +49,17 @@ macro_rules! snippets {
 const SNIPPETS: &[(&str, &str)] = snippets!(
     "common": ["elements", "output", "reduce", "tanh"],
     "race": ["params", "input", "input2", "hash", "features", "matrices", "double", "store"],
+    "race": ["weights", "tile", "sums", "through_hash", "readings", "hash_rows"],
 );
 
 impl Kernel {
     fn text(self) -> &'static str {
         match self {
             Self::Project { .. } => include_str!("../../../shaders/race/project.wgsl"),
+            Self::Backward(kernel) => kernel.text(),
             Self::ChunkSums => include_str!("../../../shaders/race/chunk_sums.wgsl"),
             Self::Scan { .. } => include_str!("../../../shaders/race/scan.wgsl"),
-            Self::Output { .. } | Self::Statistics { .. } => include_str!("../../../shaders/race/output.wgsl"),
+            Self::Output { .. } => include_str!("../../../shaders/race/output.wgsl"),
             Self::Step { .. } | Self::StepMass => include_str!("../../../shaders/race/step.wgsl"),
         }
     }
@@ -57,10 +68,10 @@ impl Kernel {
     fn stage(self) -> &'static str {
         match self {
             Self::Project { .. } => "project",
+            Self::Backward(kernel) => kernel.stage(),
             Self::ChunkSums => "chunk sums",
             Self::Scan { .. } => "scan",
             Self::Output { .. } => "output",
-            Self::Statistics { .. } => "statistics",
             Self::Step { .. } => "step",
             Self::StepMass => "step mass",
         }
@@ -72,11 +83,11 @@ impl Kernel {
         const W: bool = true;
         match self {
             Self::Project { .. } => &[R, R, R, W],
+            Self::Backward(kernel) => kernel.storage(geometry),
             Self::ChunkSums => &[R, R, R, W],
             Self::Scan { .. } => &[R, W, W],
             Self::Output { .. } if geometry.ensembles > 1 => &[R, R, R, R, W, W],
             Self::Output { .. } => &[R, R, R, R, W],
-            Self::Statistics { .. } => &[R, R, R, R, W, R],
             Self::Step { .. } => &[R, R, R, W, R, R, W],
             Self::StepMass => &[R, R, R, W],
         }
@@ -84,7 +95,7 @@ impl Kernel {
 }
 
 /// `prefix` is `IN`, `IN2` or `OUT`.
-fn dtype_define(prefix: &'static str, dtype: DType) -> &'static str {
+pub(super) fn dtype_define(prefix: &'static str, dtype: DType) -> &'static str {
     match (prefix, dtype) {
         ("IN", DType::F16) => "IN_F16",
         ("IN", DType::Bf16) => "IN_BF16",
@@ -101,6 +112,9 @@ fn dtype_define(prefix: &'static str, dtype: DType) -> &'static str {
 impl Key {
     fn defines(&self) -> Vec<&'static str> {
         let g = &self.geometry;
+        if let Kernel::Backward(kernel) = self.kernel {
+            return kernel.defines(g);
+        }
         let mut defines = vec![dtype_define("IN", g.dtype)];
         if g.ratio {
             defines.push("RATIO");
@@ -115,10 +129,9 @@ impl Key {
             }
             Kernel::Step { output } => defines.push(dtype_define("OUT", output)),
             Kernel::StepMass => defines.push("MASS"),
-            Kernel::Statistics { grad, .. } => defines.extend(["STATISTICS", dtype_define("IN2", grad)]),
             _ => {}
         }
-        if matches!(self.kernel, Kernel::Output { read: true, .. } | Kernel::Statistics { read: true, .. }) {
+        if matches!(self.kernel, Kernel::Output { read: true, .. }) {
             defines.push("READ");
         }
         defines
@@ -144,7 +157,7 @@ impl Key {
                 // Planes of a workgroup, in sixteens.
                 constants.push(("COLUMNS", g.bits().div_ceil(16).min(4)));
             }
-            Kernel::Statistics { .. } => constants.push(("INPUT2", 6)),
+            Kernel::Backward(kernel) => constants.extend(kernel.constants(g)),
             Kernel::Scan { .. } => constants.push(("WIDTH", SCAN_WIDTH)),
             Kernel::Step { .. } | Kernel::StepMass => constants.push(("HEADS", g.step_heads())),
             _ => {}

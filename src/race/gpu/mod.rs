@@ -12,6 +12,8 @@
 //! α = R·φ − c with the centring constant c of the kv head, see [`crate::race::plan::centre`]. A matrix's last row and
 //! column are the sums of v and of ones, so that plain A and B follow from it whatever c is.
 
+mod backward;
+mod backward_kernels;
 mod forward;
 mod kernels;
 mod params;
@@ -19,26 +21,25 @@ mod state;
 mod sweep;
 
 #[cfg(test)]
+mod backward_tests;
+#[cfg(test)]
 mod tests;
 
+pub(crate) use backward::GpuParameterSums;
 pub(crate) use state::GpuState;
 
 use crate::engine::Recording;
-use crate::engine::gpu::{Context, Scratch};
+use crate::engine::gpu::{Context, KernelKey, Scratch};
 use crate::error::{Error, Result};
 use crate::race::config::{Normalization, Parameters, RaceConfig, RaceShape};
 use crate::race::executor::{Call, InputGradients, Inputs, ParameterSums, RaceExecutor, StateData, StateStorage};
 use crate::race::gpu::kernels::{Kernel, Key};
 use crate::race::plan::{Budget, Geometry, centre, pieces};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 use std::sync::Arc;
 
 const STORAGE: wgpu::BufferUsages =
     wgpu::BufferUsages::STORAGE.union(wgpu::BufferUsages::COPY_SRC).union(wgpu::BufferUsages::COPY_DST);
-
-/// Gradients of β and hyperplanes on a GPU.
-#[derive(Debug)]
-pub(crate) struct GpuParameterSums {}
 
 /// Scratch buffers that calls share.
 #[derive(Default)]
@@ -49,6 +50,10 @@ struct Workspace {
     matrices: Scratch,
     /// Outputs summed over ensembles.
     sums: Scratch,
+    /// Of a backward: gradients of hashes, readings of queries, shares of the parameters' gradients.
+    hash_gradients: Scratch,
+    readings: Scratch,
+    shares: Scratch,
 }
 
 /// The wgpu executor.
@@ -62,13 +67,12 @@ pub(crate) struct GpuRace {
     planes_stride: u32,
     /// β and the centring constant of each kv head.
     heads: Vec<[f32; 2]>,
+    /// Values of β: one, or one per kv head.
+    betas: usize,
+    causal: bool,
     /// Factor of a bucket normalisation's sum, of one ensemble.
     weight: f32,
     workspace: Workspace,
-}
-
-fn missing(op: &'static str) -> Error {
-    Error::Unsupported { op, why: "RACE's backward on a GPU".into() }
 }
 
 impl GpuRace {
@@ -87,8 +91,9 @@ impl GpuRace {
             Normalization::BucketSum => config.tables as f32 / buckets,
         };
         let (planes, planes_stride) = upload(&ctx, op, parameters)?;
-        let heads = heads(&geometry, parameters);
-        Ok(Self { ctx, geometry, budget, planes, planes_stride, heads, weight, workspace: Workspace::default() })
+        let (heads, betas) = (heads(&geometry, parameters), parameters.beta.values().len());
+        let (causal, workspace) = (config.causal, Workspace::default());
+        Ok(Self { ctx, geometry, budget, planes, planes_stride, heads, betas, causal, weight, workspace })
     }
 
     fn key(&self, kernel: Kernel) -> Key {
@@ -122,6 +127,7 @@ impl RaceExecutor for GpuRace {
     fn set_parameters(&mut self, parameters: &Parameters) -> Result<()> {
         (self.planes, self.planes_stride) = upload(&self.ctx, "set_parameters", parameters)?;
         self.heads = heads(&self.geometry, parameters);
+        self.betas = parameters.beta.values().len();
         Ok(())
     }
 
@@ -134,7 +140,7 @@ impl RaceExecutor for GpuRace {
     }
 
     fn new_sums(&self, op: &'static str) -> Result<ParameterSums> {
-        Err(missing(op))
+        Ok(ParameterSums::Gpu(self.zero_sums(op)?))
     }
 
     fn forward(
@@ -150,16 +156,17 @@ impl RaceExecutor for GpuRace {
     fn backward(
         &mut self,
         call: &Call,
-        _: &Inputs<'_>,
-        _: &StateStorage,
-        _: &mut StateStorage,
-        _: &mut ParameterSums,
+        inputs: &Inputs<'_>,
+        state: &StateStorage,
+        grad_state: &mut StateStorage,
+        sums: &mut ParameterSums,
     ) -> Result<InputGradients> {
-        Err(missing(call.op))
+        let op = call.op;
+        self.run_backward(call, inputs, state.gpu(op)?, grad_state.gpu_mut(op)?, sums.gpu_mut(op)?)
     }
 
-    fn finish_sums(&self, op: &'static str, _: ParameterSums) -> Result<(Tensor, Tensor)> {
-        Err(missing(op))
+    fn finish_sums(&self, op: &'static str, sums: ParameterSums) -> Result<(Tensor, Tensor)> {
+        self.total(op, &sums.gpu(op)?)
     }
 
     fn export(&self, op: &'static str, state: &StateStorage) -> Result<StateData> {
@@ -168,5 +175,21 @@ impl RaceExecutor for GpuRace {
 
     fn import(&self, op: &'static str, data: &StateData) -> Result<StateStorage> {
         self.import_state(op, data)
+    }
+
+    fn warm_up(&self, output: DType) -> Result<()> {
+        let mut kernels = vec![
+            Kernel::Project { per_head: 1 },
+            Kernel::Project { per_head: self.geometry.group },
+            Kernel::ChunkSums,
+            Kernel::Scan { reverse: false },
+            Kernel::Output { output, read: !self.causal },
+        ];
+        if self.causal {
+            kernels.extend([Kernel::Step { output }, Kernel::StepMass]);
+        }
+        let keys: Vec<_> = kernels.into_iter().map(|kernel| self.key(kernel)).collect();
+        let keys: Vec<&dyn KernelKey> = keys.iter().map(|key| key as &dyn KernelKey).collect();
+        self.ctx.warm_up(&keys)
     }
 }

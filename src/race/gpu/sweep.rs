@@ -11,7 +11,7 @@ use std::ops::Range;
 
 /// Flags of shaders/race/scan.wgsl.
 const WRITE_TOTAL: u32 = 1;
-const KEEP_STATE: u32 = 2;
+pub(super) const KEEP_STATE: u32 = 2;
 
 /// One block of a piece's kv heads in one ensemble.
 #[derive(Clone)]
@@ -128,21 +128,22 @@ impl GpuRace {
         self.dispatch_scan(passes, block, block.params, state, matrices, reverse)
     }
 
-    /// The state itself as one matrix for each unit. The block returned has it in the place of its chunks' matrices.
+    /// The state itself, or with `reverse` a gradient, as one matrix for each unit. The block returned has it in the place of its chunks' matrices.
     pub(super) fn read_state(
         &self,
         passes: &mut Passes<'_>,
         block: &Block,
         state: &GpuState,
         matrices: &wgpu::Buffer,
+        reverse: bool,
     ) -> Result<Block> {
         let params = Params { slots: 1, ..block.params };
         let scan = Params { chunks: 0, flags: WRITE_TOTAL | KEEP_STATE, ..params };
-        self.dispatch_scan(passes, block, scan, state, matrices, false)?;
+        self.dispatch_scan(passes, block, scan, state, matrices, reverse)?;
         Ok(Block { params, ..block.clone() })
     }
 
-    fn dispatch_scan(
+    pub(super) fn dispatch_scan(
         &self,
         passes: &mut Passes<'_>,
         block: &Block,

@@ -2,12 +2,17 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use super::GpuRace;
 use super::kernels::{Kernel, Key};
 use super::params::Params;
-use crate::engine::gpu::KernelKey;
+use crate::engine::Recording;
 use crate::engine::gpu::shader_tests::{same_layout, stays_in_limits, structs, validates_and_translates};
+use crate::engine::gpu::{Context, KernelKey, adapters_best_first, open};
+use crate::race::config::{Parameters, RaceConfig, RaceShape};
+use crate::race::executor::{Call, Inputs, Pass, RaceExecutor};
 use crate::race::plan::Geometry;
-use crate::tensor::DType;
+use crate::tensor::{DType, TensorView};
+use std::sync::Arc;
 
 fn geometries() -> Vec<Geometry> {
     let mut all = Vec::new();
@@ -45,6 +50,7 @@ fn keys() -> Vec<Key> {
     let mut keys = Vec::new();
     for geometry in geometries() {
         let mut add = |kernel| keys.push(Key { kernel, geometry });
+        super::backward_kernels::every(&geometry).into_iter().for_each(|kernel| add(Kernel::Backward(kernel)));
         add(Kernel::Project { per_head: 1 });
         add(Kernel::Project { per_head: geometry.group });
         add(Kernel::ChunkSums);
@@ -54,7 +60,6 @@ fn keys() -> Vec<Key> {
             add(Kernel::Scan { reverse: flag });
             for dtype in [DType::F32, DType::F16, DType::Bf16] {
                 add(Kernel::Output { output: dtype, read: flag });
-                add(Kernel::Statistics { grad: dtype, read: flag });
             }
         }
     }
@@ -114,4 +119,62 @@ fn structs_have_the_offsets_of_their_rust_twins() {
         input3.token => "in3_token",
         input3.head => "in3_head",
     );
+}
+
+pub(super) fn context() -> Arc<Context> {
+    let name = std::env::var("SOFTHASH_DEVICE").unwrap_or_else(|_| "llvmpipe".into()).to_lowercase();
+    let adapter = pollster::block_on(adapters_best_first())
+        .into_iter()
+        .find(|adapter| adapter.get_info().name.to_lowercase().contains(&name))
+        .expect("these tests need lavapipe (Debian: mesa-vulkan-drivers)");
+    // With run-time checks: what reaches outside a buffer reads zero, and shows.
+    pollster::block_on(open(&adapter, false, None)).unwrap()
+}
+
+pub(super) fn wave(count: usize, step: f32) -> Vec<f32> {
+    (0..count).map(|i| (i as f32 * step).sin()).collect()
+}
+
+/// However small the pieces, on whichever blocks of heads, results are those of one piece.
+#[test]
+fn pieces_add_up_to_the_whole() {
+    let ctx = context();
+    let shape = RaceShape { num_q_heads: 6, num_kv_heads: 3, head_dim: 8, value_dim: 10, dtype: DType::F32 };
+    for (causal, ensembles) in [(true, 1), (false, 1), (true, 2)] {
+        let config = RaceConfig { tables: 2, planes: 3, causal, ensembles, ..RaceConfig::default() };
+        let parameters = Parameters::new(&config, &shape).unwrap();
+        let mut race = GpuRace::new(ctx.clone(), &config, &shape, &parameters).unwrap();
+        let (batch, tokens) = (3, 330);
+        let lengths = vec![330, 64, 129];
+        let q = wave(batch * tokens * 6 * 8, 0.37);
+        let k = wave(batch * tokens * 3 * 8, 0.71);
+        let v = wave(batch * tokens * 3 * 10, 0.13);
+        let (q, k) = (TensorView::f32(&q, [batch, tokens, 6, 8]), TensorView::f32(&k, [batch, tokens, 3, 8]));
+        let v = TensorView::f32(&v, [batch, tokens, 3, 10]);
+        let mut run = |rows: usize| {
+            race.budget.rows = rows;
+            let passes = if causal { vec![Pass::Causal] } else { vec![Pass::Absorb, Pass::Read] };
+            let mut state = race.new_state("test", batch).unwrap();
+            let mut o = None;
+            for pass in passes {
+                let call = Call { op: "test", pass, lengths: lengths.clone(), tokens, output: DType::F32 };
+                let inputs = Inputs { q: Some(q), k: Some(k), v: Some(v), grad_o: None };
+                o = race.forward(Recording::Run, &call, &inputs, &mut state).unwrap();
+            }
+            let o = o.unwrap().read_blocking().unwrap().to_f32();
+            (o, race.export("test", &state).unwrap())
+        };
+        let whole = run(1 << 16);
+        // A chunk of one head, of two heads, of all; several chunks; several sequences.
+        for rows in [64, 128, 192, 400, 64 * 3 * 6 * 2] {
+            let (o, state) = run(rows);
+            let far = |a: f64, b: f64| (a - b).abs() > 1e-5;
+            let wrong = o.iter().zip(&whole.0).position(|(a, b)| far((*a).into(), (*b).into()));
+            assert_eq!(wrong, None, "{rows} rows, causal {causal}: o");
+            let wrong = state.b.iter().zip(&whole.1.b).position(|(a, b)| far(*a, *b));
+            assert_eq!(wrong, None, "{rows} rows, causal {causal}: B");
+            let wrong = state.a.iter().zip(&whole.1.a).position(|(a, b)| far(*a, *b));
+            assert_eq!(wrong, None, "{rows} rows, causal {causal}: A");
+        }
+    }
 }
