@@ -31,6 +31,20 @@ pub(crate) trait Lanes: Simd {
     /// Bit i is set where lane i of `a` is at least that of `b`.
     fn at_least(self, a: Self::f32s, b: Self::f32s) -> u32;
 
+    /// Writes the transpose of a block of [`ROW`] rows and columns.
+    #[inline(always)]
+    fn transpose(self, from: &[f32], from_stride: usize, to: &mut [f32], to_stride: usize) {
+        for first in (0..ROW).step_by(4) {
+            let rows: [&[f32]; 4] = std::array::from_fn(|r| &from[(first + r) * from_stride..][..ROW]);
+            for column in 0..ROW {
+                let to = &mut to[column * to_stride + first..][..4];
+                for (to, row) in to.iter_mut().zip(rows) {
+                    *to = row[column];
+                }
+            }
+        }
+    }
+
     #[inline(always)]
     fn load(self, x: &[f32]) -> Self::f32s {
         Self::as_simd_f32s(&x[..Self::F32_LANES]).0[0]
@@ -115,6 +129,41 @@ pub(crate) trait Lanes: Simd {
 #[cfg(target_arch = "x86_64")]
 impl Lanes for pulp::x86::V4 {
     const MANY_REGISTERS: bool = true;
+
+    #[inline(always)]
+    fn transpose(self, from: &[f32], from_stride: usize, to: &mut [f32], to_stride: usize) {
+        let avx = self.avx512f;
+        let mut rows: [__m512; ROW] = [avx._mm512_setzero_ps(); ROW];
+        for (i, row) in rows.iter_mut().enumerate() {
+            *row = pulp::cast(self.load(&from[i * from_stride..]));
+        }
+        // Fours of rows are transposed inside each quarter of a vector ...
+        let mut fours = rows;
+        for i in (0..ROW).step_by(4) {
+            let a = avx._mm512_castps_pd(avx._mm512_unpacklo_ps(rows[i], rows[i + 1]));
+            let b = avx._mm512_castps_pd(avx._mm512_unpacklo_ps(rows[i + 2], rows[i + 3]));
+            let c = avx._mm512_castps_pd(avx._mm512_unpackhi_ps(rows[i], rows[i + 1]));
+            let d = avx._mm512_castps_pd(avx._mm512_unpackhi_ps(rows[i + 2], rows[i + 3]));
+            fours[i] = avx._mm512_castpd_ps(avx._mm512_unpacklo_pd(a, b));
+            fours[i + 1] = avx._mm512_castpd_ps(avx._mm512_unpackhi_pd(a, b));
+            fours[i + 2] = avx._mm512_castpd_ps(avx._mm512_unpacklo_pd(c, d));
+            fours[i + 3] = avx._mm512_castpd_ps(avx._mm512_unpackhi_pd(c, d));
+        }
+        // ... then the quarters themselves: quarter q of fours[4f + c] holds column 4q + c of rows 4f to 4f + 3.
+        for c in 0..4 {
+            let (a, b, d, e) = (fours[c], fours[4 + c], fours[8 + c], fours[12 + c]);
+            let (even, odd) = (avx._mm512_shuffle_f32x4::<0x88>(a, b), avx._mm512_shuffle_f32x4::<0xdd>(a, b));
+            let (even2, odd2) = (avx._mm512_shuffle_f32x4::<0x88>(d, e), avx._mm512_shuffle_f32x4::<0xdd>(d, e));
+            for (column, x) in [
+                (c, avx._mm512_shuffle_f32x4::<0x88>(even, even2)),
+                (c + 4, avx._mm512_shuffle_f32x4::<0x88>(odd, odd2)),
+                (c + 8, avx._mm512_shuffle_f32x4::<0xdd>(even, even2)),
+                (c + 12, avx._mm512_shuffle_f32x4::<0xdd>(odd, odd2)),
+            ] {
+                self.store(&mut to[column * to_stride..], pulp::cast(x));
+            }
+        }
+    }
 
     #[inline(always)]
     unsafe fn widen_u16(self, x: *const u16) -> Self::u32s {
@@ -408,6 +457,30 @@ mod tests {
             let mut y = [f32::NEG_INFINITY, -87.5, -1e30, 0.0, -0.0, -1e-30].repeat(8);
             level.run(Exp(&mut y));
             assert_eq!(y, [0.0, 0.0, 0.0, 1.0, 1.0, 1.0].repeat(8), "{level:?}");
+        }
+    }
+
+    struct Transpose<'a>(&'a [f32], &'a mut [f32]);
+
+    impl Kernel for Transpose<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Lanes>(self, simd: S) {
+            simd.transpose(self.0, ROW + 3, self.1, ROW + 1);
+        }
+    }
+
+    #[test]
+    fn transposes() {
+        for level in Level::available() {
+            let x: Vec<f32> = (0..ROW * (ROW + 3)).map(|i| i as f32).collect();
+            let mut y = vec![0.0; ROW * (ROW + 1)];
+            level.run(Transpose(&x, &mut y));
+            for i in 0..ROW {
+                for j in 0..ROW {
+                    assert_eq!(y[j * (ROW + 1) + i], x[i * (ROW + 3) + j], "{level:?} {i} {j}");
+                }
+            }
         }
     }
 
