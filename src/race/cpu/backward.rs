@@ -84,11 +84,13 @@ impl Worker<'_> {
                     self.forward(&(*first..first + n), Some(state.reborrow()), None);
                 }
             }
+            self.ahead = -self.ahead;
             for (i, (first, n)) in chunks.iter().enumerate().rev() {
                 self.s.a[..masses].copy_from_slice(&self.s.chunk_a[i * masses..][..masses]);
                 self.s.b[..masses * row].copy_from_slice(&self.s.chunk_b[i * masses * row..][..masses * row]);
                 self.backward_chunk(*first, *n, Part::All, gradient.reborrow(), &mut sums, out);
             }
+            self.ahead = -self.ahead;
         }
         self.wide = memory;
     }
@@ -187,10 +189,10 @@ impl Worker<'_> {
 
     /// Reads a chunk of grad_o as the gradient of each ensemble's output, and Z.
     fn read_gradients(&mut self, g: usize, first: usize, n: usize, own: bool) {
-        let Self { plan, tensors, sequence, kv_head, s, .. } = self;
+        let Self { plan, tensors, sequence, kv_head, s, ahead, .. } = self;
         let (level, np, row) = (plan.level, padded(n), plan.value_row);
         let Some(grad_o) = tensors.grad_o else { return };
-        grad_o.read(level, [*sequence, first, *kv_head * plan.group + g], n, s.g, row);
+        grad_o.read(level, [*sequence, first, *kv_head * plan.group + g], n, *ahead, s.g, row);
         if plan.ensembles > 1 {
             let weight = 1.0 / plan.ensembles as f32;
             s.g[..n * row].iter_mut().for_each(|g| *g *= weight);

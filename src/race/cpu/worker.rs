@@ -154,6 +154,8 @@ pub(super) struct Worker<'a> {
     pub kv_head: usize,
     pub s: Scratch<'a>,
     pub wide: &'a mut [f64],
+    /// Tokens from a chunk to the one that will be read next.
+    pub ahead: isize,
 }
 
 impl<'a> Worker<'a> {
@@ -166,7 +168,7 @@ impl<'a> Worker<'a> {
         memory: &'a mut Memory,
     ) -> Self {
         let s = Scratch::carve(plan, needs, memory.tiles.slice_mut());
-        Self { plan, hash, tensors, sequence, kv_head, s, wide: memory.wide.slice_mut() }
+        Self { plan, hash, tensors, sequence, kv_head, s, wide: memory.wide.slice_mut(), ahead: plan.chunk as isize }
     }
 
     pub fn norm(&self, np: usize) -> Norm {
@@ -186,13 +188,13 @@ impl<'a> Worker<'a> {
 
     /// Reads a chunk of k and v and hashes the former; what lies past the last token weighs nothing.
     pub fn read_keys(&mut self, first: usize, n: usize, with_slopes: bool) {
-        let Self { plan, hash, tensors, sequence, kv_head, s, .. } = self;
+        let Self { plan, hash, tensors, sequence, kv_head, s, ahead, .. } = self;
         let (level, np, at) = (plan.level, padded(n), [*sequence, first, *kv_head]);
         if let Some(v) = tensors.v {
-            v.read(level, at, n, s.v, plan.value_row);
+            v.read(level, at, n, *ahead, s.v, plan.value_row);
         }
         let Some(k) = tensors.k else { return };
-        k.read(level, at, n, s.k, plan.dim_row);
+        k.read(level, at, n, *ahead, s.k, plan.dim_row);
         level.run(Transpose { rows: np, columns: plan.dim_row, from: s.k, to: s.k_t });
         let (one, bits) = (plan.buckets * np, plan.bits * np);
         for m in 0..plan.ensembles {
@@ -255,9 +257,9 @@ impl<'a> Worker<'a> {
 
     /// Reads a chunk of one query head's queries.
     pub fn read_queries(&mut self, g: usize, first: usize, n: usize) {
-        let Self { plan, tensors, sequence, kv_head, s, .. } = self;
+        let Self { plan, tensors, sequence, kv_head, s, ahead, .. } = self;
         let Some(q) = tensors.q else { return };
-        q.read(plan.level, [*sequence, first, *kv_head * plan.group + g], n, s.q, plan.dim_row);
+        q.read(plan.level, [*sequence, first, *kv_head * plan.group + g], n, *ahead, s.q, plan.dim_row);
         plan.level.run(Transpose { rows: padded(n), columns: plan.dim_row, from: s.q, to: s.q_t });
     }
 
