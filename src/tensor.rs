@@ -234,7 +234,12 @@ impl<'a> TensorView<'a> {
     }
 
     fn check_finite(&self, op: &'static str, tensor: &'static str) -> Result<()> {
-        fn first_bad<T: Copy + Sync>(view: &TensorView<'_>, data: &[T], finite: fn(T) -> bool) -> Option<[usize; 4]> {
+        // Generic over the test: one called by pointer is not vectorised.
+        fn first_bad<T: Copy + Sync>(
+            view: &TensorView<'_>,
+            data: &[T],
+            finite: impl Fn(T) -> bool + Sync,
+        ) -> Option<[usize; 4]> {
             use rayon::prelude::*;
             let [batch, tokens, heads, channels] = view.shape;
             let row_of = |i: usize| [i / heads / tokens, i / heads % tokens, i % heads];

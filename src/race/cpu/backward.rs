@@ -8,6 +8,9 @@
 //! RB += Ψᵀ·G             RA += ΣF
 //! ```
 //!
+//! Here B stands for B less A·c and V for V less c, with c the mean value before the chunk, and RA for the gradient of A
+//! with that B held: the same gradients, in which what all values have in common need not cancel.
+//!
 //! The chunks are taken last to first. The state before each is summed anew, never subtracted from a total: a first
 //! sweep keeps one state per block of chunks in f64; a second, block by block from the last, those of the block's
 //! chunks in f32.
@@ -15,9 +18,9 @@
 use crate::engine::cpu::gemm::{Band, Mat, Product};
 use crate::engine::cpu::simd::padded;
 use crate::race::cpu::hash::{Harden, Slopes};
-use crate::race::cpu::mass::{Flush, Scale, Suffixes, Totals, WeighBackward};
+use crate::race::cpu::mass::{CenterGradient, Flush, FlushGradient, Scale, Suffixes, Totals, WeighBackward};
 use crate::race::cpu::tile::{Rows, Transpose};
-use crate::race::cpu::worker::{Wide, Worker, clear_later, flush, round};
+use crate::race::cpu::worker::{Wide, Worker, clear_later};
 use std::ops::Range;
 
 /// Where gradients of inputs go.
@@ -71,7 +74,6 @@ impl Worker<'_> {
             }
         }
         let row = self.plan.value_row;
-        self.round_gradient((gradient.a, gradient.b));
         for (tokens, kept) in blocks.iter().zip(kept.chunks_exact(masses + of_b)).rev() {
             let kept = kept.split_at(masses);
             state.copy_from(kept);
@@ -79,16 +81,21 @@ impl Worker<'_> {
             let chunks: Vec<_> = self.chunks(tokens).collect();
             for (i, (first, n)) in chunks.iter().enumerate() {
                 self.s.chunk_a[i * masses..][..masses].copy_from_slice(&self.s.a[..masses]);
+                self.s.chunk_c[i * row..][..row].copy_from_slice(&self.s.c[..row]);
                 self.s.chunk_b[i * masses * row..][..masses * row].copy_from_slice(&self.s.b[..masses * row]);
                 if i + 1 < chunks.len() {
                     self.forward(&(*first..first + n), Some(state.reborrow()), None);
+                    self.narrow((state.a, state.b));
                 }
             }
+            self.ahead = -self.ahead;
             for (i, (first, n)) in chunks.iter().enumerate().rev() {
                 self.s.a[..masses].copy_from_slice(&self.s.chunk_a[i * masses..][..masses]);
+                self.s.c[..row].copy_from_slice(&self.s.chunk_c[i * row..][..row]);
                 self.s.b[..masses * row].copy_from_slice(&self.s.chunk_b[i * masses * row..][..masses * row]);
                 self.backward_chunk(*first, *n, Part::All, gradient.reborrow(), &mut sums, out);
             }
+            self.ahead = -self.ahead;
         }
         self.wide = memory;
     }
@@ -101,6 +108,7 @@ impl Worker<'_> {
         for (first, n) in self.chunks(tokens) {
             self.backward_chunk(first, n, Part::Sent, gradient.reborrow(), &mut sums, out);
             self.absorb(n, state.reborrow(), false);
+            self.narrow((state.a, state.b));
         }
     }
 
@@ -123,21 +131,28 @@ impl Worker<'_> {
     pub fn backward_absorb(
         &mut self,
         tokens: &Range<usize>,
+        state: (&[f64], &[f64]),
         gradient: (&[f64], &[f64]),
         mut sums: Sums<'_>,
         out: Outputs<'_>,
     ) {
-        self.round_gradient(gradient);
+        // The state is of no matter but for the mean value.
+        self.narrow(state);
+        self.narrow_gradient(gradient);
         for (first, n) in self.chunks(tokens) {
             self.read_keys(first, n, true);
+            self.shift_values(padded(n));
             self.start_keys(n);
             self.finish_keys(first, n, &mut sums, out);
             self.flush_weights(&mut sums);
         }
     }
 
-    fn round_gradient(&mut self, (a, b): (&[f64], &[f64])) {
-        round(self.plan, a, b, self.s.ra, self.s.rb);
+    /// Takes the gradient of the state into f32, for keys to read.
+    fn narrow_gradient(&mut self, (a, b): (&[f64], &[f64])) {
+        let Self { plan, s, .. } = self;
+        let (dim, row) = (plan.value_dim, plan.value_row);
+        plan.level.run(CenterGradient { dim, row, a, b, c: s.c, to_a: s.ra, to_b: s.rb });
     }
 
     /// One chunk, whose start state is in f32.
@@ -154,8 +169,10 @@ impl Worker<'_> {
         let own = self.tensors.k.is_some();
         if own {
             self.read_keys(first, n, part == Part::All);
+            self.shift_values(np);
             self.prefix_masses(np);
             if part == Part::All {
+                self.narrow_gradient((gradient.a, gradient.b));
                 self.start_keys(n);
             }
         } else {
@@ -181,25 +198,37 @@ impl Worker<'_> {
         if part == Part::All {
             self.flush_weights(sums);
         }
-        let s = &mut self.s;
-        flush(self.plan, gradient, (s.delta_a, s.delta_b), Some((s.ra, s.rb)));
+        let Self { plan, s, .. } = self;
+        let (dim, row, Wide { a, b }) = (plan.value_dim, plan.value_row, gradient);
+        let (c, delta_a, delta_b) = (&*s.c, &s.delta_a[..masses], &*s.delta_b);
+        plan.level.run(FlushGradient { dim, row, a, b, c, delta_a, delta_b });
     }
 
     /// Reads a chunk of grad_o as the gradient of each ensemble's output, and Z.
     fn read_gradients(&mut self, g: usize, first: usize, n: usize, own: bool) {
-        let Self { plan, tensors, sequence, kv_head, s, .. } = self;
+        let Self { plan, tensors, sequence, kv_head, s, ahead, .. } = self;
         let (level, np, row) = (plan.level, padded(n), plan.value_row);
         let Some(grad_o) = tensors.grad_o else { return };
-        grad_o.read(level, [*sequence, first, *kv_head * plan.group + g], n, s.g, row);
+        grad_o.read(level, [*sequence, first, *kv_head * plan.group + g], n, *ahead, s.g, row);
         if plan.ensembles > 1 {
             let weight = 1.0 / plan.ensembles as f32;
             s.g[..n * row].iter_mut().for_each(|g| *g *= weight);
         }
         level.run(Transpose { rows: np, columns: row, from: s.g, to: s.g_t });
+        level.run(Product {
+            size: [1, np, plan.value_dim],
+            a: Mat { data: s.c, stride: row },
+            transposed: false,
+            b: Mat { data: s.g_t, stride: np },
+            c: s.common,
+            c_stride: np,
+            fresh: true,
+            band: Band::Full,
+        });
         if own {
             level.run(Product {
                 size: [n, np, plan.value_dim],
-                a: Mat { data: s.v, stride: row },
+                a: Mat { data: s.vc, stride: row },
                 transposed: false,
                 b: Mat { data: s.g_t, stride: np },
                 c: s.z_t,
@@ -249,7 +278,7 @@ impl Worker<'_> {
         }
         let mass = &s.mass[m * one..(m + 1) * one];
         let (psi, y, dmass) = (&s.psi[..one], &mut s.y[..one], &mut s.dmass[..one]);
-        level.run(WeighBackward { norm, psi, mass, y, dmass });
+        level.run(WeighBackward { norm, psi, mass, common: s.common, y, dmass });
         // What goes to the state.
         level.run(Product {
             size: [buckets, row, n],
@@ -329,7 +358,7 @@ impl Worker<'_> {
     fn start_keys(&mut self, n: usize) {
         let Self { plan, s, .. } = self;
         let (level, np, row, rows) = (plan.level, padded(n), plan.value_row, plan.masses());
-        level.run(Transpose { rows: np, columns: row, from: s.v, to: s.v_t });
+        level.run(Transpose { rows: np, columns: row, from: s.vc, to: s.vc_t });
         for (dphi, ra) in s.dphi.chunks_exact_mut(np).zip(&s.ra[..rows]) {
             dphi.fill(*ra);
         }
@@ -337,7 +366,7 @@ impl Worker<'_> {
             size: [rows, np, plan.value_dim],
             a: Mat { data: s.rb, stride: row },
             transposed: false,
-            b: Mat { data: s.v_t, stride: np },
+            b: Mat { data: s.vc_t, stride: np },
             c: s.dphi,
             c_stride: np,
             fresh: false,
@@ -384,6 +413,6 @@ impl Worker<'_> {
 
     fn flush_weights(&mut self, sums: &mut Sums<'_>) {
         let (dim, row) = (self.plan.dim, self.plan.dim_row);
-        self.plan.level.run(Flush { dim, row, wide: sums.planes, delta: self.s.dw, narrow: None });
+        self.plan.level.run(Flush { dim, row, wide: sums.planes, delta: self.s.dw });
     }
 }

@@ -10,6 +10,8 @@ mod hash;
 mod mass;
 mod plan;
 mod spans;
+#[cfg(test)]
+mod tests;
 mod tile;
 mod worker;
 

@@ -272,7 +272,9 @@ impl<'a> Job<'a> {
             (Pass::Absorb, _) => {
                 let gradient = &*gradient;
                 self.each(of_spans, |worker, span, sums| {
-                    worker.backward_absorb(&span.tokens, gradient.unit(plan, span.unit(plan)), sums, out);
+                    let unit = span.unit(plan);
+                    let (state, gradient) = (state.unit(plan, unit), gradient.unit(plan, unit));
+                    worker.backward_absorb(&span.tokens, state, gradient, sums, out);
                 });
             }
             (pass, None) => {
@@ -295,8 +297,7 @@ impl<'a> Job<'a> {
             (Pass::Causal, Some([mut starts, mut ends])) => {
                 self.sum(&mut starts, false);
                 self.scan(&mut starts, state);
-                let moving = starts.copy(op)?;
-                let mut moving = moving;
+                let mut moving = starts.copy(op)?;
                 let items: Vec<_> = moving.units(plan).into_iter().zip(ends.units(plan)).collect();
                 self.each(items, |worker, span, (state, gradient)| {
                     if !span.is_first {

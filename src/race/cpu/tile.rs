@@ -1,7 +1,7 @@
 //! Tokens into tiles of f32, and tiles into results.
 
 use crate::engine::cpu::memory::zeros;
-use crate::engine::cpu::simd::{Element, Kernel, Lanes, Level, ROW};
+use crate::engine::cpu::simd::{Element, Kernel, Lanes, Level, ROW, prefetch_far};
 use crate::error::Result;
 use crate::tensor::convert::on_gpu;
 use crate::tensor::{DType, Storage, Tensor, TensorView};
@@ -38,13 +38,15 @@ impl<'a> Source<'a> {
     }
 
     /// Reads `n` tokens from `[sequence, token, head]` on into rows of `row` elements, and zeros the rows left of a
-    /// whole block; what pads a row is left alone.
-    pub fn read(&self, level: Level, [b, t, h]: [usize; 3], n: usize, to: &mut [f32], row: usize) {
+    /// whole block; what pads a row is left alone. Rows `ahead` tokens on are asked for: they are too far apart for
+    /// the hardware to foresee.
+    pub fn read(&self, level: Level, [b, t, h]: [usize; 3], n: usize, ahead: isize, to: &mut [f32], row: usize) {
         let (at, stride, dim) = (self.view.row_offset(b, t, h), self.view.strides()[1], self.view.shape()[3]);
+        let ahead = ahead.wrapping_mul(stride as isize);
         match self.slice {
-            Slice::F32(from) => level.run(Widen { from: &from[at..], stride, n, dim, to, row }),
-            Slice::F16(from) => level.run(Widen { from: &from[at..], stride, n, dim, to, row }),
-            Slice::Bf16(from) => level.run(Widen { from: &from[at..], stride, n, dim, to, row }),
+            Slice::F32(from) => level.run(Widen { from: &from[at..], stride, n, dim, ahead, to, row }),
+            Slice::F16(from) => level.run(Widen { from: &from[at..], stride, n, dim, ahead, to, row }),
+            Slice::Bf16(from) => level.run(Widen { from: &from[at..], stride, n, dim, ahead, to, row }),
         }
         to[n * row..n.next_multiple_of(ROW) * row].fill(0.0);
     }
@@ -55,6 +57,7 @@ struct Widen<'a, E> {
     stride: usize,
     n: usize,
     dim: usize,
+    ahead: isize,
     to: &'a mut [f32],
     row: usize,
 }
@@ -67,6 +70,9 @@ impl<E: Element> Kernel for Widen<'_, E> {
         for i in 0..self.n {
             let from = &self.from[i * self.stride..][..self.dim];
             let to = &mut self.to[i * self.row..][..self.dim];
+            for c in (0..self.dim).step_by(64 / size_of::<E>()) {
+                prefetch_far(from, (c as isize).wrapping_add(self.ahead) as usize);
+            }
             for c in (0..whole).step_by(S::F32_LANES) {
                 simd.store(&mut to[c..], E::load(simd, &from[c..]));
             }

@@ -9,7 +9,7 @@ use crate::engine::cpu::product;
 use crate::engine::cpu::simd::{ROW, padded};
 use crate::error::{Error, Result};
 use crate::race::cpu::hash::{Slopes, Soften};
-use crate::race::cpu::mass::{Flush, Norm, Prefixes, Totals, Weigh};
+use crate::race::cpu::mass::{Center, Flush, Norm, Prefixes, Shift, Totals, Weigh};
 use crate::race::cpu::plan::{Hash, Plan};
 use crate::race::cpu::tile::{Rows, Source, Transpose};
 use std::ops::Range;
@@ -82,7 +82,9 @@ tiles! { |p, n|
     k: product([p.chunk, p.dim_row]),
     k_t: product([p.chunk, p.dim_row]),
     v: product([p.chunk, p.value_row]),
-    v_t: product([p.chunk, p.value_row, usize::from(n.backward)]),
+    /// v less c.
+    vc: product([p.chunk, p.value_row]),
+    vc_t: product([p.chunk, p.value_row, usize::from(n.backward)]),
     q: product([p.chunk, p.dim_row]),
     q_t: product([p.chunk, p.dim_row]),
     g: product([p.chunk, p.value_row, usize::from(n.backward)]),
@@ -99,9 +101,13 @@ tiles! { |p, n|
     mass: product([p.ensembles, p.buckets, p.chunk]),
     /// φ(q), then ψ.
     psi: product([p.buckets, p.chunk]),
+    /// Σ ψ·A of each token.
+    whole: product([p.chunk]),
+    /// grad_o·c of each token.
+    common: product([p.chunk]),
     /// ψ_i·φ(k_j), at `[j, i]`.
     scores: product([p.chunk, p.chunk]),
-    /// grad_o_i·v_j, at `[j, i]` and at `[i, j]`.
+    /// grad_o_i·(v_j − c), at `[j, i]` and at `[i, j]`.
     z_t: product([p.chunk, p.chunk, usize::from(n.backward)]),
     z: product([p.chunk, p.chunk, usize::from(n.backward)]),
     y: product([p.buckets, p.chunk, usize::from(n.backward)]),
@@ -112,16 +118,18 @@ tiles! { |p, n|
     /// What a chunk adds to A and B of all ensembles, or to their gradients.
     delta_a: product([p.ensembles, p.buckets]),
     delta_b: product([p.ensembles, p.buckets, p.value_row]),
-    /// The state, rounded: `[ensembles, buckets]` and that times `value_row`.
+    /// The state, rounded: A, the mean value c, and B less A·c; `[ensembles, buckets]` and that times `value_row`.
     a: product([p.ensembles, p.buckets]),
+    c: product([p.value_row]),
     b: product([p.ensembles, p.buckets, p.value_row]),
-    /// The gradient of the state, rounded.
+    /// The gradient of the state, rounded: that of A with B less A·c held, and that of B.
     ra: product([p.ensembles, p.buckets, usize::from(n.backward)]),
     rb: product([p.ensembles, p.buckets, p.value_row, usize::from(n.backward)]),
     /// What a chunk adds to the gradients of the hyperplanes.
     dw: product([p.ensembles, p.bits, p.dim_row, usize::from(n.backward)]),
     /// States at the starts of a block's chunks.
     chunk_a: product([n.block, p.ensembles, p.buckets]),
+    chunk_c: product([n.block, p.value_row]),
     chunk_b: product([n.block, p.ensembles, p.buckets, p.value_row]),
 }
 
@@ -154,6 +162,8 @@ pub(super) struct Worker<'a> {
     pub kv_head: usize,
     pub s: Scratch<'a>,
     pub wide: &'a mut [f64],
+    /// Tokens from a chunk to the one that will be read next.
+    pub ahead: isize,
 }
 
 impl<'a> Worker<'a> {
@@ -166,11 +176,12 @@ impl<'a> Worker<'a> {
         memory: &'a mut Memory,
     ) -> Self {
         let s = Scratch::carve(plan, needs, memory.tiles.slice_mut());
-        Self { plan, hash, tensors, sequence, kv_head, s, wide: memory.wide.slice_mut() }
+        Self { plan, hash, tensors, sequence, kv_head, s, wide: memory.wide.slice_mut(), ahead: plan.chunk as isize }
     }
 
     pub fn norm(&self, np: usize) -> Norm {
-        Norm { ratio: self.plan.ratio, share: self.plan.share, np }
+        let shares = self.plan.share * self.plan.tables as f32;
+        Norm { ratio: self.plan.ratio, share: self.plan.share, shares, np }
     }
 
     /// Chunks of a range of tokens: first token and count.
@@ -181,18 +192,20 @@ impl<'a> Worker<'a> {
 
     /// Takes the state into f32, for queries to read.
     pub fn narrow(&mut self, (a, b): (&[f64], &[f64])) {
-        round(self.plan, a, b, self.s.a, self.s.b);
+        let Self { plan, s, .. } = self;
+        let (buckets, dim, row) = (plan.buckets, plan.value_dim, plan.value_row);
+        plan.level.run(Center { buckets, dim, row, a, b, to_a: s.a, c: s.c, to_b: s.b });
     }
 
     /// Reads a chunk of k and v and hashes the former; what lies past the last token weighs nothing.
     pub fn read_keys(&mut self, first: usize, n: usize, with_slopes: bool) {
-        let Self { plan, hash, tensors, sequence, kv_head, s, .. } = self;
+        let Self { plan, hash, tensors, sequence, kv_head, s, ahead, .. } = self;
         let (level, np, at) = (plan.level, padded(n), [*sequence, first, *kv_head]);
         if let Some(v) = tensors.v {
-            v.read(level, at, n, s.v, plan.value_row);
+            v.read(level, at, n, *ahead, s.v, plan.value_row);
         }
         let Some(k) = tensors.k else { return };
-        k.read(level, at, n, s.k, plan.dim_row);
+        k.read(level, at, n, *ahead, s.k, plan.dim_row);
         level.run(Transpose { rows: np, columns: plan.dim_row, from: s.k, to: s.k_t });
         let (one, bits) = (plan.buckets * np, plan.bits * np);
         for m in 0..plan.ensembles {
@@ -203,6 +216,13 @@ impl<'a> Worker<'a> {
                 phi.chunks_exact_mut(np).for_each(|row| row[n..].fill(0.0));
             }
         }
+    }
+
+    /// The chunk's values less the mean.
+    pub fn shift_values(&mut self, np: usize) {
+        let Self { plan, s, .. } = self;
+        let row = plan.value_row;
+        plan.level.run(Shift { x: &s.v[..np * row], c: &s.c[..row], out: s.vc });
     }
 
     /// The masses that each token of the chunk reads. Gives what the chunk adds to A in `delta_a`.
@@ -229,8 +249,7 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Adds the chunk's keys and values to the state, in f64 and rounded. `delta_a` holds their weights where
-    /// `summed`.
+    /// Adds the chunk's keys and values to the state in f64. `delta_a` holds their weights where `summed`.
     pub fn absorb(&mut self, n: usize, state: Wide<'_>, summed: bool) {
         let Self { plan, s, .. } = self;
         let (level, np, row) = (plan.level, padded(n), plan.value_row);
@@ -250,14 +269,16 @@ impl<'a> Worker<'a> {
             fresh: true,
             band: Band::Full,
         });
-        flush(plan, state, (s.delta_a, s.delta_b), Some((s.a, s.b)));
+        let dim = plan.value_dim;
+        level.run(Flush { dim: rows, row: rows, wide: state.a, delta: &s.delta_a[..rows] });
+        level.run(Flush { dim, row, wide: state.b, delta: s.delta_b });
     }
 
     /// Reads a chunk of one query head's queries.
     pub fn read_queries(&mut self, g: usize, first: usize, n: usize) {
-        let Self { plan, tensors, sequence, kv_head, s, .. } = self;
+        let Self { plan, tensors, sequence, kv_head, s, ahead, .. } = self;
         let Some(q) = tensors.q else { return };
-        q.read(plan.level, [*sequence, first, *kv_head * plan.group + g], n, s.q, plan.dim_row);
+        q.read(plan.level, [*sequence, first, *kv_head * plan.group + g], n, *ahead, s.q, plan.dim_row);
         plan.level.run(Transpose { rows: padded(n), columns: plan.dim_row, from: s.q, to: s.q_t });
     }
 
@@ -268,7 +289,8 @@ impl<'a> Worker<'a> {
         let one = plan.buckets * np;
         let slopes = with_slopes.then(|| Slopes::of(s.q_slopes, plan.bits * np));
         soften(plan, *hash, m, np, s.q_t, s.u, &mut s.psi[..one], slopes);
-        plan.level.run(Weigh { norm, psi: &mut s.psi[..one], mass: &s.mass[m * one..(m + 1) * one] });
+        let mass = &s.mass[m * one..(m + 1) * one];
+        plan.level.run(Weigh { norm, psi: &mut s.psi[..one], mass, whole: s.whole });
     }
 
     /// ψ_i·φ(k_j) of the chunk's own keys, for j ≤ i.
@@ -298,7 +320,10 @@ impl<'a> Worker<'a> {
             }
             if let Some(out) = out {
                 match own {
-                    true => self.prefix_masses(np),
+                    true => {
+                        self.shift_values(np);
+                        self.prefix_masses(np);
+                    }
                     // Fewer columns than before only move the rows; the last chunk may have.
                     false if chunk == 0 || n < self.plan.chunk => self.common_masses(np),
                     false => {}
@@ -309,6 +334,9 @@ impl<'a> Worker<'a> {
             }
             if let (true, Some(state)) = (own, &mut state) {
                 self.absorb(n, state.reborrow(), out.is_some());
+                if out.is_some() {
+                    self.narrow((state.a, state.b));
+                }
             }
         }
     }
@@ -335,12 +363,22 @@ impl<'a> Worker<'a> {
                 band: Band::Full,
             };
             plan.level.run(state);
+            plan.level.run(Product {
+                size: [n, row, 1],
+                a: Mat { data: s.whole, stride: np },
+                transposed: true,
+                b: Mat { data: s.c, stride: row },
+                c: s.o,
+                c_stride: row,
+                fresh: false,
+                band: Band::Full,
+            });
             if own {
                 plan.level.run(Product {
                     size: [n, row, n],
                     a: Mat { data: s.scores, stride: np },
                     transposed: true,
-                    b: Mat { data: s.v, stride: row },
+                    b: Mat { data: s.vc, stride: row },
                     c: s.o,
                     c_stride: row,
                     fresh: false,
@@ -389,30 +427,4 @@ fn soften(
         band: Band::Full,
     });
     plan.level.run(Soften { tables: plan.tables, planes: plan.planes, np, beta: hash.beta, u, phi, slopes });
-}
-
-/// Adds what a chunk gives to sums in f64, and rounds those where asked.
-pub(super) fn flush(
-    plan: &Plan,
-    wide: Wide<'_>,
-    (delta_a, delta_b): (&[f32], &[f32]),
-    narrow: Option<(&mut [f32], &mut [f32])>,
-) {
-    let masses = plan.masses();
-    let (narrow_a, narrow_b) = match narrow {
-        Some((a, b)) => (Some(&mut a[..masses]), Some(b)),
-        None => (None, None),
-    };
-    let a = Flush { dim: masses, row: masses, wide: wide.a, delta: &delta_a[..masses], narrow: narrow_a };
-    plan.level.run(a);
-    let (dim, row) = (plan.value_dim, plan.value_row);
-    plan.level.run(Flush { dim, row, wide: wide.b, delta: delta_b, narrow: narrow_b });
-}
-
-/// A state in f64, rounded.
-pub(super) fn round(plan: &Plan, a: &[f64], b: &[f64], to_a: &mut [f32], to_b: &mut [f32]) {
-    to_a.iter_mut().zip(a).for_each(|(x, w)| *x = *w as f32);
-    for (to, from) in to_b.chunks_exact_mut(plan.value_row).zip(b.chunks_exact(plan.value_dim)) {
-        to.iter_mut().zip(from).for_each(|(x, w)| *x = *w as f32);
-    }
 }
