@@ -29,3 +29,12 @@ fn widen_half(half: u32) -> u32 {
     }
     return sign | ((exponent + 112u) << 23u) | (mantissa << 13u);
 }
+
+// Element `at` of a row of 16-bit elements, out of the word that holds it.
+fn bf16_element(word: u32, at: u32) -> f32 {
+    return finite_or_zero(select(low_bf16(word), high_bf16(word), (at & 1u) == 1u));
+}
+
+fn f16_element(word: u32, at: u32) -> f32 {
+    return finite_or_zero(widen_half((word >> ((at & 1u) * 16u)) & 0xffffu));
+}

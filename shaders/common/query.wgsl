@@ -8,11 +8,9 @@ fn query_element(batch: u32, token: u32, head: u32, channel: u32) -> f32 {
     return finite_or_zero(q[at]);
 #endif
 #ifdef Q_BF16
-    let word = q[at >> 1u];
-    return finite_or_zero(select(low_bf16(word), high_bf16(word), (at & 1u) == 1u));
+    return bf16_element(q[at >> 1u], at);
 #endif
 #ifdef Q_F16
-    let word = q[at >> 1u];
-    return finite_or_zero(widen_half((word >> ((at & 1u) * 16u)) & 0xffffu));
+    return f16_element(q[at >> 1u], at);
 #endif
 }

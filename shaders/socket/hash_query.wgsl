@@ -2,6 +2,7 @@
 #import rows
 #import query
 #import reduce
+#import tanh
 // Look-up tables of one query: one workgroup per (row, kv head, scoring head). Also clears the row's histogram.
 // A code is scored in digits of four bits; a table entry is what one value of one digit contributes.
 @group(0) @binding(2) var<storage, read> planes: array<f32>;
@@ -16,18 +17,6 @@ var<workgroup> u: array<f32, BLOCK_BITS>;
 
 fn logistic(t: f32) -> f32 {
     return 1.0 / (1.0 + exp(-t));
-}
-
-// tanh by exponentials of a bounded argument: the built-in overflows on some drivers.
-fn bounded_tanh(t: f32) -> f32 {
-    let s = clamp(t, -15.0, 15.0);
-    // Near zero the quotient cancels; the series is exact to f32 there.
-    if abs(s) < 0.02 {
-        let s2 = s * s;
-        return s * (1.0 - s2 * (1.0 / 3.0 - s2 * (2.0 / 15.0)));
-    }
-    let e = exp(2.0 * s);
-    return (e - 1.0) / (e + 1.0);
 }
 
 fn load_head(local: u32, batch: u32, token: u32, head: u32, weight: f32, add: bool) {

@@ -24,6 +24,8 @@ pub(crate) mod executor;
 #[cfg(feature = "wgpu")]
 pub(crate) mod gpu;
 mod persist;
+#[cfg(feature = "wgpu")]
+pub(crate) mod plan;
 pub mod reference;
 pub(crate) mod source;
 pub(crate) mod state;

@@ -9,8 +9,11 @@ mod open;
 mod passes;
 mod pipeline;
 mod readback;
+mod scratch;
 mod timing;
 
+#[cfg(test)]
+pub(crate) mod shader_tests;
 #[cfg(test)]
 mod tests;
 
@@ -21,6 +24,7 @@ pub(crate) use input::{Input, Strides, stage, staged_bytes};
 pub(crate) use open::{adapters_best_first, open};
 pub(crate) use passes::{Bind, GridParams, Passes, Ready, Stage};
 pub(crate) use pipeline::{Binding, KernelKey, KernelSource, Pipeline};
+pub(crate) use scratch::Scratch;
 pub use timing::Timer;
 
 /// Locks a mutex; a panic of another holder leaves nothing half-written in this engine, so its mark is ignored.

@@ -4,7 +4,7 @@ use super::kernels::Kernel;
 use super::pages::{local_of, slab_of};
 use super::params::{Entry, Params, Row};
 use super::{GpuExecutor, STORAGE};
-use crate::engine::gpu::{Bind, Input, Passes, Ready, Strides, Timer, stage};
+use crate::engine::gpu::{self as engine, Bind, Input, Passes, Ready, Strides, Timer, stage};
 use crate::error::{Error, Result};
 use crate::socket::executor::{Attended, Selection, StageTime};
 use crate::socket::plan::{BINS, CANDIDATES, HISTOGRAM_ROW, SPAN, TABLE_HEADER, score_stride};
@@ -23,7 +23,7 @@ struct SlabEntries {
 /// Scratch buffers that calls of one cache share, grown as needed.
 #[derive(Default)]
 pub(super) struct Workspace {
-    buffers: [Option<wgpu::Buffer>; 5],
+    buffers: [engine::Scratch; 5],
     entries: Option<Vec<SlabEntries>>,
 }
 
@@ -43,7 +43,7 @@ impl Workspace {
     }
 
     pub fn bytes(&self) -> u64 {
-        self.buffers.iter().flatten().map(wgpu::Buffer::size).sum()
+        self.buffers.iter().map(engine::Scratch::bytes).sum()
     }
 }
 
@@ -57,28 +57,14 @@ struct Block {
 
 impl GpuExecutor {
     fn scratch(&mut self, op: &'static str, which: Scratch, bytes: u64) -> Result<wgpu::Buffer> {
-        let limit = self.ctx.caps().max_storage_binding;
-        let name = match which {
+        let what = match which {
             Scratch::Tables => "bytes of look-up tables",
             Scratch::Histogram => "bytes of histograms",
             Scratch::Scores => "bytes of scores",
             Scratch::Candidates => "bytes of candidates",
             Scratch::Partials => "bytes of partial results",
         };
-        if bytes > limit {
-            return Err(Error::Limit { op, what: name, value: bytes, limit });
-        }
-        let held = &mut self.workspace.buffers[which as usize];
-        match held {
-            Some(buffer) if buffer.size() >= bytes => Ok(buffer.clone()),
-            _ => {
-                // Some room to grow, so that a growing context does not allocate at every step.
-                let wish = (bytes + bytes / 4).min(limit).next_multiple_of(256).max(bytes);
-                let buffer = self.ctx.buffer(op, name, wish.min(limit / 4 * 4).max(bytes), STORAGE)?;
-                *held = Some(buffer.clone());
-                Ok(buffer)
-            }
-        }
+        self.workspace.buffers[which as usize].get(&self.ctx, op, what, bytes)
     }
 
     fn make_entries(&mut self, op: &'static str) -> Result<()> {

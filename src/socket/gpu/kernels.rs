@@ -46,6 +46,7 @@ pub(super) const SNIPPETS: &[(&str, &str)] = snippets!(
     "pieces",
     "scan",
     "reduce",
+    "tanh",
     "order",
     "find_bin",
     "key_scalars",

@@ -1,17 +1,16 @@
-//! Every variant of every shader: parsed, validated, checked against its bindings and limits, and written as SPIR-V,
-//! MSL and HLSL.
+//! Every variant of every shader.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use super::kernels::{Kernel, Key};
 use super::merge::MergeKey;
 use super::params::{Entry, Item, Params, Row};
-use crate::engine::gpu::{Binding, KernelKey};
+use crate::engine::gpu::KernelKey;
+use crate::engine::gpu::shader_tests::{same_layout, stays_in_limits, structs, validates_and_translates};
 use crate::socket::config::{CacheShape, Rule, Scoring, SelectionScope, SocketConfig};
-use crate::socket::plan::{Geometry, WORKGROUP_MEMORY};
+use crate::socket::plan::Geometry;
 use crate::socket::problem::CacheSpec;
 use crate::tensor::DType;
-use naga::valid::{Capabilities, ValidationFlags, Validator};
 
 fn geometries() -> Vec<Geometry> {
     let mut all = Vec::new();
@@ -75,107 +74,21 @@ fn keys() -> Vec<Box<dyn KernelKey>> {
     keys
 }
 
-fn parse(key: &dyn KernelKey) -> naga::Module {
-    let source = key.source();
-    naga::front::wgsl::parse_str(&source.wgsl)
-        .unwrap_or_else(|e| panic!("{}: {}", key.label(), e.emit_to_string(&source.wgsl)))
-}
-
 #[test]
 fn every_variant_validates_and_translates() {
-    for key in keys() {
-        let label = key.label();
-        let module = parse(key.as_ref());
-        // Half floats unpacked from integers are core WebGPU; subgroups are a variant of their own.
-        let mut validator =
-            Validator::new(ValidationFlags::all(), Capabilities::SHADER_FLOAT16_IN_FLOAT32 | Capabilities::SUBGROUP);
-        let info =
-            validator.validate(&module).unwrap_or_else(|e| panic!("{label}: {}", e.emit_to_string(&key.source().wgsl)));
-        let spirv = naga::back::spv::write_vec(
-            &module,
-            &info,
-            &naga::back::spv::Options { lang_version: (1, 3), ..Default::default() },
-            None,
-        )
-        .unwrap();
-        assert!(!spirv.is_empty(), "{label}");
-        let options = naga::back::msl::Options { fake_missing_bindings: true, ..Default::default() };
-        let (msl, _) =
-            naga::back::msl::write_string(&module, &info, &options, &naga::back::msl::PipelineOptions::default())
-                .unwrap_or_else(|e| panic!("{label}: {e}"));
-        assert!(msl.contains("kernel void"), "{label}");
-        let options = naga::back::hlsl::Options { fake_missing_bindings: true, ..Default::default() };
-        let mut hlsl = String::new();
-        naga::back::hlsl::Writer::new(&mut hlsl, &options, &naga::back::hlsl::PipelineOptions::default())
-            .write(&module, &info, None)
-            .unwrap_or_else(|e| panic!("{label}: {e}"));
-        assert!(hlsl.contains("numthreads"), "{label}");
-    }
+    keys().iter().for_each(|key| validates_and_translates(key.as_ref()));
 }
 
 #[test]
 fn bindings_and_workgroup_memory_stay_in_limits() {
-    for key in keys() {
-        let (label, module, bindings) = (key.label(), parse(key.as_ref()), key.source().bindings);
-        let mut layouter = naga::proc::Layouter::default();
-        layouter.update(module.to_ctx()).unwrap();
-        let mut storage = 0;
-        let mut workgroup = 0;
-        for (_, variable) in module.global_variables.iter() {
-            match variable.space {
-                naga::AddressSpace::WorkGroup => {
-                    workgroup += layouter[variable.ty].size.next_multiple_of(16) as usize;
-                }
-                naga::AddressSpace::Storage { access } => {
-                    storage += 1;
-                    let written = access.contains(naga::StorageAccess::STORE);
-                    let place = variable.binding.as_ref().unwrap().binding as usize;
-                    let expected = if written { Binding::ReadWrite } else { Binding::Read };
-                    assert_eq!(bindings[place], expected, "{label}: binding {place}");
-                }
-                naga::AddressSpace::Uniform => {
-                    assert_eq!(bindings[0], Binding::Uniform { size: layouter[variable.ty].size.into() }, "{label}");
-                }
-                _ => {}
-            }
-        }
-        assert_eq!(storage + 1, bindings.len(), "{label}: unused bindings");
-        assert!(storage <= 7, "{label}: {storage} storage buffers");
-        assert!(workgroup <= WORKGROUP_MEMORY, "{label}: {workgroup} bytes of workgroup memory");
-    }
+    keys().iter().for_each(|key| stays_in_limits(key.as_ref()));
 }
 
 #[test]
 fn structs_have_the_offsets_of_their_rust_twins() {
-    let mut seen = std::collections::BTreeMap::new();
-    for key in keys() {
-        for (_, ty) in parse(key.as_ref()).types.iter() {
-            if let (Some(name), naga::TypeInner::Struct { members, span }) = (&ty.name, &ty.inner) {
-                let fields: Vec<_> = members.iter().map(|m| (m.name.clone().unwrap(), m.offset)).collect();
-                seen.insert(name.clone(), (fields, *span as usize));
-            }
-        }
-    }
-    macro_rules! same {
-        ($name:literal, $ty:ty, $($field:ident).+ => $wgsl:literal) => {
-            let (fields, span) = &seen[$name];
-            assert_eq!(*span, size_of::<$ty>(), $name);
-            let offset = fields.iter().find(|(name, _)| name == $wgsl).unwrap_or_else(|| panic!("{} lacks {}", $name, $wgsl)).1;
-            assert_eq!(offset as usize, std::mem::offset_of!($ty, $($field).+), "{}.{}", $name, $wgsl);
-        };
-    }
-    macro_rules! check {
-        ($name:literal, $ty:ty, [$($field:ident),* $(,)?]) => {
-            $(
-                let (fields, span) = &seen[$name];
-                assert_eq!(*span, size_of::<$ty>(), $name);
-                let found = fields.iter().find(|(name, _)| name == stringify!($field));
-                let offset = found.unwrap_or_else(|| panic!("{} lacks {}", $name, stringify!($field))).1;
-                assert_eq!(offset as usize, std::mem::offset_of!($ty, $field), "{}.{}", $name, stringify!($field));
-            )*
-        };
-    }
-    check!(
+    let seen = structs(keys().iter().map(|key| key.as_ref()));
+    same_layout!(
+        seen,
         "Params",
         Params,
         [
@@ -197,15 +110,15 @@ fn structs_have_the_offsets_of_their_rust_twins() {
             width,
             first_row,
             row_shift,
-        ]
+        ],
+        input.offset => "in_offset",
+        input.batch => "in_batch",
+        input.token => "in_token",
+        input.head => "in_head",
+        input2.offset => "in2_offset",
+        input2.head => "in2_head",
     );
-    same!("Params", Params, input.offset => "in_offset");
-    same!("Params", Params, input.batch => "in_batch");
-    same!("Params", Params, input.token => "in_token");
-    same!("Params", Params, input.head => "in_head");
-    same!("Params", Params, input2.offset => "in2_offset");
-    same!("Params", Params, input2.head => "in2_head");
-    check!("Row", Row, [visible, heavy, slot, unindexed, score_base, part_base, part_count, reserved]);
-    check!("Item", Item, [batch_row, start, count, first_page, pages_at, slot, hash_start, hash_end]);
-    check!("Entry", Entry, [sequence, logical, page, reserved]);
+    same_layout!(seen, "Row", Row, [visible, heavy, slot, unindexed, score_base, part_base, part_count, reserved]);
+    same_layout!(seen, "Item", Item, [batch_row, start, count, first_page, pages_at, slot, hash_start, hash_end]);
+    same_layout!(seen, "Entry", Entry, [sequence, logical, page, reserved]);
 }

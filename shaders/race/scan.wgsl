@@ -1,0 +1,143 @@
+#import params
+#import double
+#import hash
+// Replaces the matrix of each chunk by the sum before it, the state included, and moves the state on: one workgroup per
+// (unit, WIDTH columns). With REVERSE it is the sum after each chunk, and the state is a gradient.
+//
+// | | state s → matrix row s | last row | back |
+// |---|---|---|---|
+// | forward | R·x_s − c·m | m = Σ x / L | (c·m + M_s) / R |
+// | reverse | x_s / R | c·Σ x / R | R·M_s + (M_S − c·Σ M) / L |
+//
+// FLAG 1 writes the sum of everything into one more matrix, at `p.chunks`; FLAG 2 leaves the state as it is.
+@group(0) @binding(2) var<storage, read_write> state: array<vec2<f32>>;
+@group(0) @binding(3) var<storage, read_write> matrices: array<f32>;
+
+const COLUMNS: u32 = VALUE_DIM + 1u;
+const MATRIX: u32 = (BUCKETS + 1u) * COLUMNS;
+const COLUMN_BLOCKS: u32 = (COLUMNS + WIDTH - 1u) / WIDTH;
+const STRIDE: u32 = 256u / WIDTH;
+const INVERSE: f32 = 1.0 / SIZE;
+var<workgroup> parts: array<vec2<f32>, 256>;
+#ifdef REVERSE
+var<workgroup> last_rows: array<vec2<f32>, WIDTH>;
+#endif
+
+// Sum over the invocations of a column, in a fixed order.
+fn column_sum(local: u32, value: vec2<f32>) -> vec2<f32> {
+    workgroupBarrier();
+    parts[local] = value;
+    workgroupBarrier();
+    for (var step = 128u; step >= WIDTH; step = step >> 1u) {
+        if local < step {
+            parts[local] = double_add(parts[local], parts[local + step]);
+        }
+        workgroupBarrier();
+    }
+    return parts[local % WIDTH];
+}
+
+// The s-th matrix row of a state whose last row is known.
+fn entry(at: u32, s: u32, centre: f32, last: vec2<f32>) -> vec2<f32> {
+    if s == BUCKETS {
+        return last;
+    }
+#ifdef REVERSE
+    return state[at] * INVERSE;
+#else
+    return double_add(state[at] * SIZE, -centre * last);
+#endif
+}
+
+@compute @workgroup_size(256)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+    let index = group_index(group);
+    if index >= p.groups {
+        return;
+    }
+    let unit = index / COLUMN_BLOCKS;
+    let b = unit / p.heads;
+    let kv_head = p.head + unit % p.heads;
+    let centre = centre_of(kv_head);
+    let chunks = min(p.chunks, (length_of(b) + CHUNK - 1u) / CHUNK);
+    let column = index % COLUMN_BLOCKS * WIDTH + local % WIDTH;
+    let inside = column < COLUMNS;
+    let first_row = local / WIDTH;
+    let state_at = p.state_at + (b * KV_HEADS + kv_head) * ENSEMBLES * BUCKETS * COLUMNS + column;
+    let matrix_at = unit * p.slots * MATRIX + column;
+
+    var total = vec2<f32>();
+    if inside {
+        for (var s = first_row; s < BUCKETS; s += STRIDE) {
+            total = double_add(total, state[state_at + s * COLUMNS]);
+        }
+    }
+    total = column_sum(local, total);
+#ifdef REVERSE
+    let last = total * (centre * INVERSE);
+    var sum = vec2<f32>();
+#else
+    let last = double_over(total, TABLES);
+    // The last row at the end, for the way back.
+    var added = vec2<f32>();
+    if inside {
+        for (var chunk = first_row; chunk < chunks; chunk += STRIDE) {
+            added = double_add(added, vec2<f32>(matrices[matrix_at + chunk * MATRIX + BUCKETS * COLUMNS], 0.0));
+        }
+    }
+    // Nobody overwrites that row before all have read it.
+    storageBarrier();
+    let last_after = double_add(last, column_sum(local, added));
+#endif
+    if inside {
+        for (var s = first_row; s <= BUCKETS; s += STRIDE) {
+            var value = entry(state_at + s * COLUMNS, s, centre, last);
+            let row_at = matrix_at + s * COLUMNS;
+            for (var base = 0u; base < chunks; base += 4u) {
+                // All loads first.
+#repeat i 4
+                let step$i = min(base + $iu, chunks - 1u);
+#ifdef REVERSE
+                let at$i = row_at + (chunks - 1u - step$i) * MATRIX;
+#else
+                let at$i = row_at + step$i * MATRIX;
+#endif
+                let x$i = matrices[at$i];
+#end
+#repeat i 4
+                if base + $iu < chunks {
+                    matrices[at$i] = value.x;
+                    value = double_add(value, vec2<f32>(x$i, 0.0));
+                }
+#end
+            }
+            if (p.flags & 1u) != 0u {
+                matrices[row_at + p.chunks * MATRIX] = value.x;
+            }
+#ifdef REVERSE
+            if s == BUCKETS {
+                last_rows[local % WIDTH] = value;
+            }
+#endif
+            if s < BUCKETS && chunks > 0u && (p.flags & 2u) == 0u {
+#ifdef REVERSE
+                sum = double_add(sum, value);
+                state[state_at + s * COLUMNS] = value * SIZE;
+#else
+                state[state_at + s * COLUMNS] = double_add(centre * last_after, value) * INVERSE;
+#endif
+            }
+        }
+    }
+#ifdef REVERSE
+    if chunks > 0u && (p.flags & 2u) == 0u {
+        let of_buckets = column_sum(local, sum);
+        let rest = double_over(double_add(last_rows[local % WIDTH], -centre * of_buckets), TABLES);
+        if inside {
+            for (var s = first_row; s < BUCKETS; s += STRIDE) {
+                state[state_at + s * COLUMNS] = double_add(state[state_at + s * COLUMNS], rest);
+            }
+        }
+    }
+#endif
+}

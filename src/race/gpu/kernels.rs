@@ -1,0 +1,181 @@
+//! The kernels: a typed key each, from which alone its shader is made.
+
+use crate::engine::gpu::{Assembler, Binding, KernelKey, KernelSource, Stage};
+use crate::race::gpu::params::Params;
+use crate::race::plan::{CHUNK, Geometry, SCAN_WIDTH};
+use crate::tensor::DType;
+
+/// What a kernel does; with a [`Geometry`] it names one pipeline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Kernel {
+    /// Hashes rows, `per_head` for each token and kv head.
+    Project { per_head: usize },
+    /// Sums over the keys of each chunk.
+    ChunkSums,
+    /// Sums before each chunk, or with `reverse` after it, and the state's moving on.
+    Scan { reverse: bool },
+    /// Outputs of queries; `read`: from the state alone.
+    Output { output: DType, read: bool },
+    /// What the backward of [`crate::Normalization::Ratio`] needs to know of outputs.
+    Statistics { grad: DType, read: bool },
+    /// One token of each sequence: B and the output.
+    Step { output: DType },
+    /// One token of each sequence: A, once B is done.
+    StepMass,
+}
+
+/// One pipeline.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Key {
+    pub kernel: Kernel,
+    pub geometry: Geometry,
+}
+
+macro_rules! snippets {
+    ($($folder:literal: [$($name:literal),* $(,)?]),* $(,)?) => {
+        &[$($(($name, include_str!(concat!("../../../shaders/", $folder, "/", $name, ".wgsl")))),*),*]
+    };
+}
+
+const SNIPPETS: &[(&str, &str)] = snippets!(
+    "common": ["elements", "output", "reduce", "tanh"],
+    "race": ["params", "input", "input2", "hash", "features", "matrices", "double", "store"],
+);
+
+impl Kernel {
+    fn text(self) -> &'static str {
+        match self {
+            Self::Project { .. } => include_str!("../../../shaders/race/project.wgsl"),
+            Self::ChunkSums => include_str!("../../../shaders/race/chunk_sums.wgsl"),
+            Self::Scan { .. } => include_str!("../../../shaders/race/scan.wgsl"),
+            Self::Output { .. } | Self::Statistics { .. } => include_str!("../../../shaders/race/output.wgsl"),
+            Self::Step { .. } | Self::StepMass => include_str!("../../../shaders/race/step.wgsl"),
+        }
+    }
+
+    /// Stage name, for timings.
+    fn stage(self) -> &'static str {
+        match self {
+            Self::Project { .. } => "project",
+            Self::ChunkSums => "chunk sums",
+            Self::Scan { .. } => "scan",
+            Self::Output { .. } => "output",
+            Self::Statistics { .. } => "statistics",
+            Self::Step { .. } => "step",
+            Self::StepMass => "step mass",
+        }
+    }
+
+    /// Storage bindings after the uniform, `true` where written. The first is always the piece's info.
+    fn storage(self, geometry: &Geometry) -> &'static [bool] {
+        const R: bool = false;
+        const W: bool = true;
+        match self {
+            Self::Project { .. } => &[R, R, R, W],
+            Self::ChunkSums => &[R, R, R, W],
+            Self::Scan { .. } => &[R, W, W],
+            Self::Output { .. } if geometry.ensembles > 1 => &[R, R, R, R, W, W],
+            Self::Output { .. } => &[R, R, R, R, W],
+            Self::Statistics { .. } => &[R, R, R, R, W, R],
+            Self::Step { .. } => &[R, R, R, W, R, R, W],
+            Self::StepMass => &[R, R, R, W],
+        }
+    }
+}
+
+/// `prefix` is `IN`, `IN2` or `OUT`.
+fn dtype_define(prefix: &'static str, dtype: DType) -> &'static str {
+    match (prefix, dtype) {
+        ("IN", DType::F16) => "IN_F16",
+        ("IN", DType::Bf16) => "IN_BF16",
+        ("IN", _) => "IN_F32",
+        ("IN2", DType::F16) => "IN2_F16",
+        ("IN2", DType::Bf16) => "IN2_BF16",
+        ("IN2", _) => "IN2_F32",
+        (_, DType::F16) => "OUT_F16",
+        (_, DType::Bf16) => "OUT_BF16",
+        _ => "OUT_F32",
+    }
+}
+
+impl Key {
+    fn defines(&self) -> Vec<&'static str> {
+        let g = &self.geometry;
+        let mut defines = vec![dtype_define("IN", g.dtype)];
+        if g.ratio {
+            defines.push("RATIO");
+        }
+        match self.kernel {
+            Kernel::Scan { reverse: true } => defines.push("REVERSE"),
+            Kernel::Output { output, .. } => {
+                defines.push(dtype_define("OUT", output));
+                if g.ensembles > 1 {
+                    defines.push("SUMMED");
+                }
+            }
+            Kernel::Step { output } => defines.push(dtype_define("OUT", output)),
+            Kernel::StepMass => defines.push("MASS"),
+            Kernel::Statistics { grad, .. } => defines.extend(["STATISTICS", dtype_define("IN2", grad)]),
+            _ => {}
+        }
+        if matches!(self.kernel, Kernel::Output { read: true, .. } | Kernel::Statistics { read: true, .. }) {
+            defines.push("READ");
+        }
+        defines
+    }
+
+    fn constants(&self) -> Vec<(&'static str, u32)> {
+        let g = &self.geometry;
+        let mut constants = vec![
+            ("Q_HEADS", g.num_q_heads),
+            ("KV_HEADS", g.num_kv_heads),
+            ("GROUP", g.group),
+            ("HEAD_DIM", g.head_dim),
+            ("VALUE_DIM", g.value_dim),
+            ("TABLES", g.tables),
+            ("PLANES", g.planes),
+            ("ENSEMBLES", g.ensembles),
+            ("CHUNK", CHUNK),
+            ("PAIRS", g.channel_pairs()),
+        ];
+        match self.kernel {
+            Kernel::Project { per_head } => {
+                constants.push(("PER_HEAD", per_head));
+                // Planes of a workgroup, in sixteens.
+                constants.push(("COLUMNS", g.bits().div_ceil(16).min(4)));
+            }
+            Kernel::Statistics { .. } => constants.push(("INPUT2", 6)),
+            Kernel::Scan { .. } => constants.push(("WIDTH", SCAN_WIDTH)),
+            Kernel::Step { .. } | Kernel::StepMass => constants.push(("HEADS", g.step_heads())),
+            _ => {}
+        }
+        constants.into_iter().map(|(name, value)| (name, value as u32)).collect()
+    }
+}
+
+impl Stage for Key {
+    fn stage(&self) -> &'static str {
+        self.kernel.stage()
+    }
+}
+
+impl KernelKey for Key {
+    fn label(&self) -> String {
+        let g = &self.geometry;
+        let flags = self.defines().join(",");
+        format!(
+            "race {:?} heads={}/{} dims={}/{} tables={}x{}x{} [{flags}]",
+            self.kernel, g.num_q_heads, g.num_kv_heads, g.head_dim, g.value_dim, g.ensembles, g.tables, g.planes,
+        )
+    }
+
+    fn source(&self) -> KernelSource {
+        let assembled = Assembler::assemble(self.kernel.text(), SNIPPETS, &self.defines(), &self.constants());
+        // A text that cannot be put together fails to compile with its reason; a test assembles every variant.
+        let wgsl = assembled.unwrap_or_else(|reason| format!("error: {reason}"));
+        let mut bindings = vec![Binding::Uniform { size: size_of::<Params>() as u64 }];
+        let storage = self.kernel.storage(&self.geometry).iter();
+        bindings.extend(storage.map(|&written| if written { Binding::ReadWrite } else { Binding::Read }));
+        KernelSource { wgsl, bindings, entry: "main" }
+    }
+}

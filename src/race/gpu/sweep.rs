@@ -1,0 +1,161 @@
+//! The dispatches that forward and backward passes share.
+
+use super::GpuRace;
+use super::kernels::Kernel;
+use super::params::Params;
+use super::state::GpuState;
+use crate::engine::gpu::{Bind, Input, Passes};
+use crate::error::Result;
+use crate::race::plan::{Piece, SCAN_WIDTH};
+use std::ops::Range;
+
+/// Flags of shaders/race/scan.wgsl.
+const WRITE_TOTAL: u32 = 1;
+const KEEP_STATE: u32 = 2;
+
+/// One block of a piece's kv heads in one ensemble.
+#[derive(Clone)]
+pub(super) struct Block {
+    /// See shaders/race/params.wgsl.
+    pub info: Bind,
+    /// What all its dispatches have in common.
+    pub params: Params,
+    pub sequences: Range<usize>,
+    pub heads: Range<usize>,
+    pub ensemble: usize,
+    pub chunks: usize,
+}
+
+impl Block {
+    /// (sequence, kv head) pairs.
+    pub fn units(&self) -> usize {
+        self.sequences.len() * self.heads.len()
+    }
+}
+
+impl GpuRace {
+    /// The info of a piece: tokens of each sequence in it, β and the centring constants.
+    pub(super) fn info(&self, passes: &mut Passes<'_>, piece: &Piece, lengths: &[usize]) -> Bind {
+        let in_piece = |b: usize| lengths[b].saturating_sub(piece.tokens.start).min(piece.tokens.len()) as u32;
+        let mut words: Vec<u32> = piece.sequences.clone().map(in_piece).collect();
+        words.extend(self.heads.iter().flatten().map(|x| x.to_bits()));
+        passes.part(&words)
+    }
+
+    /// Blocks of kv heads that a piece is worked on in.
+    pub(super) fn head_blocks(&self, piece: &Piece) -> Vec<Range<usize>> {
+        let heads = self.geometry.num_kv_heads;
+        (0..heads).step_by(piece.heads).map(|start| start..(start + piece.heads).min(heads)).collect()
+    }
+
+    /// A block of a piece. Rows of keys stand first in the buffer of hashes, then those of queries.
+    pub(super) fn block(&self, piece: &Piece, info: &Bind, heads: Range<usize>, ensemble: usize) -> Block {
+        let g = &self.geometry;
+        let rows = piece.sequences.len() * piece.tokens.len() * heads.len();
+        let params = Params {
+            batch: piece.sequences.len() as u32,
+            tokens: piece.tokens.len() as u32,
+            head: heads.start as u32,
+            heads: heads.len() as u32,
+            chunks: piece.chunks() as u32,
+            slots: piece.chunks() as u32,
+            planes_at: (ensemble * g.bits() * g.head_dim) as u32,
+            planes_stride: self.planes_stride,
+            k_at: 0,
+            q_at: (rows * g.bits()) as u32,
+            ..Params::default()
+        };
+        let (sequences, chunks) = (piece.sequences.clone(), piece.chunks());
+        Block { info: info.clone(), params, sequences, heads, ensemble, chunks }
+    }
+
+    /// The buffers of hashes and of matrices, large enough for a piece's largest block.
+    pub(super) fn scratch(&mut self, op: &'static str, piece: &Piece) -> Result<(wgpu::Buffer, wgpu::Buffer)> {
+        let g = &self.geometry;
+        let units = (piece.sequences.len() * piece.heads) as u64;
+        let hashes = units * (piece.tokens.len() * (g.group + 1) * g.bits() * 4) as u64;
+        let matrices = units * (piece.chunks() * g.matrix() * 4) as u64;
+        Ok((
+            self.workspace.hashes.get(&self.ctx, op, "bytes of hashes", hashes)?,
+            self.workspace.matrices.get(&self.ctx, op, "bytes of chunk sums", matrices)?,
+        ))
+    }
+
+    /// t of keys (`per_head` = 1, from `Params::k_at` on), or of queries (`per_head` = the group, from `Params::q_at`).
+    pub(super) fn project(
+        &self,
+        passes: &mut Passes<'_>,
+        block: &Block,
+        x: &Input,
+        queries: bool,
+        hashes: &wgpu::Buffer,
+    ) -> Result<()> {
+        let g = &self.geometry;
+        let (per_head, out_at) = if queries { (g.group, block.params.q_at) } else { (1, block.params.k_at) };
+        let params = Params { input: x.strides, out_at, ..block.params };
+        let rows = block.sequences.len() * block.params.tokens as usize * per_head;
+        let groups = rows.div_ceil(64) * block.heads.len() * g.bits().div_ceil(64);
+        let binds = vec![block.info.clone(), x.bind.clone(), Bind::from(&self.planes), Bind::from(hashes)];
+        passes.dispatch(self.key(Kernel::Project { per_head }), params, groups as u64, binds)
+    }
+
+    /// The matrices of the block's chunks.
+    pub(super) fn chunk_sums(
+        &self,
+        passes: &mut Passes<'_>,
+        block: &Block,
+        v: &Input,
+        hashes: &wgpu::Buffer,
+        matrices: &wgpu::Buffer,
+    ) -> Result<()> {
+        let g = &self.geometry;
+        let params = Params { input: v.strides, ..block.params };
+        let groups = block.units() * block.chunks * g.bucket_tiles() * g.channel_blocks();
+        let binds = vec![block.info.clone(), v.bind.clone(), Bind::from(hashes), Bind::from(matrices)];
+        passes.dispatch(self.key(Kernel::ChunkSums), params, groups as u64, binds)
+    }
+
+    /// Replaces matrices of chunks by the sums before them, `state` included, or with `reverse` by those after them;
+    /// the state moves on to the block's end, or its gradient back to the block's beginning.
+    pub(super) fn scan(
+        &self,
+        passes: &mut Passes<'_>,
+        block: &Block,
+        state: &GpuState,
+        matrices: &wgpu::Buffer,
+        reverse: bool,
+    ) -> Result<()> {
+        self.dispatch_scan(passes, block, block.params, state, matrices, reverse)
+    }
+
+    /// The state itself as one matrix for each unit. The block returned has it in the place of its chunks' matrices.
+    pub(super) fn read_state(
+        &self,
+        passes: &mut Passes<'_>,
+        block: &Block,
+        state: &GpuState,
+        matrices: &wgpu::Buffer,
+    ) -> Result<Block> {
+        let params = Params { slots: 1, ..block.params };
+        let scan = Params { chunks: 0, flags: WRITE_TOTAL | KEEP_STATE, ..params };
+        self.dispatch_scan(passes, block, scan, state, matrices, false)?;
+        Ok(Block { params, ..block.clone() })
+    }
+
+    fn dispatch_scan(
+        &self,
+        passes: &mut Passes<'_>,
+        block: &Block,
+        params: Params,
+        state: &GpuState,
+        matrices: &wgpu::Buffer,
+        reverse: bool,
+    ) -> Result<()> {
+        let g = &self.geometry;
+        let (bind, first) = self.bind_state(state, &block.sequences);
+        let params = Params { state_at: first + (block.ensemble * g.state_unit()) as u32, ..params };
+        let groups = block.units() * g.columns().div_ceil(SCAN_WIDTH);
+        let binds = vec![block.info.clone(), bind, Bind::from(matrices)];
+        passes.dispatch(self.key(Kernel::Scan { reverse }), params, groups as u64, binds)
+    }
+}
