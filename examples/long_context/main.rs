@@ -74,7 +74,7 @@ struct Args {
     mode: Mode,
     #[arg(long, value_enum, default_value = "both")]
     direction: Direction,
-    /// Tokens of a stream's segment; 8192 on the CPU and 65536 on a GPU by default.
+    /// Tokens of a stream's segment; 4096 on the CPU and 65536 on a GPU by default.
     #[arg(long)]
     segment: Option<usize>,
     #[arg(long, value_enum, default_value = "f32")]
@@ -209,7 +209,7 @@ fn streamed(
     checked: &mut Checked,
     peak: &mut Peak,
 ) -> Result<Times> {
-    let segment_tokens = args.segment.unwrap_or(if race.device().is_cpu() { 1 << 13 } else { 1 << 16 });
+    let segment_tokens = args.segment.unwrap_or(if race.device().is_cpu() { 1 << 12 } else { 1 << 16 });
     let bar = progress::bar(u64::from(args.tokens));
     let mut times = Times::default();
     let mut boundaries = Boundaries::new(BOUNDARIES);

@@ -32,7 +32,7 @@ pub fn draw(path: &Path, title: &str, arms: &[(String, Vec<Curve>)]) -> crate::R
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
+        .position(SeriesLabelPosition::MiddleRight)
         .background_style(WHITE.mix(0.8))
         .border_style(RGBColor(200, 200, 200))
         .draw()?;
