@@ -176,10 +176,4 @@ impl Parameters {
         let planes = Planes::new(&config.hyperplanes, config.bits(), shape.head_dim, shape.num_kv_heads)?;
         Ok(Self { planes, beta: config.beta.clone() })
     }
-
-    /// Hyperplanes of one kv head and ensemble, `[tables * planes, head_dim]`.
-    pub fn rows(&self, config: &RaceConfig, kv_head: usize, ensemble: usize) -> &[f32] {
-        let one = config.tables * config.planes * self.planes.head_dim;
-        &self.planes.of_head(kv_head)[ensemble * one..(ensemble + 1) * one]
-    }
 }

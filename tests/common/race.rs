@@ -65,7 +65,7 @@ impl Elements {
     }
 }
 
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Case {
     pub heads: (usize, usize),
     pub dims: (usize, usize),
