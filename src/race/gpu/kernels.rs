@@ -146,7 +146,11 @@ impl Key {
             }
             Kernel::Statistics { .. } => constants.push(("INPUT2", 6)),
             Kernel::Scan { .. } => constants.push(("WIDTH", SCAN_WIDTH)),
-            Kernel::Step { .. } | Kernel::StepMass => constants.push(("HEADS", g.step_heads())),
+            Kernel::Step { .. } => {
+                constants.push(("HEADS", g.step_heads()));
+                constants.push(("HASHES", 1 + g.step_heads()));
+            }
+            Kernel::StepMass => constants.push(("HASHES", 1)),
             _ => {}
         }
         constants.into_iter().map(|(name, value)| (name, value as u32)).collect()
