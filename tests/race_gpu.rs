@@ -4,15 +4,14 @@
 
 mod common {
     pub mod device;
+    #[allow(dead_code, reason = "each test takes what it needs")]
+    pub mod race;
 }
 
 use common::device::gpu;
-use half::{bf16, f16};
+use common::race::{ALL, Case, Data, Elements, error, wide};
 use softhash::race::reference as math;
-use softhash::{
-    Beta, DType, Device, Hyperplanes, Normalization, Race, RaceConfig, RaceOptions, RaceShape, RaceState, StateParts,
-    Tensor, TensorView,
-};
+use softhash::{DType, Device, Normalization, Race, RaceOptions, RaceState, TensorView};
 use std::ops::Range;
 use std::sync::OnceLock;
 
@@ -22,107 +21,6 @@ fn device() -> &'static Device {
     DEVICE.get_or_init(gpu)
 }
 
-/// ‖x − y‖ / ‖y‖.
-fn error(x: &[f64], y: &[f64]) -> f64 {
-    assert_eq!(x.len(), y.len());
-    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
-    norm(&mut x.iter().zip(y).map(|(x, y)| x - y)) / norm(&mut y.iter().copied()).max(1e-300)
-}
-
-/// Values of about unit variance, the same for a seed everywhere.
-fn noise(seed: u64, count: usize) -> Vec<f32> {
-    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut uniform = move || {
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        (x >> 40) as f32 / (1 << 24) as f32 - 0.5
-    };
-    (0..count).map(|_| (uniform() + uniform() + uniform() + uniform()) * 1.7).collect()
-}
-
-fn round(dtype: DType, x: f32) -> f32 {
-    match dtype {
-        DType::F16 => f16::from_f32(x).to_f32(),
-        DType::Bf16 => bf16::from_f32(x).to_f32(),
-        _ => x,
-    }
-}
-
-/// Elements in their own dtype.
-enum Elements {
-    F32(Vec<f32>),
-    F16(Vec<f16>),
-    Bf16(Vec<bf16>),
-}
-
-impl Elements {
-    fn new(dtype: DType, x: &[f32]) -> Self {
-        match dtype {
-            DType::F16 => Self::F16(x.iter().map(|&x| f16::from_f32(x)).collect()),
-            DType::Bf16 => Self::Bf16(x.iter().map(|&x| bf16::from_f32(x)).collect()),
-            _ => Self::F32(x.to_vec()),
-        }
-    }
-
-    fn view(&self, shape: [usize; 4]) -> TensorView<'_> {
-        match self {
-            Self::F32(x) => TensorView::f32(x, shape),
-            Self::F16(x) => TensorView::f16(x, shape),
-            Self::Bf16(x) => TensorView::bf16(x, shape),
-        }
-    }
-}
-
-#[derive(Clone)]
-struct Case {
-    heads: (usize, usize),
-    dims: (usize, usize),
-    hash: (usize, usize),
-    ensembles: usize,
-    betas: Vec<f32>,
-    normalization: Normalization,
-    causal: bool,
-    dtype: DType,
-    output: DType,
-    tokens: usize,
-    lengths: Vec<usize>,
-    initial: bool,
-    /// Hyperplanes of each kv head's own.
-    per_head: bool,
-    /// Added to every value.
-    offset: f32,
-}
-
-impl Default for Case {
-    fn default() -> Self {
-        Self {
-            heads: (2, 1),
-            dims: (64, 64),
-            hash: (4, 4),
-            ensembles: 1,
-            betas: vec![1.0],
-            normalization: Normalization::Ratio,
-            causal: true,
-            dtype: DType::F32,
-            output: DType::F32,
-            tokens: 65,
-            lengths: vec![65],
-            initial: false,
-            per_head: false,
-            offset: 0.0,
-        }
-    }
-}
-
-struct Data {
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
-    planes: Vec<f32>,
-    initial: StateParts,
-}
-
 struct Found {
     o: Vec<f64>,
     a: Vec<f64>,
@@ -130,64 +28,8 @@ struct Found {
 }
 
 impl Case {
-    fn batch(&self) -> usize {
-        self.lengths.len()
-    }
-
-    fn buckets(&self) -> usize {
-        self.hash.0 << self.hash.1
-    }
-
-    fn data(&self) -> Data {
-        let (hq, hkv) = self.heads;
-        let (d, dv) = self.dims;
-        let rows = self.batch() * self.tokens;
-        let rounded = |seed, n, scale: f32, offset: f32| -> Vec<f32> {
-            noise(seed, n).into_iter().map(|x| round(self.dtype, x * scale + offset)).collect()
-        };
-        let sets = if self.per_head { hkv } else { 1 };
-        let units = self.batch() * hkv * self.ensembles * self.buckets();
-        // Masses as of keys seen before, and values within them.
-        let a: Vec<f64> = noise(5, units).iter().map(|x| 3.0 + f64::from(*x)).collect();
-        let b: Vec<f64> = noise(6, units * dv).iter().map(|x| f64::from(*x) * 2.0).collect();
-        let zero = |x: Vec<f64>| if self.initial { x } else { vec![0.0; x.len()] };
-        Data {
-            // Projections of about unit variance.
-            q: rounded(1, rows * hq * d, 1.0 / (d as f32).sqrt(), 0.0),
-            k: rounded(2, rows * hkv * d, 1.0 / (d as f32).sqrt(), 0.0),
-            v: rounded(3, rows * hkv * dv, 1.0, self.offset),
-            planes: noise(4, sets * self.ensembles * self.hash.0 * self.hash.1 * d),
-            initial: StateParts { a: zero(a), b: zero(b) },
-        }
-    }
-
-    fn race_on(&self, device: &Device, data: &Data) -> Race {
-        let beta = if self.betas.len() == 1 { Beta::Shared(self.betas[0]) } else { Beta::PerHead(self.betas.clone()) };
-        let config = RaceConfig {
-            tables: self.hash.0,
-            planes: self.hash.1,
-            ensembles: self.ensembles,
-            beta,
-            normalization: self.normalization,
-            causal: self.causal,
-            hyperplanes: Hyperplanes::Supplied(data.planes.clone().into()),
-        };
-        let shape = RaceShape {
-            num_q_heads: self.heads.0,
-            num_kv_heads: self.heads.1,
-            head_dim: self.dims.0,
-            value_dim: self.dims.1,
-            dtype: self.dtype,
-        };
-        Race::new(device, config, shape).unwrap()
-    }
-
     fn race(&self, data: &Data) -> Race {
         self.race_on(device(), data)
-    }
-
-    fn options(&self) -> RaceOptions {
-        RaceOptions { output: Some(self.output), lengths: Some(self.lengths.clone()) }
     }
 
     fn initial(&self, race: &Race, data: &Data) -> RaceState {
@@ -196,68 +38,26 @@ impl Case {
 
     /// The reference's word.
     fn reference(&self, data: &Data) -> Found {
-        let (hq, hkv) = self.heads;
-        let (d, dv) = self.dims;
-        let (s, m) = (self.buckets(), self.ensembles);
-        let group = hq / hkv;
+        let (hq, dv) = (self.heads.0, self.dims.1);
+        let group = hq / self.heads.1;
         let mut o = vec![0.0; self.batch() * self.tokens * hq * dv];
         let (mut a, mut b) = (Vec::new(), Vec::new());
-        let rows = |x: &[f32], batch: usize, heads: usize, head: usize, dim: usize| -> Vec<f64> {
-            let at = |t: usize| ((batch * self.tokens + t) * heads + head) * dim;
-            (0..self.lengths[batch]).flat_map(|t| &x[at(t)..at(t) + dim]).map(|&x| f64::from(x)).collect()
-        };
-        for batch in 0..self.batch() {
-            for h in 0..hkv {
-                let (k, v) = (rows(&data.k, batch, hkv, h, d), rows(&data.v, batch, hkv, h, dv));
-                let q: Vec<Vec<f64>> = (0..group).map(|g| rows(&data.q, batch, hq, h * group + g, d)).collect();
-                for e in 0..m {
-                    let one = self.hash.0 * self.hash.1 * d;
-                    let set = (if self.per_head { h } else { 0 } * m + e) * one;
-                    let planes: Vec<f64> = data.planes[set..set + one].iter().map(|&x| f64::from(x)).collect();
-                    let problem = math::Problem {
-                        tables: self.hash.0,
-                        planes_per_table: self.hash.1,
-                        planes: &planes,
-                        beta: f64::from(self.betas[h % self.betas.len()]),
-                        normalization: self.normalization,
-                        epsilon: Normalization::EPSILON,
-                        causal: self.causal,
-                        head_dim: d,
-                        value_dim: dv,
-                        q: q.iter().map(Vec::as_slice).collect(),
-                        k: &k,
-                        v: &v,
-                    };
-                    let u = (batch * hkv + h) * m + e;
-                    let initial = math::State {
-                        a: data.initial.a[u * s..(u + 1) * s].to_vec(),
-                        b: data.initial.b[u * s * dv..(u + 1) * s * dv].to_vec(),
-                    };
-                    let (heads, last) = math::forward(&problem, &initial);
-                    for (g, rows) in heads.iter().enumerate() {
-                        for (t, row) in rows.chunks_exact(dv).enumerate() {
-                            let at = ((batch * self.tokens + t) * hq + h * group + g) * dv;
-                            o[at..at + dv].iter_mut().zip(row).for_each(|(o, x)| *o += x / m as f64);
-                        }
-                    }
-                    a.extend(last.a);
-                    b.extend(last.b);
-                }
+        self.each_unit(data, &mut |unit| {
+            let (heads, last) = math::forward(&unit.problem, &unit.initial);
+            for (g, rows) in heads.iter().enumerate() {
+                let weight = 1.0 / self.ensembles as f64;
+                self.add_rows(&mut o, unit.batch, hq, unit.kv_head * group + g, rows, weight);
             }
-        }
+            a.extend(last.a);
+            b.extend(last.b);
+        });
         Found { o, a, b }
-    }
-
-    fn shapes(&self) -> ([usize; 4], [usize; 4], [usize; 4]) {
-        let (b, t) = (self.batch(), self.tokens);
-        let of = |heads, dim| [b, t, heads, dim];
-        (of(self.heads.0, self.dims.0), of(self.heads.1, self.dims.0), of(self.heads.1, self.dims.1))
     }
 
     fn forward(&self, data: &Data) -> Found {
         let mut race = self.race(data);
-        let (q, k, v) = self.elements(data);
-        let (of_q, of_k, of_v) = self.shapes();
+        let [q, k, v, _] = self.elements(data);
+        let [of_q, of_k, of_v, _] = self.shapes();
         let initial = if self.initial { Some(self.initial(&race, data)) } else { None };
         let out =
             race.forward_with(&q.view(of_q), &k.view(of_k), &v.view(of_v), initial.as_ref(), &self.options()).unwrap();
@@ -268,11 +68,6 @@ impl Case {
         }
         let parts = race.read_state(&out.state).unwrap();
         Found { o: wide(&out.o), a: parts.a, b: parts.b }
-    }
-
-    fn elements(&self, data: &Data) -> (Elements, Elements, Elements) {
-        let of = |x: &[f32]| Elements::new(self.dtype, x);
-        (of(&data.q), of(&data.k), of(&data.v))
     }
 
     fn judge(&self) {
@@ -300,30 +95,7 @@ impl Case {
             assert!(e <= bound, "{name}: {what} is off by {e:.2e}");
         }
     }
-
-    fn name(&self) -> String {
-        format!(
-            "heads {:?} dims {:?} hash {:?} x{} β {:?} {:?} causal {} {:?}→{:?} lengths {:?} initial {}",
-            self.heads,
-            self.dims,
-            self.hash,
-            self.ensembles,
-            self.betas,
-            self.normalization,
-            self.causal,
-            self.dtype,
-            self.output,
-            self.lengths,
-            self.initial
-        )
-    }
 }
-
-fn wide(x: &Tensor) -> Vec<f64> {
-    x.read_blocking().unwrap().to_f32().into_iter().map(f64::from).collect()
-}
-
-const ALL: [Normalization; 3] = [Normalization::Ratio, Normalization::BucketMean, Normalization::BucketSum];
 
 #[test]
 fn any_length() {
@@ -486,8 +258,8 @@ fn prompts_appends_and_steps_are_one() {
             let case = Case { betas: vec![0.3, 3.0], ..case };
             let data = case.data();
             let want = case.reference(&data);
-            let (q, k, v) = case.elements(&data);
-            let (of_q, of_k, of_v) = case.shapes();
+            let [q, k, v, _] = case.elements(&data);
+            let [of_q, of_k, of_v, _] = case.shapes();
             let mut race = case.race(&data);
             let mut state = race.new_state(2).unwrap();
             let row = case.heads.0 * case.dims.1;
@@ -517,8 +289,8 @@ fn states_come_back_to_the_bit_and_forks_part() {
     let case = Case { heads: (2, 2), dims: (16, 20), hash: (2, 3), initial: true, ensembles: 2, ..Case::default() };
     let data = case.data();
     let mut race = case.race(&data);
-    let (q, k, v) = case.elements(&data);
-    let (of_q, of_k, of_v) = case.shapes();
+    let [q, k, v, _] = case.elements(&data);
+    let [of_q, of_k, of_v, _] = case.shapes();
     let (q, k, v) = (q.view(of_q), k.view(of_k), v.view(of_v));
     let mut state = case.initial(&race, &data);
     race.append(&mut state, &q, &k, &v).unwrap();
@@ -544,8 +316,8 @@ fn long_contexts_forget_nothing() {
         data.initial.b.iter_mut().for_each(|b| *b += 3e9);
         let mut race = case.race(&data);
         let mut state = case.initial(&race, &data);
-        let (q, k, v) = case.elements(&data);
-        let (of_q, of_k, of_v) = case.shapes();
+        let [q, k, v, _] = case.elements(&data);
+        let [of_q, of_k, of_v, _] = case.shapes();
         for range in [0..60, 60..61, 61..64, 64..65] {
             let part = |x, shape| tokens_of(x, shape, case.tokens, 1, &range);
             race.append(&mut state, &part(&q, of_q), &part(&k, of_k), &part(&v, of_v)).unwrap();

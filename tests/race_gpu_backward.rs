@@ -216,13 +216,14 @@ fn ensembles_and_parameters_of_each_head() {
 
 #[test]
 fn any_dtype() {
-    for (dtype, output) in
-        [(DType::F16, DType::F16), (DType::F16, DType::F32), (DType::Bf16, DType::Bf16), (DType::Bf16, DType::F32)]
-    {
-        for causal in [true, false] {
-            let case = Case { dtype, output, causal, dims: (64, 72), hash: (2, 2), ..Case::default() };
-            judge(&Case { tokens: 67, lengths: vec![3, 67], ..case });
-        }
+    for (dtype, output, causal) in [
+        (DType::F16, DType::F16, true),
+        (DType::F16, DType::F32, false),
+        (DType::Bf16, DType::Bf16, false),
+        (DType::Bf16, DType::F32, true),
+    ] {
+        let case = Case { dtype, output, causal, dims: (64, 72), hash: (2, 2), ..Case::default() };
+        judge(&Case { tokens: 67, lengths: vec![3, 67], ..case });
     }
 }
 

@@ -35,10 +35,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let row8 = local / 32u;
     let v_at = input_at(b, first, kv_head);
 #repeat i PAIRS
-    let channel$i = block * CHANNELS + $iu * 64u + lane * 2u;
+    let channel$i = block * CHANNELS + $iu * 64u + lane;
     // Loads stay inside the row, and what they bring is not stored.
-    let even$i = min(channel$i, VALUE_DIM - 1u);
-    let odd$i = min(channel$i + 1u, VALUE_DIM - 1u);
+    let near$i = min(channel$i, VALUE_DIM - 1u);
+    let far$i = min(channel$i + 32u, VALUE_DIM - 1u);
     var low$i = vec4<f32>();
     var high$i = vec4<f32>();
 #end
@@ -60,8 +60,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             let at = v_at + (first_token + j) * p.in_token;
             mass += alpha;
 #repeat i PAIRS
-            low$i += alpha * input_element(at + even$i);
-            high$i += alpha * input_element(at + odd$i);
+            low$i += alpha * input_element(at + near$i);
+            high$i += alpha * input_element(at + far$i);
 #end
         }
     }
@@ -74,8 +74,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         if channel$i < VALUE_DIM {
             matrices[out + bucket$r * COLUMNS + channel$i] = low$i[$r];
         }
-        if channel$i + 1u < VALUE_DIM {
-            matrices[out + bucket$r * COLUMNS + channel$i + 1u] = high$i[$r];
+        if channel$i + 32u < VALUE_DIM {
+            matrices[out + bucket$r * COLUMNS + channel$i + 32u] = high$i[$r];
         }
 #end
         if block == 0u && lane == 0u {
@@ -88,19 +88,19 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     // The last row: sums of v, each invocation's over every eighth token first.
 #repeat i PAIRS
-    var even_sum$i = 0.0;
-    var odd_sum$i = 0.0;
+    var near_sum$i = 0.0;
+    var far_sum$i = 0.0;
 #end
     for (var j = row8; j < count; j += 8u) {
         let at = v_at + j * p.in_token;
 #repeat i PAIRS
-        even_sum$i += input_element(at + even$i);
-        odd_sum$i += input_element(at + odd$i);
+        near_sum$i += input_element(at + near$i);
+        far_sum$i += input_element(at + far$i);
 #end
     }
 #repeat i PAIRS
     workgroupBarrier();
-    alphas[local] = vec4<f32>(even_sum$i, odd_sum$i, 0.0, 0.0);
+    alphas[local] = vec4<f32>(near_sum$i, far_sum$i, 0.0, 0.0);
     workgroupBarrier();
     if row8 == 0u {
         var sum = vec4<f32>();
@@ -110,8 +110,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         if channel$i < VALUE_DIM {
             matrices[out + BUCKETS * COLUMNS + channel$i] = sum.x;
         }
-        if channel$i + 1u < VALUE_DIM {
-            matrices[out + BUCKETS * COLUMNS + channel$i + 1u] = sum.y;
+        if channel$i + 32u < VALUE_DIM {
+            matrices[out + BUCKETS * COLUMNS + channel$i + 32u] = sum.y;
         }
     }
 #end

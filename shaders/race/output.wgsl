@@ -122,28 +122,28 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let q_at = p.q_at + (((b * p.tokens + first_query) * p.heads + h) * GROUP + in_group) * BITS;
 
 #repeat i PAIRS
-    let channel$i = block * CHANNELS + $iu * 64u + lane * 2u;
-    let even$i = min(channel$i, VALUE_DIM - 1u);
-    let odd$i = min(channel$i + 1u, VALUE_DIM - 1u);
+    let channel$i = block * CHANNELS + $iu * 64u + lane;
+    let near$i = min(channel$i, VALUE_DIM - 1u);
+    let far$i = min(channel$i + 32u, VALUE_DIM - 1u);
     var low$i = vec4<f32>();
     var high$i = vec4<f32>();
-    var even_mean$i = 0.0;
-    var odd_mean$i = 0.0;
+    var near_mean$i = 0.0;
+    var far_mean$i = 0.0;
 #end
     let last_at = matrix + BUCKETS * COLUMNS;
     let seen = matrices[last_at + VALUE_DIM];
     if seen > 0.0 {
 #repeat i PAIRS
-        even_mean$i = centre * matrices[last_at + even$i] / seen;
-        odd_mean$i = centre * matrices[last_at + odd$i] / seen;
+        near_mean$i = centre * matrices[last_at + near$i] / seen;
+        far_mean$i = centre * matrices[last_at + far$i] / seen;
 #end
     }
 #ifndef READ
     let v_at = input_at(b, chunk * CHUNK, kv_head);
     if seen <= 0.0 {
 #repeat i PAIRS
-        even_mean$i = centre * input_element(v_at + even$i);
-        odd_mean$i = centre * input_element(v_at + odd$i);
+        near_mean$i = centre * input_element(v_at + near$i);
+        far_mean$i = centre * input_element(v_at + far$i);
 #end
     }
 #endif
@@ -227,8 +227,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             let weight = weights[s * 9u + row8];
             let at = matrix + (first + s) * COLUMNS;
 #repeat i PAIRS
-            low$i += weight * matrices[at + even$i];
-            high$i += weight * matrices[at + odd$i];
+            low$i += weight * matrices[at + near$i];
+            high$i += weight * matrices[at + far$i];
 #end
         }
     }
@@ -241,8 +241,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #endif
     var divisor = lane_sum(local, mass_part);
 #repeat i PAIRS
-    low$i += last * (matrices[last_at + even$i] - seen * even_mean$i) - divisor * even_mean$i;
-    high$i += last * (matrices[last_at + odd$i] - seen * odd_mean$i) - divisor * odd_mean$i;
+    low$i += last * (matrices[last_at + near$i] - seen * near_mean$i) - divisor * near_mean$i;
+    high$i += last * (matrices[last_at + far$i] - seen * far_mean$i) - divisor * far_mean$i;
 #end
 #ifndef READ
     // Queries see the keys up to their own.
@@ -260,8 +260,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             let weight = weights[j * 9u + row8];
             let at = v_at + (half * 32u + j) * p.in_token;
 #repeat i PAIRS
-            low$i += weight * (input_element(at + even$i) - even_mean$i);
-            high$i += weight * (input_element(at + odd$i) - odd_mean$i);
+            low$i += weight * (input_element(at + near$i) - near_mean$i);
+            high$i += weight * (input_element(at + far$i) - far_mean$i);
 #end
         }
     }
@@ -279,39 +279,64 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let whole = p.scale * (f32(BUCKETS) - SIZE * 1e-6 * inverse_masses);
 #endif
 #repeat i PAIRS
-    low$i = low$i * factor + whole * even_mean$i;
-    high$i = high$i * factor + whole * odd_mean$i;
+    low$i = low$i * factor + whole * near_mean$i;
+    high$i = high$i * factor + whole * far_mean$i;
 #end
+#ifdef SUMMED
     let first_row = row8 * 4u;
+    // Every invocation meets its own sums again.
 #repeat r 4
     if first_row + $ru < queries {
-        let token$r = first_query + first_row + $ru;
-#ifdef SUMMED
-        let sum$r = (((b * p.tokens + token$r) * p.heads + h) * GROUP + in_group) * VALUE_DIM;
-#endif
-        let out$r = p.out_at + b * p.out_batch + (token$r * Q_HEADS + kv_head * GROUP + in_group) * VALUE_DIM;
+        let sum$r = (((b * p.tokens + first_query + first_row + $ru) * p.heads + h) * GROUP + in_group) * VALUE_DIM;
 #repeat i PAIRS
         if channel$i < VALUE_DIM {
-            var x = low$i[$r];
-            var y = high$i[$r];
-#ifdef SUMMED
             if (p.flags & 1u) != 0u {
-                x += sums[sum$r + even$i];
-                y += sums[sum$r + odd$i];
+                low$i[$r] += sums[sum$r + channel$i];
             }
-            if (p.flags & 2u) != 0u {
-                store(out$r + channel$i, x / f32(ENSEMBLES), y / f32(ENSEMBLES), channel$i + 1u < VALUE_DIM);
-            } else {
-                sums[sum$r + even$i] = x;
-                if channel$i + 1u < VALUE_DIM {
-                    sums[sum$r + odd$i] = y;
-                }
+            sums[sum$r + channel$i] = low$i[$r];
+        }
+        if channel$i + 32u < VALUE_DIM {
+            if (p.flags & 1u) != 0u {
+                high$i[$r] += sums[sum$r + channel$i + 32u];
             }
-#else
-            store(out$r + channel$i, x, y, channel$i + 1u < VALUE_DIM);
-#endif
+            sums[sum$r + channel$i + 32u] = high$i[$r];
         }
 #end
     }
 #end
+    if (p.flags & 2u) == 0u {
+        return;
+    }
+#repeat i PAIRS
+    low$i = low$i / f32(ENSEMBLES);
+    high$i = high$i / f32(ENSEMBLES);
+#end
+#endif
+    // Each stores two neighbouring channels of two queries.
+    let first_channel = block * CHANNELS + lane % 16u * 2u;
+#repeat i PAIRS
+    store_run(local, low$i, first_channel + $iu * 64u, b, first_query, queries, kv_head * GROUP + in_group);
+    store_run(local, high$i, first_channel + $iu * 64u + 32u, b, first_query, queries, kv_head * GROUP + in_group);
+#end
+}
+
+// Stores what all invocations have of 32 channels.
+fn store_run(local: u32, value: vec4<f32>, channel: u32, b: u32, first_query: u32, queries: u32, head: u32) {
+    workgroupBarrier();
+    weights[local] = value;
+    workgroupBarrier();
+    let row8 = local / 32u;
+    let pair = local % 16u * 2u;
+    let x = weights[row8 * 32u + pair];
+    let y = weights[row8 * 32u + pair + 1u];
+    let second = local % 32u / 16u;
+    if channel < VALUE_DIM {
+#repeat r 2
+        let query$r = row8 * 4u + second * 2u + $ru;
+        if query$r < queries {
+            let at = p.out_at + b * p.out_batch + ((first_query + query$r) * Q_HEADS + head) * VALUE_DIM + channel;
+            store(at, select(x[$r], x[$r + 2], second == 1u), select(y[$r], y[$r + 2], second == 1u), channel + 1u < VALUE_DIM);
+        }
+#end
+    }
 }

@@ -9,9 +9,9 @@
 
 const PLANE_BLOCK: u32 = COLUMNS * 16u;
 const PLANE_BLOCKS: u32 = (BITS + PLANE_BLOCK - 1u) / PLANE_BLOCK;
-// Channels of a slice, and rows of the slices padded against bank conflicts.
+// Channels of a slice; its rows are padded against bank conflicts, and four of x lie in one vector.
 const SLICE: u32 = 16u;
-var<workgroup> x_slice: array<f32, SLICE * 65u>;
+var<workgroup> x_slice: array<vec4<f32>, SLICE * 17u>;
 var<workgroup> w_slice: array<f32, SLICE * (PLANE_BLOCK + 1u)>;
 
 @compute @workgroup_size(256)
@@ -28,9 +28,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 
     let column = local % 16u;
     let row16 = local / 16u;
-    // Loads: a channel of every 16th row.
+    // Invocation (i, column): rows 4i to 4i + 3, with a channel to load, then with every 16th plane.
 #repeat i 4
-    let row$i = first_row + row16 + $iu * 16u;
+    let row$i = first_row + row16 * 4u + $iu;
     let at$i = input_at(row$i / PER_HEAD / p.tokens, row$i / PER_HEAD % p.tokens, (p.head + head) * PER_HEAD + row$i % PER_HEAD);
 #end
 #repeat j COLUMNS
@@ -44,8 +44,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         if row$i < rows && channel < HEAD_DIM {
             x$i = input_element(at$i + channel);
         }
-        x_slice[column * 65u + row16 + $iu * 16u] = x$i;
 #end
+        x_slice[column * 17u + row16] = vec4<f32>(x0, x1, x2, x3);
 #repeat j COLUMNS
         var w$j = 0.0;
         if block * PLANE_BLOCK + row16 + $ju * 16u < BITS && channel < HEAD_DIM {
@@ -55,11 +55,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #end
         workgroupBarrier();
         for (var c = 0u; c < SLICE; c++) {
-            let x = vec4<f32>(
-                x_slice[c * 65u + row16],
-                x_slice[c * 65u + row16 + 16u],
-                x_slice[c * 65u + row16 + 32u],
-                x_slice[c * 65u + row16 + 48u]);
+            let x = x_slice[c * 17u + row16];
 #repeat j COLUMNS
             sum$j += x * w_slice[c * (PLANE_BLOCK + 1u) + column + $ju * 16u];
 #end

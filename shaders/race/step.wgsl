@@ -21,38 +21,45 @@
 
 const COLUMNS: u32 = VALUE_DIM + 1u;
 const CHANNEL_BLOCKS: u32 = (VALUE_DIM + 31u) / 32u;
+#ifndef MASS
 const HEAD_TILES: u32 = (GROUP + HEADS - 1u) / HEADS;
-var<workgroup> x: array<f32, HEAD_DIM>;
-var<workgroup> partial: array<f32, 256>;
-#ifdef MASS
-const HASHES: u32 = 1u;
-#else
-// Of the key, then of the queries.
-const HASHES: u32 = 1u + HEADS;
+#endif
+// Rows that are hashed together: the key, then queries.
+var<workgroup> x: array<f32, HEAD_DIM * HASHES>;
+// Parts of projections; then weights of 256 buckets.
 var<workgroup> weights: array<f32, 256u * HASHES>;
+#ifndef MASS
+var<workgroup> partial: array<f32, 256>;
 var<workgroup> pairs: array<vec2<f32>, 256>;
 #endif
 var<workgroup> odds: array<vec2<f32>, BITS * HASHES>;
 
-// Hashes `x`, which other invocations wrote.
-fn hash_row(local: u32, slot: u32, planes_at: u32, beta: f32) {
+// Hashes the rows of `x`, sixteen planes at a time and sixteen invocations each.
+fn hash_rows(local: u32, planes_at: u32, beta: f32) {
     for (var base = 0u; base < BITS; base += 16u) {
         let plane = base + local / 16u;
-        var sum = 0.0;
+#repeat h HASHES
+        var sum$h = 0.0;
+#end
         workgroupBarrier();
         if plane < BITS {
             for (var c = local % 16u; c < HEAD_DIM; c += 16u) {
-                sum += x[c] * planes[planes_at + plane * HEAD_DIM + c];
+                let w = planes[planes_at + plane * HEAD_DIM + c];
+#repeat h HASHES
+                sum$h += x[$hu * HEAD_DIM + c] * w;
+#end
             }
         }
-        partial[local] = sum;
+#repeat h HASHES
+        weights[$hu * 256u + local] = sum$h;
+#end
         workgroupBarrier();
-        if local < 16u && base + local < BITS {
+        if local < 16u * HASHES && base + local % 16u < BITS {
             var total = 0.0;
             for (var i = 0u; i < 16u; i++) {
-                total += partial[local * 16u + i];
+                total += weights[local * 16u + i];
             }
-            odds[slot * BITS + base + local] = logistic_pair(2.0 * beta * bounded_tanh(total));
+            odds[local / 16u * BITS + base + local % 16u] = logistic_pair(2.0 * beta * bounded_tanh(total));
         }
     }
     workgroupBarrier();
@@ -92,11 +99,10 @@ fn pair_sum(local: u32, value: vec2<f32>, width: u32) -> vec2<f32> {
     return pairs[local % width];
 }
 
-fn load_query(local: u32, b: u32, head: u32) {
+fn load_query(local: u32, slot: u32, b: u32, head: u32) {
     let at = p.in2_offset + b * p.in2_batch + head * p.in2_head;
-    workgroupBarrier();
     for (var c = local; c < HEAD_DIM; c += 256u) {
-        x[c] = element_of(queries[input_word(at + c)], at + c);
+        x[slot * HEAD_DIM + c] = element_of(queries[input_word(at + c)], at + c);
     }
 }
 
@@ -135,7 +141,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let beta = beta_of(kv_head);
 #ifdef MASS
     load_key(local, b, kv_head);
-    hash_row(local, 0u, kv_head * p.planes_stride + ensemble * BITS * HEAD_DIM, beta);
+    hash_rows(local, kv_head * p.planes_stride + ensemble * BITS * HEAD_DIM, beta);
     let masses_at = p.state_at + (unit * ENSEMBLES + ensemble) * BUCKETS * COLUMNS + VALUE_DIM;
     for (var s = local; s < BUCKETS; s += 256u) {
         let at = masses_at + s * COLUMNS;
@@ -156,15 +162,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         // Of the first sixteen invocations, in two neighbouring channels.
         var result$h = vec2<f32>();
 #end
+        load_key(local, b, kv_head);
+#repeat h HEADS
+        load_query(local, 1u + $hu, b, kv_head * GROUP + min(tile * HEADS + $hu, GROUP - 1u));
+#end
         for (var ensemble = 0u; ensemble < ENSEMBLES; ensemble++) {
             let planes_at = kv_head * p.planes_stride + ensemble * BITS * HEAD_DIM;
             let state_at = p.state_at + (unit * ENSEMBLES + ensemble) * BUCKETS * COLUMNS;
-            load_key(local, b, kv_head);
-            hash_row(local, 0u, planes_at, beta);
-#repeat h HEADS
-            load_query(local, b, kv_head * GROUP + min(tile * HEADS + $hu, GROUP - 1u));
-            hash_row(local, 1u + $hu, planes_at, beta);
-#end
+            hash_rows(local, planes_at, beta);
             // The key goes into B, with the first tile of heads; B's and A's column sums.
             var values_sum = vec2<f32>();
             var mass_sum = vec2<f32>();

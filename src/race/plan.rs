@@ -88,9 +88,9 @@ impl Geometry {
 
     /// Query heads that a step works on at a time: what fits workgroup memory, with the key.
     pub fn step_heads(&self) -> usize {
-        // The row being hashed, sums of all invocations, and a few words.
-        let fixed = self.head_dim * 4 + 256 * 12 + 1024;
-        let row = self.bits() * 8 + 256 * 4;
+        // Sums of all invocations; then of each row its channels, its hash and its weights of 256 buckets.
+        let fixed = 256 * 12 + 64;
+        let row = self.head_dim * 4 + self.bits() * 8 + 256 * 4;
         let room = (16 << 10) - fixed - row;
         (room / row).clamp(1, 4).min(self.group)
     }

@@ -159,7 +159,11 @@ impl Key {
             }
             Kernel::Backward(kernel) => constants.extend(kernel.constants(g)),
             Kernel::Scan { .. } => constants.push(("WIDTH", SCAN_WIDTH)),
-            Kernel::Step { .. } | Kernel::StepMass => constants.push(("HEADS", g.step_heads())),
+            Kernel::Step { .. } => {
+                constants.push(("HEADS", g.step_heads()));
+                constants.push(("HASHES", 1 + g.step_heads()));
+            }
+            Kernel::StepMass => constants.push(("HASHES", 1)),
             _ => {}
         }
         constants.into_iter().map(|(name, value)| (name, value as u32)).collect()

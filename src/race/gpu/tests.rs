@@ -55,12 +55,10 @@ fn keys() -> Vec<Key> {
         add(Kernel::Project { per_head: geometry.group });
         add(Kernel::ChunkSums);
         add(Kernel::StepMass);
-        for output in [DType::F32, DType::F16, DType::Bf16] {
-            add(Kernel::Step { output });
-        }
         for flag in [true, false] {
             add(Kernel::Scan { reverse: flag });
             for dtype in [DType::F32, DType::F16, DType::Bf16] {
+                add(Kernel::Step { output: dtype });
                 add(Kernel::Output { output: dtype, read: flag });
             }
         }
