@@ -3,6 +3,7 @@
 use crate::engine::cpu::memory::zeros;
 use crate::engine::cpu::simd::{Element, Kernel, Lanes, Level, ROW, prefetch_far};
 use crate::error::Result;
+#[cfg(feature = "wgpu")]
 use crate::tensor::convert::on_gpu;
 use crate::tensor::{DType, Storage, Tensor, TensorView};
 use half::slice::HalfFloatSliceExt;
