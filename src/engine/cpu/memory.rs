@@ -43,5 +43,29 @@ impl Buffer {
 /// A vector of `len` zeros.
 pub(crate) fn zeros<T: Pod>(op: &'static str, len: usize) -> Result<Vec<T>> {
     let bytes = (len as u64).saturating_mul(size_of::<T>() as u64);
-    bytemuck::allocation::try_zeroed_vec(len).map_err(|()| Error::OutOfMemory { op, bytes })
+    let mut zeros = bytemuck::allocation::try_zeroed_vec(len).map_err(|()| Error::OutOfMemory { op, bytes })?;
+    ask_for_large_pages(&mut zeros);
+    Ok(zeros)
+}
+
+/// Where the system hands out large pages on request only, requests them: touching fresh memory by small pages can cost
+/// more than what is computed into it. A hint; nothing depends on it.
+#[cfg_attr(not(all(target_os = "linux", target_pointer_width = "64")), allow(clippy::ptr_arg, unused_variables))]
+fn ask_for_large_pages<T: Pod>(room: &mut Vec<T>) {
+    #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
+    {
+        use std::ffi::{c_int, c_void};
+        const LARGE: usize = 2 << 20;
+        const HUGEPAGE: c_int = 14;
+        unsafe extern "C" {
+            safe fn madvise(start: *mut c_void, len: usize, advice: c_int) -> c_int;
+        }
+        let len = size_of_val(room.as_slice());
+        if len >= 2 * LARGE {
+            let start = room.as_mut_ptr().cast::<u8>();
+            let skipped = start.align_offset(LARGE).min(len);
+            // Whole pages inside the vector only; the system refuses what it does not know.
+            let _ = madvise(start.wrapping_add(skipped).cast(), (len - skipped) / LARGE * LARGE, HUGEPAGE);
+        }
+    }
 }

@@ -1,9 +1,12 @@
 //! The CPU executor: chunks of tokens as matrix products, with sums in f32 inside a chunk and in f64 beyond it.
 //!
-//! Memory beyond inputs and results: each thread holds a few tiles of a chunk, and the backward of the causal pass
-//! 4·S·(Dv + 1) bytes for each of up to 256 chunks and 8·S·(Dv + 1) bytes for each block of chunks (per ensemble). A
-//! chunk is 32 or 64 tokens and a block 32 to 256 chunks (the root of their number), so that is at most S·(Dv + 1)/128
-//! bytes a token of the sequences under way, about 8 for S = 8 and Dv = 128 where inputs take 1536.
+//! Memory beyond inputs and results: each thread holds a few tiles of a chunk (32 or 64 tokens). The backward of the
+//! causal pass also holds, per thread, the states before a block's chunks, 4·S·(Dv + 1) bytes each (times ensembles): up to
+//! 16 MiB of them, or 32 to 256 where so many take more. Of a call of several blocks it keeps 8·S·(Dv + 1) bytes for each
+//! block: at most S·(Dv + 1)/128 bytes a token of the heads under way, 8 for S = 8 and Dv = 128, whose inputs take 1536.
+//!
+//! Where rayon has more threads than the call has sequences and heads, results depend on the number of threads, by no
+//! more than rounding.
 
 mod backward;
 mod hash;

@@ -18,8 +18,10 @@ use std::sync::{Condvar, Mutex, PoisonError};
 
 /// Tokens of a span at least, where units are cut.
 const SPAN: usize = 1024;
-/// Chunks of a block of the causal backward, at least and at most.
+/// Chunks of a block of the causal backward, at least and at most, where their states take more than [`HELD`] bytes.
 const BLOCK: std::ops::RangeInclusive<usize> = 32..=256;
+/// Bytes that the states of a block's chunks may take in any case: a call of one block needs no first sweep.
+const HELD: usize = 16 << 20;
 
 /// Some tokens of one unit.
 #[derive(Clone, Debug)]
@@ -115,7 +117,9 @@ impl<'a> Job<'a> {
         if backward && call.pass == Pass::Causal {
             let longest = spans.iter().map(|span| span.tokens.len()).max().unwrap_or(0);
             let chunks = longest.div_ceil(plan.chunk);
-            needs.block = chunks.isqrt().clamp(*BLOCK.start(), *BLOCK.end()).min(chunks);
+            let state = size_of::<f32>() * plan.masses().saturating_mul(plan.value_row + 1);
+            let block = chunks.isqrt().clamp(*BLOCK.start(), *BLOCK.end());
+            needs.block = block.max(HELD / state).min(chunks);
             needs.blocks = chunks.div_ceil(needs.block.max(1));
         }
         let pool = Pool::new(op, plan, needs, threads.min(spans.len()))?;

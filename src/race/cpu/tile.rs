@@ -3,6 +3,7 @@
 use crate::engine::cpu::memory::zeros;
 use crate::engine::cpu::simd::{Element, Kernel, Lanes, Level, ROW, prefetch_far};
 use crate::error::Result;
+#[cfg(feature = "wgpu")]
 use crate::tensor::convert::on_gpu;
 use crate::tensor::{DType, Storage, Tensor, TensorView};
 use half::slice::HalfFloatSliceExt;
@@ -150,46 +151,57 @@ impl Rows<'_> {
     pub unsafe fn write(&self, level: Level, [b, t, h]: [usize; 3], n: usize, from: &[f32], row: usize) {
         let [_, tokens, heads, dim] = self.shape;
         let size = dim * self.dtype.size();
-        for (i, from) in from.chunks_exact(row).take(n).enumerate() {
-            let at = ((b * tokens + t + i) * heads + h) * size;
-            assert!(at + size <= self.len);
-            // SAFETY: inside the room, as asserted, and no other thread's by the caller's promise.
-            let to = unsafe { std::slice::from_raw_parts_mut(self.start.add(at), size) };
-            level.run(Narrow { dtype: self.dtype, from: &from[..dim], to });
+        let (at, stride) = (((b * tokens + t) * heads + h) * size, heads * size);
+        if n == 0 {
+            return;
         }
+        assert!(at + (n - 1) * stride + size <= self.len && from.len() >= n * row);
+        let to = self.start.wrapping_add(at);
+        level.run(Narrow { dtype: self.dtype, from, row, dim, n, to, stride });
     }
 }
 
-/// Values rounded to the nearest of `dtype`, ties to even, little endian.
+/// Rows rounded to the nearest of `dtype`, ties to even, little endian. `n` rows of `dim` elements can be written, each
+/// `stride` bytes after the last.
 struct Narrow<'a> {
     dtype: DType,
     from: &'a [f32],
-    to: &'a mut [u8],
+    row: usize,
+    dim: usize,
+    n: usize,
+    to: *mut u8,
+    stride: usize,
 }
 
 impl Kernel for Narrow<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Lanes>(self, _: S) {
-        match self.dtype {
-            DType::F16 => {
-                let mut half = [f16::ZERO; 64];
-                for (from, to) in self.from.chunks(64).zip(self.to.chunks_mut(128)) {
-                    let half = &mut half[..from.len()];
-                    half.convert_from_f32_slice(from);
-                    for (to, x) in to.chunks_exact_mut(2).zip(half) {
-                        to.copy_from_slice(&x.to_le_bytes());
+        let Self { dtype, row, dim, n, stride, .. } = self;
+        for (i, from) in self.from.chunks_exact(row).take(n).enumerate() {
+            let from = &from[..dim];
+            // SAFETY: `Rows::write` checked that the rows lie inside its room, and no other thread writes them.
+            let to = unsafe { std::slice::from_raw_parts_mut(self.to.add(i * stride), dim * dtype.size()) };
+            match dtype {
+                DType::F16 => {
+                    let mut half = [f16::ZERO; 64];
+                    for (from, to) in from.chunks(64).zip(to.chunks_mut(128)) {
+                        let half = &mut half[..from.len()];
+                        half.convert_from_f32_slice(from);
+                        for (to, x) in to.chunks_exact_mut(2).zip(half) {
+                            to.copy_from_slice(&x.to_le_bytes());
+                        }
                     }
                 }
-            }
-            DType::Bf16 => {
-                for (to, x) in self.to.chunks_exact_mut(2).zip(self.from) {
-                    to.copy_from_slice(&brain(*x).to_le_bytes());
+                DType::Bf16 => {
+                    for (to, x) in to.chunks_exact_mut(2).zip(from) {
+                        to.copy_from_slice(&brain(*x).to_le_bytes());
+                    }
                 }
-            }
-            _ => {
-                for (to, x) in self.to.chunks_exact_mut(4).zip(self.from) {
-                    to.copy_from_slice(&x.to_le_bytes());
+                _ => {
+                    for (to, x) in to.chunks_exact_mut(4).zip(from) {
+                        to.copy_from_slice(&x.to_le_bytes());
+                    }
                 }
             }
         }
