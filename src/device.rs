@@ -391,6 +391,7 @@ impl Device {
 
     /// Waits until the work submitted so far is done, so that a stream does not run ahead of the device and fill its
     /// memory. Nothing to wait for on the CPU path, and no way to in browsers.
+    #[cfg_attr(not(feature = "wgpu"), allow(unused_variables))]
     pub(crate) fn settle(&self, op: &'static str) -> Result<()> {
         match &self.kind {
             Kind::Cpu => Ok(()),

@@ -96,6 +96,8 @@ fn elsewhere(op: &'static str, tensor: &'static str, is_cpu: bool) -> Error {
     Error::WrongDevice { op, tensor, got: here, expected: there }
 }
 
+// Without the GPU path nothing can be elsewhere, and `op` has nothing to name.
+#[cfg_attr(not(feature = "wgpu"), allow(unused_variables))]
 impl StateStorage {
     pub fn bytes(&self) -> u64 {
         match self {
@@ -138,6 +140,7 @@ impl StateStorage {
     }
 }
 
+#[cfg_attr(not(feature = "wgpu"), allow(unused_variables))]
 impl ParameterSums {
     pub fn cpu(self, op: &'static str) -> Result<CpuParameterSums> {
         match self {
