@@ -2,6 +2,7 @@
 
 mod append;
 mod attend;
+mod blocks;
 mod kernels;
 pub(crate) mod merge;
 mod pages;

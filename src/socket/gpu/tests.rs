@@ -117,6 +117,8 @@ fn structs_have_the_offsets_of_their_rust_twins() {
             width,
             first_row,
             row_shift,
+            tokens,
+            first_token,
         ],
         input.offset => "in_offset",
         input.batch => "in_batch",
