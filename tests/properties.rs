@@ -54,7 +54,7 @@ fn batches_larger_than_a_binding(device: &Device) {
     let many: Vec<usize> = (0..300).map(|b| 20 + b * 37 % 181).collect();
     for (lengths, tq) in [(many, 1), (vec![330, 90, 300], 290)] {
         let problem = Problem {
-            config: SocketConfig { tables: 6, planes: 4, budget: Budget::Tokens(5), ..SocketConfig::fast() },
+            config: SocketConfig { sink: 2, window: 3, budget: Budget::Tokens(5), ..SocketConfig::fast() },
             shape,
             page_tokens: 64,
             lengths,
