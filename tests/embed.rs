@@ -73,9 +73,12 @@ fn steps_wait_in_the_hosts_encoder() {
     let (device, queue, lent) = host();
     let mut gpu = SocketCache::with_page_tokens(&lent, config(), SHAPE, 2, 64).unwrap();
     let mut cpu = SocketCache::with_page_tokens(&Device::cpu(), config(), SHAPE, 2, 64).unwrap();
-    gpu.warm_up(DType::F32, DType::F32).unwrap();
+    pollster::block_on(gpu.warm_up_async(DType::F32, DType::F32)).unwrap();
     let compiled = lent.report().kernels.len();
     assert!(compiled > 8, "{compiled} kernels");
+    gpu.warm_up(DType::F32, DType::F32).unwrap();
+    assert_eq!(lent.report().kernels.len(), compiled, "the twins compile the same");
+    pollster::block_on(cpu.warm_up_async(DType::F32, DType::F32)).unwrap();
     let (k, v) = (numbers(1, 2 * 120 * 2 * 64), numbers(2, 2 * 120 * 2 * 32));
     let (ks, vs) = ([2, 120, 2, 64], [2, 120, 2, 32]);
     for cache in [&mut gpu, &mut cpu] {

@@ -47,6 +47,27 @@ fn exact_attention_matches_the_reference(device: &Device, problem: &Problem) -> 
     judge(device, &prompt, &data, Mode::Dense, &prefill)
 }
 
+/// Batches whose candidate lists pass 128 MiB, the largest binding of many devices: many sequences, then many query
+/// tokens of few.
+fn batches_larger_than_a_binding(device: &Device) {
+    let shape = CacheShape { num_q_heads: 8, num_kv_heads: 2, head_dim: 32, value_dim: 24, dtype: DType::F32 };
+    let many: Vec<usize> = (0..300).map(|b| 20 + b * 37 % 181).collect();
+    for (lengths, tq) in [(many, 1), (vec![330, 90, 300], 290)] {
+        let problem = Problem {
+            config: SocketConfig { sink: 2, window: 3, budget: Budget::Tokens(5), ..SocketConfig::fast() },
+            shape,
+            page_tokens: 64,
+            lengths,
+            tq,
+            q_dtype: DType::F32,
+            output: DType::F32,
+            history: History::Whole,
+            seed: 7,
+        };
+        decode_matches_the_reference(device, &problem).unwrap();
+    }
+}
+
 /// As many query tokens as keys, and one more: the first sees nothing.
 fn prefill_of_whole_prompts(device: &Device) {
     for (len, dtype) in [(65, DType::F32), (129, DType::F16), (64, DType::Bf16)] {
@@ -200,6 +221,11 @@ mod cpu {
     }
 
     #[test]
+    fn large_batches() {
+        batches_larger_than_a_binding(&Device::cpu());
+    }
+
+    #[test]
     fn sizes() {
         sizes_dimensions_and_groups(&Device::cpu());
     }
@@ -240,6 +266,11 @@ mod gpu {
     #[test]
     fn prefill() {
         prefill_of_whole_prompts(&gpu());
+    }
+
+    #[test]
+    fn large_batches() {
+        batches_larger_than_a_binding(&gpu());
     }
 
     #[test]

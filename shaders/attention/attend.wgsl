@@ -60,11 +60,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if index >= p.groups {
         return;
     }
-    let token_index = index % p.tq;
-    let tile_index = index / p.tq % HEAD_TILES;
-    let kv_head = index / (p.tq * HEAD_TILES) % KV_HEADS;
-    let chunk = index / (p.tq * HEAD_TILES * KV_HEADS) % (PAGE / CHUNK);
-    let entry = entries[p.first_entry + index / (p.tq * HEAD_TILES * KV_HEADS * (PAGE / CHUNK))];
+    let token_index = p.first_token + index % p.tokens;
+    let tile_index = index / p.tokens % HEAD_TILES;
+    let kv_head = index / (p.tokens * HEAD_TILES) % KV_HEADS;
+    let chunk = index / (p.tokens * HEAD_TILES * KV_HEADS) % (PAGE / CHUNK);
+    let entry = entries[p.first_entry + index / (p.tokens * HEAD_TILES * KV_HEADS * (PAGE / CHUNK))];
     let row_index = entry.sequence * p.tq + token_index;
     let row = rows[row_index];
     let first = entry.logical * PAGE + chunk * CHUNK;
@@ -105,7 +105,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 for (var h = 0u; h < HEADS; h++) {
                     let head = min(first_head + h, GROUP - 1u);
                     let score_head = kv_head * SCORE_ROWS + min(head, SCORE_ROWS - 1u);
-                    let score_row = row_index * (KV_HEADS * SCORE_ROWS) + score_head;
+                    let score_row = (row_index - p.first_row) * (KV_HEADS * SCORE_ROWS) + score_head;
                     let threshold = scores[score_row * 2u];
                     let last_token = scores[score_row * 2u + 1u];
                     let key = scores[p.header + row.score_base + score_head * score_stride(row.visible) + first + token];

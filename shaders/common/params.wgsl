@@ -26,8 +26,8 @@ struct Params {
     width: u32,
     first_row: u32,
     row_shift: u32,
-    reserved_a: u32,
-    reserved_b: u32,
+    tokens: u32,
+    first_token: u32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
 

@@ -3,6 +3,7 @@
 #import order
 #import find_bin
 // Collects the keys of the bin in which a row's threshold lies: one workgroup per (row, score row, span of tokens).
+// Scratch space counts score rows from the first of the block.
 @group(0) @binding(1) var<storage, read> rows: array<Row>;
 @group(0) @binding(2) var<storage, read> tables: array<f32>;
 @group(0) @binding(3) var<storage, read> scores: array<u32>;
@@ -22,10 +23,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         return;
     }
     let spans = p.max_count;
-    let score_row = p.first_row * KV_HEADS * SCORE_ROWS + index / spans;
+    let score_row = index / spans;
     let span = index % spans;
     let head = score_row % (KV_HEADS * SCORE_ROWS);
-    let row = rows[score_row / (KV_HEADS * SCORE_ROWS)];
+    let row = rows[p.first_row + score_row / (KV_HEADS * SCORE_ROWS)];
     let first = span * SPAN;
     // Rows that keep every key need no threshold.
     if first >= row.visible || row.heavy >= row.visible || row.heavy == 0u {

@@ -14,12 +14,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if index >= p.groups {
         return;
     }
-    let score_row = p.first_row * KV_HEADS * SCORE_ROWS + index;
-    let row = rows[score_row / (KV_HEADS * SCORE_ROWS)];
+    let score_row = index;
+    let row = rows[p.first_row + score_row / (KV_HEADS * SCORE_ROWS)];
     let head = score_row % (KV_HEADS * SCORE_ROWS);
     let scores_at = p.header + row.score_base + head * score_stride(row.visible);
     let threshold = scores[score_row * 2u];
     let last_token = scores[score_row * 2u + 1u];
+    let results_at = (p.first_row * KV_HEADS * SCORE_ROWS + score_row) * p.width;
     var filled = 0u;
     for (var first = 0u; first < row.visible; first += 256u) {
         let token = first + local;
@@ -32,14 +33,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let upto = inclusive_scan(local, select(0u, 1u, taken));
         let at = filled + upto - 1u;
         if taken && at < p.width {
-            indices[score_row * p.width + at] = i32(token);
-            values[score_row * p.width + at] = select(order_score(key), 0.0, row.unindexed == 1u);
+            indices[results_at + at] = i32(token);
+            values[results_at + at] = select(order_score(key), 0.0, row.unindexed == 1u);
         }
         filled += scan_total();
         workgroupBarrier();
     }
     for (var i = filled + local; i < p.width; i += 256u) {
-        indices[score_row * p.width + i] = -1;
-        values[score_row * p.width + i] = 0.0;
+        indices[results_at + i] = -1;
+        values[results_at + i] = 0.0;
     }
 }

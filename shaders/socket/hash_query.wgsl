@@ -48,7 +48,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     let scoring_head = index % SCORING_HEADS;
     let kv_head = index / SCORING_HEADS % KV_HEADS;
-    let row_index = index / (SCORING_HEADS * KV_HEADS);
+    let row_index = p.first_row + index / (SCORING_HEADS * KV_HEADS);
     let row = rows[row_index];
     let batch = row_index / p.tq;
     let token = row_index % p.tq;

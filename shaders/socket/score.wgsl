@@ -28,11 +28,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if index >= p.groups {
         return;
     }
-    let token_index = index % p.tq;
-    let kv_head = index / p.tq % KV_HEADS;
-    let chunk = index / (p.tq * KV_HEADS) % (PAGE / CHUNK);
-    let entry = entries[p.first_entry + index / (p.tq * KV_HEADS * (PAGE / CHUNK))];
+    let token_index = p.first_token + index % p.tokens;
+    let kv_head = index / p.tokens % KV_HEADS;
+    let chunk = index / (p.tokens * KV_HEADS) % (PAGE / CHUNK);
+    let entry = entries[p.first_entry + index / (p.tokens * KV_HEADS * (PAGE / CHUNK))];
     let row_index = entry.sequence * p.tq + token_index;
+    let block_row = row_index - p.first_row;
     let row = rows[row_index];
     let first = entry.logical * PAGE + chunk * CHUNK;
     if first >= row.visible {
@@ -41,7 +42,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let page_head = entry.page * KV_HEADS + kv_head;
     // Chunks shorter than the workgroup: the surplus invocations read along and write nothing.
     let in_page = chunk * CHUNK + min(local, CHUNK - 1u);
-    let table_row = (row_index * KV_HEADS + kv_head) * SCORING_HEADS;
+    let table_row = (block_row * KV_HEADS + kv_head) * SCORING_HEADS;
 
     var gain: array<f32, TOKENS>;
     var bias: array<f32, TOKENS>;
@@ -127,7 +128,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                     let low = tables[header];
                     let inverse_width = tables[header + 1u];
                     let shift = tables[header + 2u];
-                    let score_row = (row_index * KV_HEADS + kv_head) * SCORE_ROWS + score_head;
+                    let score_row = (block_row * KV_HEADS + kv_head) * SCORE_ROWS + score_head;
                     let scores_at = p.header + row.score_base
                         + (kv_head * SCORE_ROWS + score_head) * score_stride(row.visible);
                     for (var i = 0u; i < TOKENS; i++) {

@@ -25,9 +25,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if index >= p.groups {
         return;
     }
-    let score_row = p.first_row * KV_HEADS * SCORE_ROWS + index;
+    let score_row = index;
     let head = score_row % (KV_HEADS * SCORE_ROWS);
-    let row = rows[score_row / (KV_HEADS * SCORE_ROWS)];
+    let row = rows[p.first_row + score_row / (KV_HEADS * SCORE_ROWS)];
     let histogram_at = score_row * HISTOGRAM_ROW;
     let found = find_bin(local, histogram_at, max(row.heavy, 1u));
     if row.heavy == 0u || row.heavy >= row.visible || found.total <= row.heavy {

@@ -4,6 +4,43 @@ pub(crate) mod cpu;
 #[cfg(feature = "wgpu")]
 pub(crate) mod gpu;
 
+use crate::error::Result;
+
+#[cfg(feature = "wgpu")]
+type Kernels = (std::sync::Arc<gpu::Context>, Vec<Box<dyn gpu::KernelKey>>);
+
+/// Kernels to compile ahead; none where there is no compiler. Nothing happens until it is run.
+#[derive(Default)]
+pub(crate) struct WarmUp {
+    #[cfg(feature = "wgpu")]
+    kernels: Option<Kernels>,
+}
+
+impl WarmUp {
+    #[cfg(feature = "wgpu")]
+    pub fn new(ctx: std::sync::Arc<gpu::Context>, keys: Vec<Box<dyn gpu::KernelKey>>) -> Self {
+        Self { kernels: Some((ctx, keys)) }
+    }
+
+    /// Compiles, and waits for it.
+    pub fn run(self) -> Result<()> {
+        #[cfg(feature = "wgpu")]
+        if let Some((ctx, keys)) = self.kernels {
+            return ctx.warm_up(&keys);
+        }
+        Ok(())
+    }
+
+    /// Compiles without holding the polling thread.
+    pub async fn run_async(self) -> Result<()> {
+        #[cfg(feature = "wgpu")]
+        if let Some((ctx, keys)) = self.kernels {
+            return ctx.warm_up_async(keys).await;
+        }
+        Ok(())
+    }
+}
+
 /// Where commands go: run now, or into the caller's encoder.
 pub(crate) enum Recording<'a> {
     /// Submit at once.

@@ -148,7 +148,17 @@ impl Race {
     /// # Errors
     /// [`Error::Gpu`] where a kernel does not compile, [`Error::DeviceLost`].
     pub fn warm_up(&self, output: DType) -> Result<()> {
-        self.executor.warm_up(output)
+        self.executor.warm_up(output).run()
+    }
+
+    /// As [`Race::warm_up`], while the thread that polls the future does other work: the kernels compile on the threads
+    /// of rayon's pool, in browsers one by one between polls. The future borrows nothing; calls made before it is done
+    /// wait for the kernels that they need.
+    ///
+    /// # Errors
+    /// As [`Race::warm_up`].
+    pub fn warm_up_async(&self, output: DType) -> impl Future<Output = Result<()>> + Send + use<> {
+        self.executor.warm_up(output).run_async()
     }
 }
 

@@ -12,7 +12,7 @@
 //! Attention that is not causal is Absorb over all tokens, then Read; its backward is Read over all tokens, then
 //! Absorb.
 
-use crate::engine::Recording;
+use crate::engine::{Recording, WarmUp};
 use crate::error::{Error, Result};
 use crate::race::config::Parameters;
 use crate::race::cpu::{CpuParameterSums, CpuState};
@@ -218,9 +218,9 @@ pub(crate) trait RaceExecutor: Send {
     fn export(&self, op: &'static str, state: &StateStorage) -> Result<StateData>;
     /// The reverse.
     fn import(&self, op: &'static str, data: &StateData) -> Result<StateStorage>;
-    /// Compiles whatever calls of these passes need.
-    fn warm_up(&self, _output: DType) -> Result<()> {
-        Ok(())
+    /// Compiles whatever calls of these passes need, once it is run.
+    fn warm_up(&self, _output: DType) -> WarmUp {
+        WarmUp::default()
     }
 }
 

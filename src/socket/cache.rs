@@ -12,6 +12,9 @@ use crate::tensor::{DType, TensorView};
 /// Tokens per page unless chosen otherwise.
 pub const DEFAULT_PAGE_TOKENS: usize = 1024;
 
+/// Sequences of one cache at most; a GPU may hold fewer.
+const MAX_SEQUENCES: usize = 1 << 16;
+
 /// Which attention [`SocketCache::decode_with`] runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
@@ -80,12 +83,10 @@ impl SocketCache {
         if !page_tokens.is_power_of_two() || !(64..=65536).contains(&page_tokens) {
             return Err(Error::config("page_tokens", page_tokens, "must be a power of two from 64 to 65536"));
         }
-        if sequences > 65536 {
-            return Err(Error::Limit { op: "new", what: "sequences", value: sequences as u64, limit: 65536 });
-        }
         let spec = CacheSpec { config, shape, page_tokens };
         let executor = device.executor(&spec)?;
         let mut cache = Self { device: device.clone(), spec, seqs: Vec::new(), executor };
+        cache.check_sequences("new", sequences)?;
         for _ in 0..sequences {
             cache.add_sequence()?;
         }
@@ -140,13 +141,32 @@ impl SocketCache {
     }
 
     /// Compiles every kernel that appends and decodes with queries of dtype `q` and results of dtype `output` need,
-    /// concurrently; later calls then compile nothing. Nothing to do on the CPU path. It waits for the compiler: where the
-    /// caller must not, make and warm the cache on a thread of its own and send it over.
+    /// concurrently; later calls then compile nothing. Nothing to do on the CPU path. It waits for the compiler;
+    /// [`SocketCache::warm_up_async`] does not.
     ///
     /// # Errors
     /// [`Error::Gpu`] where a kernel does not compile, [`Error::DeviceLost`].
     pub fn warm_up(&self, q: DType, output: DType) -> Result<()> {
-        self.executor.warm_up(q, output)
+        self.executor.warm_up(q, output).run()
+    }
+
+    /// As [`SocketCache::warm_up`], while the thread that polls the future does other work: the kernels compile on the
+    /// threads of rayon's pool, in browsers one by one between polls. The future borrows nothing; calls made before it
+    /// is done wait for the kernels that they need.
+    ///
+    /// # Errors
+    /// As [`SocketCache::warm_up`].
+    pub fn warm_up_async(&self, q: DType, output: DType) -> impl Future<Output = Result<()>> + Send + use<> {
+        self.executor.warm_up(q, output).run_async()
+    }
+
+    /// [`Error::Limit`] where `sequences` are more than the device holds at once.
+    fn check_sequences(&self, op: &'static str, sequences: usize) -> Result<()> {
+        let limit = MAX_SEQUENCES.min(self.executor.max_sequences());
+        if sequences > limit {
+            return Err(Error::Limit { op, what: "sequences", value: sequences as u64, limit: limit as u64 });
+        }
+        Ok(())
     }
 
     fn sequence(&self, op: &'static str, index: usize) -> Result<SeqState> {
@@ -259,8 +279,9 @@ impl SocketCache {
     /// Adds an empty sequence at the end; returns its index.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`].
+    /// [`Error::OutOfMemory`]; [`Error::Limit`] where the device holds no more sequences.
     pub fn add_sequence(&mut self) -> Result<usize> {
+        self.check_sequences("add_sequence", self.seqs.len() + 1)?;
         self.executor.fork(None, SeqState::default())?;
         self.seqs.push(SeqState::default());
         Ok(self.seqs.len() - 1)
@@ -270,9 +291,10 @@ impl SocketCache {
     /// Returns its index.
     ///
     /// # Errors
-    /// [`Error::NoSuchSequence`], [`Error::OutOfMemory`].
+    /// [`Error::NoSuchSequence`], [`Error::OutOfMemory`]; [`Error::Limit`] where the device holds no more sequences.
     pub fn fork(&mut self, sequence: usize) -> Result<usize> {
         let state = self.sequence("fork", sequence)?;
+        self.check_sequences("fork", self.seqs.len() + 1)?;
         self.executor.fork(Some(sequence), state)?;
         self.seqs.push(state);
         Ok(self.seqs.len() - 1)

@@ -2,7 +2,7 @@
 //!
 //! A further executor (CUDA) implements [`Executor`] and joins the match in [`crate::Device`]; nothing public moves.
 
-use crate::engine::Recording;
+use crate::engine::{Recording, WarmUp};
 use crate::error::Result;
 use crate::socket::problem::{AppendRow, AttendProblem, SeqState};
 use crate::tensor::{DType, Tensor, TensorView};
@@ -80,15 +80,19 @@ pub(crate) struct SequenceData {
 
 /// A backend of [`crate::SocketCache`]. Sequences are numbered from 0; a failed call leaves storage as it was.
 pub(crate) trait Executor: Send {
+    /// Sequences it can hold at once.
+    fn max_sequences(&self) -> usize {
+        usize::MAX
+    }
     /// Makes room for `tokens` tokens in each sequence.
     fn reserve(&mut self, tokens: usize) -> Result<()>;
     /// Stores and hashes tokens. Shapes are already checked; host slices are already known to be finite.
     fn append(&mut self, rec: Recording<'_>, k: &TensorView<'_>, v: &TensorView<'_>, rows: &[AppendRow]) -> Result<()>;
     /// Runs attention.
     fn attend(&mut self, rec: Recording<'_>, q: &TensorView<'_>, problem: &AttendProblem) -> Result<Attended>;
-    /// Compiles whatever calls with these dtypes need.
-    fn warm_up(&self, _q: DType, _output: DType) -> Result<()> {
-        Ok(())
+    /// Compiles whatever calls with these dtypes need, once it is run.
+    fn warm_up(&self, _q: DType, _output: DType) -> WarmUp {
+        WarmUp::default()
     }
     /// Runs attention once, timing each stage.
     #[cfg(not(target_arch = "wasm32"))]

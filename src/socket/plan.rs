@@ -118,6 +118,12 @@ impl Geometry {
         self.num_kv_heads * (self.head_dim + 1)
     }
 
+    /// Sequences whose states fit one binding of `limit` bytes.
+    pub fn max_sequences(&self, limit: u64) -> usize {
+        let fitting = limit / (self.slot_words() as u64 * 4);
+        usize::try_from(fitting).unwrap_or(usize::MAX)
+    }
+
     pub fn digits(&self) -> usize {
         self.planes.div_ceil(4)
     }
@@ -143,6 +149,16 @@ impl Geometry {
     /// Selections per kv head.
     pub fn score_rows(&self) -> usize {
         if self.per_group { 1 } else { self.group }
+    }
+
+    /// Selections of one query token.
+    pub fn scores_per_row(&self) -> u64 {
+        (self.num_kv_heads * self.score_rows()) as u64
+    }
+
+    /// Look-up tables of one query token.
+    pub fn tables_per_row(&self) -> u64 {
+        (self.num_kv_heads * self.scoring_heads()) as u64
     }
 
     /// Floats of one partial result: peak, sum, two spare, the values.
@@ -211,4 +227,25 @@ impl Geometry {
 /// Padded length of one head's scores.
 pub(crate) fn score_stride(visible: usize) -> usize {
     visible.div_ceil(64) * 64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::socket::config::{CacheShape, SocketConfig};
+
+    #[test]
+    fn states_of_all_sequences_fit_one_binding() {
+        let of = |num_kv_heads, head_dim, limit| {
+            let shape = CacheShape { num_q_heads: 8, num_kv_heads, head_dim, value_dim: 64, dtype: DType::F32 };
+            let g = Geometry::new(&CacheSpec { config: SocketConfig::paper(), shape, page_tokens: 64 });
+            let most = g.max_sequences(limit);
+            assert!((most * g.slot_words() * 4) as u64 <= limit && ((most + 1) * g.slot_words() * 4) as u64 > limit);
+            most
+        };
+        assert_eq!(of(8, 128, 128 << 20), 32513);
+        assert_eq!(of(8, 127, 4096), 1);
+        assert_eq!(of(8, 127, 4095), 0);
+        assert_eq!(of(2, 64, 128 << 20), 258111);
+    }
 }

@@ -3,7 +3,7 @@
 
 use super::arena::Arena;
 use super::caps::{Caps, verify};
-use super::pipeline::{KernelKey, Pipeline, Pipelines};
+use super::pipeline::{self, KernelKey, Pipeline, Pipelines};
 use super::readback::Readback;
 use crate::error::{Error, Result};
 use futures::FutureExt;
@@ -238,9 +238,15 @@ impl Context {
     }
 
     /// Compiles all of `keys`, concurrently where there are threads, and waits for them.
-    pub fn warm_up(&self, keys: &[&dyn KernelKey]) -> Result<()> {
+    pub fn warm_up(&self, keys: &[Box<dyn KernelKey>]) -> Result<()> {
         self.check_alive("warm_up")?;
         self.pipelines.warm_up(self, keys)
+    }
+
+    /// As [`Context::warm_up`], without holding the thread that polls.
+    pub async fn warm_up_async(self: Arc<Self>, keys: Vec<Box<dyn KernelKey>>) -> Result<()> {
+        self.check_alive("warm_up")?;
+        pipeline::compile_all(self, keys).await
     }
 
     /// The pipelines compiled so far, sorted by label.

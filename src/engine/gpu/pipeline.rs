@@ -83,14 +83,14 @@ impl Pipelines {
     }
 
     #[cfg(not(target_arch = "wasm32"))]
-    pub fn warm_up(&self, ctx: &Context, keys: &[&dyn KernelKey]) -> Result<()> {
+    pub fn warm_up(&self, ctx: &Context, keys: &[Box<dyn KernelKey>]) -> Result<()> {
         use rayon::prelude::*;
-        keys.par_iter().try_for_each(|key| self.get(ctx, "warm_up", *key).map(drop))
+        keys.par_iter().try_for_each(|key| self.get(ctx, "warm_up", key.as_ref()).map(drop))
     }
 
     #[cfg(target_arch = "wasm32")]
-    pub fn warm_up(&self, ctx: &Context, keys: &[&dyn KernelKey]) -> Result<()> {
-        keys.iter().try_for_each(|key| self.get(ctx, "warm_up", *key).map(drop))
+    pub fn warm_up(&self, ctx: &Context, keys: &[Box<dyn KernelKey>]) -> Result<()> {
+        keys.iter().try_for_each(|key| self.get(ctx, "warm_up", key.as_ref()).map(drop))
     }
 
     pub fn compiled(&self) -> Vec<Arc<Pipeline>> {
@@ -157,6 +157,53 @@ impl Pipelines {
             Err(other) => Err(other),
         }
     }
+}
+
+/// Compiles all of `keys`, each on a task of rayon's pool.
+#[cfg(not(target_arch = "wasm32"))]
+pub(super) async fn compile_all(ctx: Arc<Context>, keys: Vec<Box<dyn KernelKey>>) -> Result<()> {
+    use futures::channel::oneshot;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    let mut answers = Vec::with_capacity(keys.len());
+    for key in keys {
+        let (send, receive) = oneshot::channel();
+        let ctx = ctx.clone();
+        answers.push(receive);
+        rayon::spawn(move || {
+            // A panic that left the task would end the process; so it drops the sender, which is told below. Nobody
+            // may be waiting any more, hence the ignored result.
+            let _ = catch_unwind(AssertUnwindSafe(|| {
+                let _ = send.send(ctx.pipeline("warm_up", key.as_ref()).map(drop));
+            }));
+        });
+    }
+    let mut all = Ok(());
+    for answer in answers {
+        let abandoned = |_| Err(Error::Gpu { op: "warm_up", message: "a compilation was given up".into() });
+        all = all.and(answer.await.unwrap_or_else(abandoned));
+    }
+    all
+}
+
+/// One thread is all there is: it is given back after each kernel.
+#[cfg(target_arch = "wasm32")]
+pub(super) use compile_in_turn as compile_all;
+
+#[cfg(any(test, target_arch = "wasm32"))]
+pub(super) async fn compile_in_turn(ctx: Arc<Context>, keys: Vec<Box<dyn KernelKey>>) -> Result<()> {
+    for key in keys {
+        ctx.pipeline("warm_up", key.as_ref())?;
+        let mut returned = false;
+        std::future::poll_fn(|task| {
+            if std::mem::replace(&mut returned, true) {
+                return std::task::Poll::Ready(());
+            }
+            task.waker().wake_by_ref();
+            std::task::Poll::Pending
+        })
+        .await;
+    }
+    Ok(())
 }
 
 /// Whether the text calls a subgroup function or takes a subgroup's built-in value.

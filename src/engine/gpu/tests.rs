@@ -41,14 +41,16 @@ fn hosted() -> (Arc<Context>, Arc<AtomicUsize>) {
 }
 
 /// Adds `BIAS` to `count` numbers.
+#[derive(Clone)]
 struct AddKey {
     bias: u32,
-    sources: AtomicUsize,
+    /// How often the source was asked for.
+    sources: Arc<AtomicUsize>,
 }
 
 impl AddKey {
     fn new(bias: u32) -> Self {
-        Self { bias, sources: AtomicUsize::new(0) }
+        Self { bias, sources: Arc::default() }
     }
 }
 
@@ -86,6 +88,11 @@ impl KernelKey for AddKey {
     }
 }
 
+fn boxed(key: &(impl KernelKey + Clone + 'static)) -> Box<dyn KernelKey> {
+    Box::new(key.clone())
+}
+
+#[derive(Clone)]
 struct TextKey(&'static str, &'static str);
 
 impl KernelKey for TextKey {
@@ -281,7 +288,7 @@ fn shaders_that_do_not_compile_name_their_kernel() {
         for _ in 0..2 {
             let error = ctx.pipeline(OP, &key).unwrap_err();
             assert!(matches!(&error, Error::Gpu { op: OP, message } if message.contains(key.0)), "{error}");
-            let error = ctx.warm_up(&[&key]).unwrap_err();
+            let error = ctx.warm_up(&[boxed(&key)]).unwrap_err();
             assert!(matches!(&error, Error::Gpu { op: "warm_up", message } if message.contains(key.0)), "{error}");
         }
     }
@@ -301,12 +308,95 @@ fn a_kernel_compiles_once_however_many_ask() {
     assert_eq!(key.sources.load(Ordering::SeqCst), 1);
     assert!(pipelines.iter().all(|pipeline| Arc::ptr_eq(pipeline, &pipelines[0])));
     let others: Vec<AddKey> = (0..6).map(AddKey::new).collect();
-    let keys: Vec<&dyn KernelKey> = others.iter().map(|key| key as &dyn KernelKey).collect();
+    let keys: Vec<_> = others.iter().map(boxed).collect();
     ctx.warm_up(&keys).unwrap();
     let labels: Vec<_> = ctx.compiled().iter().map(|pipeline| pipeline.label.clone()).collect();
     assert_eq!(labels, (0..6).map(|bias| format!("add bias={bias}")).collect::<Vec<_>>());
     let compiled: Vec<_> = others.iter().map(|key| key.sources.load(Ordering::SeqCst)).collect();
     assert_eq!(compiled, [1, 0, 1, 1, 1, 1], "the second was there already");
+}
+
+/// Polls once, on this thread.
+fn poll_once<T>(future: std::pin::Pin<&mut impl Future<Output = T>>) -> std::task::Poll<T> {
+    future.poll(&mut std::task::Context::from_waker(std::task::Waker::noop()))
+}
+
+#[test]
+fn kernels_compile_while_the_poller_does_other_work() {
+    let ctx = context(true);
+    let keys: Vec<AddKey> = (0..6).chain(0..6).map(AddKey::new).collect();
+    // While this cell's lock is held, its kernel cannot be done: a poll that waited for it would never come back.
+    let (locked, release) = (std::sync::mpsc::channel(), std::sync::mpsc::channel::<()>());
+    struct Held(AddKey, std::sync::Mutex<Option<std::sync::mpsc::Receiver<()>>>, std::sync::mpsc::Sender<()>);
+    impl KernelKey for Held {
+        fn label(&self) -> String {
+            self.0.label()
+        }
+        fn source(&self) -> KernelSource {
+            self.2.send(()).unwrap();
+            let _ = self.1.lock().unwrap().take().unwrap().recv();
+            self.0.source()
+        }
+    }
+    let held = Held(AddKey::new(9), std::sync::Mutex::new(Some(release.1)), locked.0);
+    let mut all: Vec<Box<dyn KernelKey>> = vec![Box::new(held)];
+    all.extend(keys.iter().map(boxed));
+    let mut warm_up = std::pin::pin!(ctx.clone().warm_up_async(all));
+    assert!(ctx.compiled().is_empty(), "nothing happens before the first poll");
+    assert!(poll_once(warm_up.as_mut()).is_pending());
+    locked.1.recv().unwrap();
+    assert!(poll_once(warm_up.as_mut()).is_pending());
+    release.0.send(()).unwrap();
+    pollster::block_on(warm_up).unwrap();
+    let labels: Vec<_> = ctx.compiled().iter().map(|pipeline| pipeline.label.clone()).collect();
+    assert_eq!(labels, [0, 1, 2, 3, 4, 5, 9].map(|bias| format!("add bias={bias}")));
+    let sources = |key: usize| keys[key].sources.load(Ordering::SeqCst);
+    assert!((0..6).all(|key| sources(key) + sources(key + 6) == 1), "twins compile once");
+    // All there: nothing is compiled again.
+    pollster::block_on(ctx.clone().warm_up_async(keys.iter().map(boxed).collect())).unwrap();
+    assert!((0..6).all(|key| sources(key) + sources(key + 6) == 1));
+}
+
+#[test]
+fn kernels_compile_in_turn_between_polls() {
+    let ctx = context(true);
+    let keys: Vec<AddKey> = (0..3).map(AddKey::new).collect();
+    let mut warm_up = std::pin::pin!(super::pipeline::compile_in_turn(ctx.clone(), keys.iter().map(boxed).collect()));
+    for done in 1..=3 {
+        assert!(poll_once(warm_up.as_mut()).is_pending());
+        assert_eq!(ctx.compiled().len(), done);
+    }
+    assert!(matches!(poll_once(warm_up.as_mut()), std::task::Poll::Ready(Ok(()))));
+    let broken = vec![boxed(&TextKey("broken", "fn main("))];
+    let error = pollster::block_on(super::pipeline::compile_in_turn(ctx, broken)).unwrap_err();
+    assert!(error.to_string().contains("broken"), "{error}");
+}
+
+#[test]
+fn errors_of_compilers_elsewhere_come_back() {
+    struct Panicking;
+    impl KernelKey for Panicking {
+        fn label(&self) -> String {
+            "panicking".into()
+        }
+        fn source(&self) -> KernelSource {
+            panic!("planted")
+        }
+    }
+    let (ctx, seen) = hosted();
+    let warm_up = |key: Box<dyn KernelKey>| {
+        let keys = vec![boxed(&AddKey::new(0)), key, boxed(&AddKey::new(1))];
+        pollster::block_on(ctx.clone().warm_up_async(keys))
+    };
+    let error = warm_up(boxed(&TextKey("broken", "fn main("))).unwrap_err();
+    assert!(matches!(&error, Error::Gpu { op: "warm_up", message } if message.contains("broken")), "{error}");
+    assert_eq!(ctx.compiled().len(), 2, "the others are there");
+    let error = warm_up(Box::new(Panicking)).unwrap_err();
+    assert!(matches!(&error, Error::Gpu { op: "warm_up", .. }), "{error}");
+    assert_eq!(seen.load(Ordering::SeqCst), 0, "the host hears nothing");
+    ctx.device().destroy();
+    let error = warm_up(boxed(&AddKey::new(2))).unwrap_err();
+    assert!(matches!(error, Error::DeviceLost { .. }), "{error}");
 }
 
 #[test]
@@ -446,7 +536,7 @@ fn a_lost_device_says_so_everywhere() {
         lost("write", ctx.write(OP, &buffer, 0, &[0; 16]));
         lost("arena", write(&ctx, &[1]).map(drop));
         lost("pipeline", ctx.pipeline(OP, &TextKey("fill", FILL)).map(drop));
-        lost("warm_up", ctx.warm_up(&[&AddKey::new(0)]));
+        lost("warm_up", ctx.warm_up(&[boxed(&AddKey::new(0))]));
         lost("timer", Timer::new(&ctx, 1).map(drop));
         lost("submit", ctx.submit(OP, ctx.encoder("late")));
     }
@@ -459,7 +549,7 @@ fn a_loss_is_noticed_by_whatever_call_comes_first() {
         ("buffer", |ctx, _| ctx.buffer(OP, "late", 16, Usage::STORAGE).map(drop)),
         ("write", |ctx, buffer| ctx.write(OP, buffer, 0, &[0; 16])),
         ("arena", |ctx, _| write(ctx, &[1]).map(drop)),
-        ("warm_up", |ctx, _| ctx.warm_up(&[&AddKey::new(0)])),
+        ("warm_up", |ctx, _| ctx.warm_up(&[boxed(&AddKey::new(0))])),
         ("buffer_with", |ctx, _| ctx.buffer_with(OP, "late", &[1], Usage::STORAGE).map(drop)),
         ("pipeline", |ctx, _| ctx.pipeline(OP, &TextKey("fill", FILL)).map(drop)),
         ("submit", |ctx, _| ctx.submit(OP, ctx.encoder("late"))),

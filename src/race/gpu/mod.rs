@@ -28,8 +28,8 @@ mod tests;
 pub(crate) use backward::GpuParameterSums;
 pub(crate) use state::GpuState;
 
-use crate::engine::Recording;
 use crate::engine::gpu::{Context, KernelKey, Scratch};
+use crate::engine::{Recording, WarmUp};
 use crate::error::{Error, Result};
 use crate::race::config::{Normalization, Parameters, RaceConfig, RaceShape};
 use crate::race::executor::{Call, InputGradients, Inputs, ParameterSums, RaceExecutor, StateData, StateStorage};
@@ -177,7 +177,7 @@ impl RaceExecutor for GpuRace {
         self.import_state(op, data)
     }
 
-    fn warm_up(&self, output: DType) -> Result<()> {
+    fn warm_up(&self, output: DType) -> WarmUp {
         let mut kernels = vec![
             Kernel::Project { per_head: 1 },
             Kernel::Project { per_head: self.geometry.group },
@@ -188,8 +188,7 @@ impl RaceExecutor for GpuRace {
         if self.causal {
             kernels.extend([Kernel::Step { output }, Kernel::StepMass]);
         }
-        let keys: Vec<_> = kernels.into_iter().map(|kernel| self.key(kernel)).collect();
-        let keys: Vec<&dyn KernelKey> = keys.iter().map(|key| key as &dyn KernelKey).collect();
-        self.ctx.warm_up(&keys)
+        let boxed = |kernel| Box::new(self.key(kernel)) as Box<dyn KernelKey>;
+        WarmUp::new(self.ctx.clone(), kernels.into_iter().map(boxed).collect())
     }
 }

@@ -1,5 +1,6 @@
 //! Attention: query hash, score, select, attend, merge; or without the first three; or tiled for a prompt.
 
+use super::blocks::{Block, Blocks, Scratch};
 use super::kernels::Kernel;
 use super::pages::{local_of, slab_of};
 use super::params::{Entry, Params, Row};
@@ -7,7 +8,7 @@ use super::{GpuExecutor, STORAGE};
 use crate::engine::gpu::{self as engine, Bind, Input, Passes, Ready, Strides, Timer, stage};
 use crate::error::{Error, Result};
 use crate::socket::executor::{Attended, Selection, StageTime};
-use crate::socket::plan::{BINS, CANDIDATES, HISTOGRAM_ROW, SPAN, TABLE_HEADER, score_stride};
+use crate::socket::plan::{BINS, SPAN};
 use crate::socket::problem::{AttendProblem, Kind};
 use crate::tensor::{DType, Tensor, TensorView};
 use std::ops::Range;
@@ -27,15 +28,6 @@ pub(super) struct Workspace {
     entries: Option<Vec<SlabEntries>>,
 }
 
-#[derive(Clone, Copy)]
-enum Scratch {
-    Tables,
-    Histogram,
-    Scores,
-    Candidates,
-    Partials,
-}
-
 impl Workspace {
     /// Entries are made anew at the next call.
     pub fn pages_changed(&mut self) {
@@ -50,14 +42,6 @@ impl Workspace {
     pub fn bytes(&self) -> u64 {
         self.buffers.iter().map(engine::Scratch::bytes).sum()
     }
-}
-
-/// Sequences whose scores and partial results fit the scratch buffers together.
-struct Block {
-    sequences: Range<usize>,
-    score_words: u64,
-    parts: u64,
-    chunk: usize,
 }
 
 impl GpuExecutor {
@@ -141,47 +125,6 @@ impl GpuExecutor {
         Ok((Selection { indices, scores }, indices_buffer, scores_buffer))
     }
 
-    /// Rows with their places in the scratch buffers, and blocks of sequences that fit them.
-    fn blocks(&self, problem: &AttendProblem, sparse: bool, header: u64) -> (Vec<Row>, Vec<Block>) {
-        let g = &self.geometry;
-        let limit = self.ctx.caps().max_storage_binding;
-        let mut rows = Vec::with_capacity(problem.rows.len());
-        let mut blocks: Vec<Block> = Vec::new();
-        for (b, state) in problem.seqs.iter().enumerate() {
-            let chunk = g.chunk(problem.seqs.iter().map(|s| s.len).sum());
-            let of_sequence = &problem.rows[b * problem.tq..(b + 1) * problem.tq];
-            let heads = (g.num_kv_heads * g.score_rows()) as u64;
-            let words = |visible: usize| if sparse { score_stride(visible) as u64 * heads } else { 0 };
-            let parts = |visible: usize| (visible.div_ceil(chunk) * g.num_q_heads) as u64;
-            let score_words: u64 = of_sequence.iter().map(|r| words(r.visible)).sum();
-            let part_count: u64 = of_sequence.iter().map(|r| parts(r.visible)).sum();
-            let fits = |block: &Block| {
-                (header + block.score_words + score_words) * 4 <= limit
-                    && (block.parts + part_count) * g.part_stride() as u64 * 4 <= limit
-            };
-            if !blocks.last().is_some_and(fits) {
-                blocks.push(Block { sequences: b..b, score_words: 0, parts: 0, chunk });
-            }
-            let Some(block) = blocks.last_mut() else { continue };
-            block.sequences.end = b + 1;
-            for row in of_sequence {
-                rows.push(Row {
-                    visible: row.visible as u32,
-                    heavy: row.heavy.min(u32::MAX as usize) as u32,
-                    slot: self.sequences[b].slot,
-                    unindexed: u32::from(state.indexed < state.len),
-                    score_base: block.score_words as u32,
-                    part_base: block.parts as u32,
-                    part_count: row.visible.div_ceil(chunk) as u32,
-                    reserved: 0,
-                });
-                block.score_words += words(row.visible);
-                block.parts += parts(row.visible);
-            }
-        }
-        (rows, blocks)
-    }
-
     fn decode(
         &mut self,
         q: &TensorView<'_>,
@@ -195,22 +138,21 @@ impl GpuExecutor {
         let (batch, tq) = (problem.batch(), problem.tq);
         let q_dtype = q.dtype();
         let q = stage(&self.ctx, op, q, 0..batch, 0..tq)?;
-        let row_count = (batch * tq) as u64;
-        let score_rows = row_count * (g.num_kv_heads * g.score_rows()) as u64;
-        let table_rows = row_count * (g.num_kv_heads * g.scoring_heads()) as u64;
-        let header = if sparse { (2 * score_rows).next_multiple_of(64) } else { 0 };
-        let (rows, blocks) = self.blocks(problem, sparse, header);
-
-        let score_words = blocks.iter().map(|b| b.score_words).max().unwrap_or(0);
-        let parts = blocks.iter().map(|b| b.parts).max().unwrap_or(0);
-        let partials = self.scratch(op, Scratch::Partials, (parts * g.part_stride() as u64 * 4).max(16))?;
+        let limit = self.ctx.caps().max_storage_binding;
+        let Blocks { rows, blocks, chunk } = Blocks::new(&g, problem, sparse, limit, |b| self.sequences[b].slot);
+        let mut bytes = [0u64; 5];
+        for block in &blocks {
+            let needed = block.load.bytes(&g, sparse);
+            bytes.iter_mut().zip(needed).for_each(|(most, needed)| *most = needed.max(*most));
+        }
+        let mut scratch = |which: Scratch| self.scratch(op, which, bytes[which as usize]);
+        let partials = scratch(Scratch::Partials)?;
         let selecting = if sparse {
-            let table_row = (TABLE_HEADER + g.table_entries()) as u64;
             Some(Selecting {
-                tables: self.scratch(op, Scratch::Tables, table_rows * table_row * 4)?,
-                histogram: self.scratch(op, Scratch::Histogram, score_rows * HISTOGRAM_ROW as u64 * 4)?,
-                scores: self.scratch(op, Scratch::Scores, (header + score_words) * 4)?,
-                candidates: self.scratch(op, Scratch::Candidates, score_rows * (CANDIDATES * 8) as u64)?,
+                tables: scratch(Scratch::Tables)?,
+                histogram: scratch(Scratch::Histogram)?,
+                scores: scratch(Scratch::Scores)?,
+                candidates: scratch(Scratch::Candidates)?,
             })
         } else {
             None
@@ -225,58 +167,72 @@ impl GpuExecutor {
             input: q.strides,
             sink: self.spec.config.sink as u32,
             window: self.spec.config.window as u32,
-            header: header as u32,
             width: problem.selection_width(&self.spec.config) as u32,
             ..Default::default()
         };
 
         let mut passes = Passes::new(&self.ctx, op);
         let rows_part = passes.part(&rows);
-        if let Some(s) = &selecting {
-            let binds = vec![
-                q.bind.clone(),
-                Bind::from(&self.planes),
-                Bind::from(&self.state),
-                rows_part.clone(),
-                Bind::from(&s.tables),
-                Bind::from(&s.histogram),
-            ];
-            passes.dispatch(self.key(Kernel::HashQuery { q: q_dtype }), params, table_rows, binds)?;
-        }
         for block in &blocks {
-            let first_row = (block.sequences.start * tq) as u32;
-            let params = Params { first_row, ..params };
-            let block_rows = (block.sequences.len() * tq) as u64;
+            let first_row = (block.sequences.start * tq + block.tokens.start) as u32;
+            let params = Params {
+                first_row,
+                header: block.load.header(&g) as u32,
+                tokens: block.tokens.len() as u32,
+                first_token: block.tokens.start as u32,
+                ..params
+            };
             if let Some(s) = &selecting {
-                let visible = rows[first_row as usize..][..block_rows as usize].iter().map(|r| r.visible).max();
-                self.select(&mut passes, s, params, block, &rows_part, visible.unwrap_or(0) as usize)?;
+                let binds = vec![
+                    q.bind.clone(),
+                    Bind::from(&self.planes),
+                    Bind::from(&self.state),
+                    rows_part.clone(),
+                    Bind::from(&s.tables),
+                    Bind::from(&s.histogram),
+                ];
+                let groups = block.load.rows * g.tables_per_row();
+                passes.dispatch(self.key(Kernel::HashQuery { q: q_dtype }), params, groups, binds)?;
+                let visible = rows[first_row as usize..][..block.load.rows as usize].iter().map(|r| r.visible).max();
+                self.select(&mut passes, s, params, block, chunk, &rows_part, visible.unwrap_or(0) as usize)?;
             }
-            self.attend_block(&mut passes, params, block, q_dtype, &q, &rows_part, &partials, selecting.as_ref())?;
+            self.attend_block(
+                &mut passes,
+                params,
+                block,
+                chunk,
+                q_dtype,
+                &q,
+                &rows_part,
+                &partials,
+                selecting.as_ref(),
+            )?;
             let binds = vec![rows_part.clone(), Bind::from(&partials), Bind::from(o), Bind::from(lse)];
             let kernel = Kernel::MergePartials { output: problem.output };
-            passes.dispatch(self.key(kernel), params, block_rows * g.num_q_heads as u64, binds)?;
+            passes.dispatch(self.key(kernel), params, block.load.rows * g.num_q_heads as u64, binds)?;
             if let (Some(s), Some((_, indices, values))) = (&selecting, &collected) {
                 let binds = vec![rows_part.clone(), Bind::from(&s.scores), Bind::from(indices), Bind::from(values)];
-                let groups = block_rows * (g.num_kv_heads * g.score_rows()) as u64;
-                passes.dispatch(self.key(Kernel::Collect), params, groups, binds)?;
+                passes.dispatch(self.key(Kernel::Collect), params, block.load.rows * g.scores_per_row(), binds)?;
             }
         }
         Ok((passes.ready()?, collected.map(|(selection, ..)| selection)))
     }
 
+    #[allow(clippy::too_many_arguments, reason = "one call's inputs, all different")]
     fn select(
         &self,
         passes: &mut Passes<'_>,
         s: &Selecting,
         params: Params,
         block: &Block,
+        chunk: usize,
         rows: &Bind,
         visible: usize,
     ) -> Result<()> {
         let g = &self.geometry;
         for slab in self.entries() {
             let entries = slab.starts[block.sequences.start]..slab.starts[block.sequences.end];
-            let groups = entries.len() as u64 * (g.page / block.chunk * g.num_kv_heads) as u64 * u64::from(params.tq);
+            let groups = entries.len() as u64 * (g.page / chunk * g.num_kv_heads) as u64 * u64::from(params.tokens);
             let params = Params { first_entry: entries.start, ..params };
             let binds = vec![
                 Bind::from(&self.pool.slabs[slab.slab].index),
@@ -286,9 +242,9 @@ impl GpuExecutor {
                 Bind::from(&s.scores),
                 Bind::from(&s.histogram),
             ];
-            passes.dispatch(self.key(Kernel::Score { chunk: block.chunk }), params, groups, binds)?;
+            passes.dispatch(self.key(Kernel::Score { chunk }), params, groups, binds)?;
         }
-        let score_rows = (block.sequences.len() * g.num_kv_heads * g.score_rows()) as u64 * u64::from(params.tq);
+        let score_rows = block.load.rows * g.scores_per_row();
         let spans = visible.div_ceil(SPAN) as u64;
         let candidates = Params { max_count: spans as u32, ..params };
         let binds = vec![
@@ -308,6 +264,7 @@ impl GpuExecutor {
         passes: &mut Passes<'_>,
         params: Params,
         block: &Block,
+        chunk: usize,
         q_dtype: DType,
         q: &Input,
         rows: &Bind,
@@ -316,12 +273,12 @@ impl GpuExecutor {
     ) -> Result<()> {
         let g = &self.geometry;
         let sparse = selecting.is_some();
-        let (heads, _) = g.attend_tile(block.chunk, sparse);
-        let kernel = Kernel::Attend { q: q_dtype, chunk: block.chunk, sparse };
+        let (heads, _) = g.attend_tile(chunk, sparse);
+        let kernel = Kernel::Attend { q: q_dtype, chunk, sparse };
         for slab in self.entries() {
             let entries = slab.starts[block.sequences.start]..slab.starts[block.sequences.end];
-            let per_entry = g.page / block.chunk * g.num_kv_heads * g.group.div_ceil(heads);
-            let groups = entries.len() as u64 * per_entry as u64 * u64::from(params.tq);
+            let per_entry = g.page / chunk * g.num_kv_heads * g.group.div_ceil(heads);
+            let groups = entries.len() as u64 * per_entry as u64 * u64::from(params.tokens);
             let params = Params { first_entry: entries.start, ..params };
             let s = &self.pool.slabs[slab.slab];
             let mut binds = vec![

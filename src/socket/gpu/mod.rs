@@ -2,6 +2,7 @@
 
 mod append;
 mod attend;
+mod blocks;
 mod kernels;
 pub(crate) mod merge;
 mod pages;
@@ -11,8 +12,8 @@ mod transfer;
 #[cfg(test)]
 mod tests;
 
-use crate::engine::Recording;
 use crate::engine::gpu::{Context, KernelKey};
+use crate::engine::{Recording, WarmUp};
 use crate::error::Result;
 use crate::lsh::Planes;
 use crate::socket::executor::{Attended, Executor, Memory, SequenceData, StageTime};
@@ -73,7 +74,7 @@ impl GpuExecutor {
         }
         let planes_stride = if planes.sets == 1 { 0 } else { one as u32 };
         let planes = ctx.buffer_with(op, "hyperplanes", bytemuck::cast_slice(&transposed), STORAGE)?;
-        let slots = 16;
+        let slots = geometry.max_sequences(caps.max_storage_binding).clamp(1, 16);
         let state = ctx.buffer(op, "sequence state", (slots * geometry.slot_words() * 4) as u64, STORAGE)?;
         let counters = ctx.buffer(op, "counters", 16, STORAGE)?;
         Ok(Self {
@@ -104,13 +105,19 @@ impl GpuExecutor {
     fn take_slot(&mut self, op: &'static str, from: Option<u32>) -> Result<u32> {
         let bytes = self.slot_bytes();
         if self.free_slots.is_empty() {
-            let state = self.ctx.buffer(op, "sequence state", bytes * 2 * self.slots as u64, STORAGE)?;
+            let most = self.max_sequences();
+            if self.slots >= most {
+                let (value, limit) = (self.slots as u64 + 1, most as u64);
+                return Err(crate::Error::Limit { op, what: "sequences", value, limit });
+            }
+            let slots = (2 * self.slots).min(most);
+            let state = self.ctx.buffer(op, "sequence state", bytes * slots as u64, STORAGE)?;
             let mut encoder = self.ctx.encoder(op);
             encoder.copy_buffer_to_buffer(&self.state, 0, &state, 0, bytes * self.slots as u64);
             self.ctx.submit(op, encoder)?;
             self.state = state;
-            self.free_slots = (self.slots as u32..2 * self.slots as u32).rev().collect();
-            self.slots *= 2;
+            self.free_slots = (self.slots as u32..slots as u32).rev().collect();
+            self.slots = slots;
         }
         let slot = *self.free_slots.last().ok_or(crate::Error::OutOfMemory { op, bytes })?;
         let mut encoder = self.ctx.encoder(op);
@@ -131,6 +138,10 @@ impl GpuExecutor {
 }
 
 impl Executor for GpuExecutor {
+    fn max_sequences(&self) -> usize {
+        self.geometry.max_sequences(self.ctx.caps().max_storage_binding)
+    }
+
     fn reserve(&mut self, tokens: usize) -> Result<()> {
         let op = "reserve";
         self.ctx.check_alive(op)?;
@@ -151,7 +162,7 @@ impl Executor for GpuExecutor {
         Ok(attended)
     }
 
-    fn warm_up(&self, q: DType, output: DType) -> Result<()> {
+    fn warm_up(&self, q: DType, output: DType) -> WarmUp {
         let mut kernels = vec![
             Kernel::StoreKv,
             Kernel::HashKeys,
@@ -170,9 +181,8 @@ impl Executor for GpuExecutor {
             kernels.push(Kernel::Score { chunk });
             kernels.extend([true, false].map(|sparse| Kernel::Attend { q, chunk, sparse }));
         }
-        let keys: Vec<_> = kernels.into_iter().map(|kernel| self.key(kernel)).collect();
-        let keys: Vec<&dyn KernelKey> = keys.iter().map(|key| key as &dyn KernelKey).collect();
-        self.ctx.warm_up(&keys)
+        let boxed = |kernel| Box::new(self.key(kernel)) as Box<dyn KernelKey>;
+        WarmUp::new(self.ctx.clone(), kernels.into_iter().map(boxed).collect())
     }
 
     #[cfg(not(target_arch = "wasm32"))]

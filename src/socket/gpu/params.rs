@@ -36,9 +36,13 @@ pub(crate) struct Params {
     pub header: u32,
     /// Entries of a selection row.
     pub width: u32,
+    /// First row of the block, whose scratch space starts there.
     pub first_row: u32,
     pub row_shift: u32,
-    pub reserved: [u32; 2],
+    /// Query tokens of each sequence that the block covers.
+    pub tokens: u32,
+    /// First of them.
+    pub first_token: u32,
 }
 
 impl GridParams for Params {

@@ -3,8 +3,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use super::GpuExecutor;
+use super::blocks::Blocks;
 use super::kernels::{Kernel, Key};
 use super::merge::MergeKey;
+use super::pages::{local_of, slab_of};
 use super::params::{Entry, Item, Params, Row};
 use crate::engine::Recording;
 use crate::engine::gpu::KernelKey;
@@ -117,6 +119,8 @@ fn structs_have_the_offsets_of_their_rust_twins() {
             width,
             first_row,
             row_shift,
+            tokens,
+            first_token,
         ],
         input.offset => "in_offset",
         input.batch => "in_batch",
@@ -130,8 +134,64 @@ fn structs_have_the_offsets_of_their_rust_twins() {
     same_layout!(seen, "Entry", Entry, [sequence, logical, page, reserved]);
 }
 
+/// Asserts that `buffer` holds `word` all over from byte `from` to byte `to`.
+#[track_caller]
+fn untouched(executor: &GpuExecutor, buffer: &wgpu::Buffer, from: u64, to: u64, word: u32) {
+    let bytes = executor.ctx.read_buffer_blocking("untouched", buffer, from, to - from).unwrap();
+    let words: Vec<u32> = bytemuck::pod_collect_to_vec(&bytes);
+    let at = words.iter().position(|&w| w != word);
+    assert_eq!(at, None, "words after byte {from} of {} were written to", buffer.size());
+}
+
+/// Scratch space past the call's plan, where the shaders could write: all of it is bound.
+fn scratch_ends_where_planned(executor: &GpuExecutor, problem: &AttendProblem, word: u32) {
+    let (g, sparse) = (&executor.geometry, problem.kind == Kind::Sparse);
+    let plan = Blocks::new(g, problem, sparse, 1 << 27, |_| 0);
+    let mut planned = plan.blocks[0].load.bytes(g, sparse);
+    if problem.kind == Kind::Prefill {
+        planned[4] = (problem.tq * g.num_q_heads * g.part_stride() * 4) as u64;
+    }
+    let buffers: Vec<_> = executor.workspace.buffers().collect();
+    assert_eq!(buffers.len(), planned.len());
+    for (buffer, planned) in buffers.into_iter().zip(planned) {
+        assert!(buffer.size() > planned, "some room to see");
+        untouched(executor, buffer, planned, buffer.size(), word);
+    }
+}
+
+/// Pages and states of nobody, and rows after the last token of the only sequence.
+fn storage_of_others_is_left_alone(executor: &GpuExecutor, len: usize, k: u32, v: u32, other: u32) {
+    let g = &executor.geometry;
+    let owned = &executor.sequences[0].pages;
+    let slot = u64::from(executor.sequences[0].slot + 1) * executor.slot_bytes();
+    untouched(executor, &executor.state, slot, executor.state.size(), other);
+    let [k_page, v_page, index_page] = g.page_bytes();
+    for (number, slab) in executor.pool.slabs.iter().enumerate() {
+        let buffers = [(&slab.k, k_page, k), (&slab.v, v_page, v), (&slab.index, index_page, other)];
+        for (buffer, bytes, word) in buffers {
+            for page in 0..buffer.size() / bytes {
+                let mine = owned.iter().any(|&p| slab_of(p) == number && u64::from(local_of(p)) == page);
+                if !mine {
+                    untouched(executor, buffer, page * bytes, (page + 1) * bytes, word);
+                }
+            }
+        }
+    }
+    let last = *owned.last().unwrap();
+    let slab = &executor.pool.slabs[slab_of(last)];
+    for (buffer, bytes, word) in [(&slab.k, k_page, k), (&slab.v, v_page, v)] {
+        let per_head = bytes / g.num_kv_heads as u64;
+        let used = per_head / g.page as u64 * (len % g.page) as u64;
+        for head in 0..g.num_kv_heads as u64 {
+            let at = u64::from(local_of(last)) * bytes + head * per_head;
+            untouched(executor, buffer, at + used, at + per_head, word);
+        }
+    }
+}
+
 /// What lies in memory that a call has not written must not matter: NaN in all scratch space and in the index of pages
 /// that hold nothing, other tokens' numbers in their keys and values. Bit for bit the same as from memory full of zeros.
+/// And all of it that is not the call's to write is as it was afterwards.
 #[test]
 fn stale_memory_changes_nothing() {
     let name = std::env::var("SOFTHASH_DEVICE").unwrap_or_else(|_| "llvmpipe".into());
@@ -167,7 +227,7 @@ fn stale_memory_changes_nothing() {
             executor.append(Recording::Run, &k, &v, &[row]).unwrap();
             let mut found = Vec::new();
             // The first round makes the scratch space that is poisoned for the second.
-            for _ in 0..2 {
+            for round in 0..2 {
                 for kind in [Kind::Sparse, Kind::Dense, Kind::Prefill] {
                     if poisoned {
                         executor.workspace.buffers().for_each(|buffer| fill(buffer, u32::MAX));
@@ -178,11 +238,18 @@ fn stale_memory_changes_nothing() {
                     let problem =
                         AttendProblem { kind, op: "decode", tq: 1, rows, seqs, scale: 0.3, output, want_selection };
                     let attended = executor.attend(Recording::Run, &q, &problem).unwrap();
+                    if poisoned && round == 1 {
+                        scratch_ends_where_planned(&executor, &problem, u32::MAX);
+                    }
                     let selection = attended.selection.map(|s| [s.indices, s.scores]).into_iter().flatten();
                     for tensor in [attended.o, attended.lse].into_iter().chain(selection) {
                         found.push(tensor.read_blocking().unwrap());
                     }
                 }
+            }
+            if poisoned {
+                let (k, v) = (999f32.to_bits(), (-999f32).to_bits());
+                storage_of_others_is_left_alone(&executor, 150, k, v, u32::MAX);
             }
             found
         };
