@@ -1,4 +1,4 @@
-//! One layer of RACE attention over a context of any length, forward and backward, in one call or as a stream; with
+//! One layer of RACE attention over a context of any length, forward and backward, in memory or as a stream; with
 //! progress, speed, memory, and a check of some tokens against sums in f64.
 //!
 //! `cargo run --release --example long_context -- [--device auto|cpu|NAME] [--tokens 75000000] [--direction both]`
@@ -32,8 +32,8 @@ use race_truth::{At, Truth};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use softhash::{
-    Beta, Boundaries, DType, Race, RaceConfig, RaceOptions, RaceShape, StreamFailure, StreamOptions, StreamProgress,
-    Tensor,
+    Beta, Boundaries, DType, Race, RaceConfig, RaceShape, ResidentSource, SegmentGradients, SegmentSource, StreamFailure,
+    StreamOptions, StreamProgress, Tensor, Wanted,
 };
 use source::Source;
 use std::ops::{ControlFlow, Range};
@@ -44,7 +44,7 @@ type Result<T> = std::result::Result<T, StreamFailure>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Mode {
-    /// All tokens in one call, all tensors held.
+    /// All tensors and results held, as lists of segments; o in the inputs' type.
     Memory,
     /// A segment at a time.
     Stream,
@@ -74,7 +74,7 @@ struct Args {
     mode: Mode,
     #[arg(long, value_enum, default_value = "both")]
     direction: Direction,
-    /// Tokens of a stream's segment; 4096 on the CPU and 65536 on a GPU by default.
+    /// Tokens of a segment; of a stream 4096 on the CPU and 65536 on a GPU by default, in memory 1048576.
     #[arg(long)]
     segment: Option<usize>,
     #[arg(long, value_enum, default_value = "f32")]
@@ -135,6 +135,17 @@ impl Checked {
     fn note(&mut self, range: &Range<u64>, tensor: &Tensor, of: impl Fn(&mut At) -> &mut Vec<f64>) -> Result<()> {
         Ok(race_truth::note(&mut self.found, self.head, range, tensor, of)?)
     }
+
+    /// Notes the checked tokens of those gradients that there are.
+    fn note_gradients(&mut self, range: &Range<u64>, got: &SegmentGradients) -> Result<()> {
+        let mut note = |tensor: &Option<Tensor>, of: fn(&mut At) -> &mut Vec<f64>| match tensor {
+            Some(tensor) => self.note(range, tensor, of),
+            None => Ok(()),
+        };
+        note(&got.dq, |at| &mut at.dq)?;
+        note(&got.dk, |at| &mut at.dk)?;
+        note(&got.dv, |at| &mut at.dv)
+    }
 }
 
 /// Seconds of both directions.
@@ -144,52 +155,69 @@ struct Times {
     backward: Option<f64>,
 }
 
+/// Everything held at once: inputs as a list of segments, for no buffer holds millions of tokens, and results likewise.
 fn in_memory(
     args: &Args,
     race: &mut Race,
-    source: &mut Source,
+    source: &Source,
     checked: &mut Checked,
     peak: &mut Peak,
 ) -> Result<Times> {
-    let all = 0..u64::from(args.tokens);
-    let bar = progress::bar(3);
+    let tokens = u64::from(args.tokens);
+    let backward = args.direction == Direction::Both;
+    let step = args.segment.unwrap_or(1 << 20).clamp(1, args.tokens as usize);
+    let bar = progress::bar(tokens * if backward { 3 } else { 2 });
     bar.set_message("making tensors");
-    let [q, k, v] = [
-        source.tensor(Part::Q, all.clone())?,
-        source.tensor(Part::K, all.clone())?,
-        source.tensor(Part::V, all.clone())?,
-    ];
-    let options = RaceOptions { output: Some(DType::F32), ..RaceOptions::default() };
+    let mut segments = Vec::new();
+    for first in (0..tokens).step_by(step) {
+        let range = first..(first + step as u64).min(tokens);
+        let wanted = Wanted { q: true, k: true, v: true, grad_o: backward };
+        // A maker of its own for each: one reuses its buffers.
+        segments.push(source.another(race.device()).read(range.clone(), wanted)?);
+        bar.inc(range.end - range.start);
+    }
+    let mut resident = ResidentSource::new(segments)?;
     let mut times = Times::default();
-    bar.inc(1);
+    let mut boundaries = Boundaries::new(BOUNDARIES);
+    let mut state = race.new_state(1)?;
+    let mut outputs = Vec::new();
     bar.set_message("forward");
     let start = Instant::now();
-    let output = race.forward_with(&view_of(&q)?, &view_of(&k)?, &view_of(&v)?, None, &options)?;
-    race.read_state(&output.state)?;
+    {
+        let mut options = StreamOptions { segment_tokens: step, boundaries: Some(&mut boundaries), ..Default::default() };
+        let mut sink = |range: Range<u64>, o: Tensor| {
+            bar.inc(range.end - range.start);
+            outputs.push((range, o));
+            Ok(())
+        };
+        race.forward_stream(&mut state, &mut resident, &mut sink, &mut options)?;
+    }
     times.forward = start.elapsed().as_secs_f64();
-    checked.note(&all, &output.o, |at| &mut at.o)?;
     peak.sample();
-    drop(output);
-    bar.inc(1);
-    if args.direction == Direction::Both {
+    for (range, o) in outputs.drain(..) {
+        checked.note(&range, &o, |at| &mut at.o)?;
+    }
+    if backward {
+        let mut gradients = Vec::new();
         bar.set_message("backward");
-        let grad_o = source.tensor(Part::GradO, all.clone())?;
         let start = Instant::now();
-        let [q, k, v, grad_o] = [view_of(&q)?, view_of(&k)?, view_of(&v)?, view_of(&grad_o)?];
-        let got = race.backward(&q, &k, &v, &grad_o, None, None, &options)?;
-        race.read_state_gradient(&got.d_initial_state)?;
+        let mut stream = race.begin_backward_stream(1, tokens, None, None, Some(boundaries))?;
+        let mut options = StreamOptions { segment_tokens: step, ..Default::default() };
+        let mut sink = |range: Range<u64>, got: SegmentGradients| {
+            bar.inc(range.end - range.start);
+            gradients.push((range, got));
+            Ok(())
+        };
+        race.backward_stream(&mut stream, &mut resident, &mut sink, &mut options)?;
+        stream.finish()?;
         times.backward = Some(start.elapsed().as_secs_f64());
-        checked.note(&all, &got.dq, |at| &mut at.dq)?;
-        checked.note(&all, &got.dk, |at| &mut at.dk)?;
-        checked.note(&all, &got.dv, |at| &mut at.dv)?;
         peak.sample();
+        for (range, got) in &gradients {
+            checked.note_gradients(range, got)?;
+        }
     }
     bar.finish_and_clear();
     Ok(times)
-}
-
-fn view_of(tensor: &Tensor) -> Result<softhash::TensorView<'_>> {
-    Ok(tensor.view().ok_or("a tensor without a view")?)
 }
 
 /// Shows a stream's progress and samples memory.
@@ -233,15 +261,7 @@ fn streamed(
         let mut stream = race.begin_backward_stream(1, u64::from(args.tokens), None, None, Some(boundaries))?;
         let mut told = watch(&bar, peak);
         let mut options = StreamOptions { segment_tokens, progress: Some(&mut told), ..StreamOptions::default() };
-        let mut sink = |range: Range<u64>, got: softhash::SegmentGradients| {
-            let mut note = |tensor: &Option<Tensor>, of: fn(&mut At) -> &mut Vec<f64>| match tensor {
-                Some(tensor) => checked.note(&range, tensor, of),
-                None => Ok(()),
-            };
-            note(&got.dq, |at| &mut at.dq)?;
-            note(&got.dk, |at| &mut at.dk)?;
-            note(&got.dv, |at| &mut at.dv)
-        };
+        let mut sink = |range: Range<u64>, got: SegmentGradients| checked.note_gradients(&range, &got);
         race.backward_stream(&mut stream, source, &mut sink, &mut options)?;
         stream.finish()?;
         times.backward = Some(start.elapsed().as_secs_f64());
@@ -324,7 +344,7 @@ fn run(args: &Args) -> Result<bool> {
     let mut checked = Checked::new(args);
     let mut peak = Peak::new(&device);
     let times = match args.mode {
-        Mode::Memory => in_memory(args, &mut race, &mut source, &mut checked, &mut peak)?,
+        Mode::Memory => in_memory(args, &mut race, &source, &mut checked, &mut peak)?,
         Mode::Stream => streamed(args, &mut race, &mut source, &mut checked, &mut peak)?,
     };
     let speed = |name: &str, seconds: f64| {

@@ -26,6 +26,11 @@ impl Source {
         }
     }
 
+    /// One of the same tensors with buffers of its own.
+    pub fn another(&self, device: &Device) -> Self {
+        Self::new(device, self.counter, self.tokens)
+    }
+
     pub fn tensor(&mut self, part: Part, tokens: Range<u64>) -> Result<Tensor> {
         #[cfg(feature = "wgpu")]
         if let Some(generator) = &mut self.generator {
