@@ -32,8 +32,8 @@ use race_truth::{At, Truth};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use softhash::{
-    Beta, Boundaries, DType, Race, RaceConfig, RaceShape, ResidentSource, SegmentGradients, SegmentSource, StreamFailure,
-    StreamOptions, StreamProgress, Tensor, Wanted,
+    Beta, Boundaries, DType, Race, RaceConfig, RaceShape, ResidentSource, SegmentGradients, SegmentSource,
+    StreamFailure, StreamOptions, StreamProgress, Tensor, Wanted,
 };
 use source::Source;
 use std::ops::{ControlFlow, Range};
@@ -156,13 +156,7 @@ struct Times {
 }
 
 /// Everything held at once: inputs as a list of segments, for no buffer holds millions of tokens, and results likewise.
-fn in_memory(
-    args: &Args,
-    race: &mut Race,
-    source: &Source,
-    checked: &mut Checked,
-    peak: &mut Peak,
-) -> Result<Times> {
+fn in_memory(args: &Args, race: &mut Race, source: &Source, checked: &mut Checked, peak: &mut Peak) -> Result<Times> {
     let tokens = u64::from(args.tokens);
     let backward = args.direction == Direction::Both;
     let step = args.segment.unwrap_or(1 << 20).clamp(1, args.tokens as usize);
@@ -184,7 +178,8 @@ fn in_memory(
     bar.set_message("forward");
     let start = Instant::now();
     {
-        let mut options = StreamOptions { segment_tokens: step, boundaries: Some(&mut boundaries), ..Default::default() };
+        let mut options =
+            StreamOptions { segment_tokens: step, boundaries: Some(&mut boundaries), ..Default::default() };
         let mut sink = |range: Range<u64>, o: Tensor| {
             bar.inc(range.end - range.start);
             outputs.push((range, o));

@@ -53,7 +53,7 @@ const ADD: u32 = 1;
 const SCRATCH: u64 = 128 << 20;
 /// Bytes of the shares of the gradients of hyperplanes, and rows of a share at least.
 const SHARES: u64 = 32 << 20;
-const SHARE_ROWS: usize = 1024;
+const SHARE_ROWS: usize = 256;
 
 /// Gradients of β and hyperplanes on a GPU: pairs of f32, `[set, ensemble, bits, head_dim + 1]`, in the last column
 /// what the bit gives to β's.
