@@ -25,7 +25,7 @@ mod table;
 mod tests;
 
 use clap::{Parser, ValueEnum};
-use counter::{Counter, Part};
+use counter::Counter;
 use indicatif::ProgressBar;
 use memory::Peak;
 use race_truth::{At, Truth};

@@ -91,6 +91,7 @@ pub(crate) enum ParameterSums {
     Gpu(GpuParameterSums),
 }
 
+#[cfg(feature = "wgpu")]
 fn elsewhere(op: &'static str, tensor: &'static str, is_cpu: bool) -> Error {
     let (here, there) = if is_cpu { ("the CPU", "a GPU") } else { ("a GPU", "the CPU") };
     Error::WrongDevice { op, tensor, got: here, expected: there }

@@ -7,7 +7,7 @@
 //! | `stream`, `stream_backward`, `source` | sequences of any length |
 //! | `state`, `persist` | what is kept of a sequence |
 //! | `executor` | what a backend must do: three passes, forward and backward |
-//! | [`reference`] | the formulas in f64 |
+//! | [`mod@reference`] | the formulas in f64 |
 //! | `cpu`, `gpu` | the executors |
 //!
 //! **The window, once it is built.** Exact attention over the last W tokens, mixed in by a gate per head
