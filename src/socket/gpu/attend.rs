@@ -138,7 +138,7 @@ impl GpuExecutor {
         let (batch, tq) = (problem.batch(), problem.tq);
         let q_dtype = q.dtype();
         let q = stage(&self.ctx, op, q, 0..batch, 0..tq)?;
-        let limit = self.ctx.caps().max_storage_binding;
+        let limit = self.scratch_limit;
         let Blocks { rows, blocks, chunk } = Blocks::new(&g, problem, sparse, limit, |b| self.sequences[b].slot);
         let mut bytes = [0u64; 5];
         for block in &blocks {

@@ -49,6 +49,8 @@ pub(crate) struct GpuExecutor {
     pool: Pool,
     sequences: Vec<Sequence>,
     workspace: Workspace,
+    /// Bytes of each scratch buffer at most; what does not fit goes through them block by block.
+    scratch_limit: u64,
 }
 
 const STORAGE: wgpu::BufferUsages =
@@ -88,6 +90,7 @@ impl GpuExecutor {
             pool: Pool::default(),
             sequences: Vec::new(),
             workspace: Workspace::default(),
+            scratch_limit: ctx.caps().max_storage_binding,
             geometry,
             ctx,
         })

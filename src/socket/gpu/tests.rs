@@ -261,3 +261,48 @@ fn stale_memory_changes_nothing() {
         }
     }
 }
+
+/// Rows that go through scratch space block by block give the same bits as all at once: sequences by themselves, and
+/// query tokens of one sequence by themselves.
+#[test]
+fn blocks_of_rows_give_the_same_bits() {
+    let name = std::env::var("SOFTHASH_DEVICE").unwrap_or_else(|_| "llvmpipe".into());
+    let device = crate::Device::by_name(&name).unwrap();
+    let ctx = device.context().unwrap().clone();
+    let shape = CacheShape { num_q_heads: 4, num_kv_heads: 2, head_dim: 20, value_dim: 12, dtype: DType::F32 };
+    let wave = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<_>>();
+    let (batch, tokens, tq) = (3, 150, 2);
+    let (k, v) = (wave(batch * tokens * 2 * 20, 0.37), wave(batch * tokens * 2 * 12, 0.61));
+    let q = wave(batch * tq * 4 * 20, 0.83);
+    let k = TensorView::f32(&k, [batch, tokens, 2, 20]);
+    let v = TensorView::f32(&v, [batch, tokens, 2, 12]);
+    let q = TensorView::f32(&q, [batch, tq, 4, 20]);
+    let config = SocketConfig { sink: 2, window: 4, budget: Budget::Tokens(20), ..SocketConfig::paper() };
+    let spec = CacheSpec { config: config.clone(), shape, page_tokens: 64 };
+    let mut found = Vec::new();
+    // A row of 4 heads takes 256 KiB of candidates: all rows at once, one sequence's two, one.
+    for (limit, blocks) in [(1 << 27, 1), (520 << 10, 3), (300 << 10, 6)] {
+        let mut executor = GpuExecutor::new(ctx.clone(), &spec).unwrap();
+        executor.scratch_limit = limit;
+        let rows: Vec<_> = (0..batch)
+            .map(|b| {
+                executor.fork(None, SeqState::default()).unwrap();
+                AppendRow::new(&config, b, b, SeqState::default(), tokens - 10 * b)
+            })
+            .collect();
+        let seqs: Vec<_> = rows.iter().map(|row| row.after(SeqState::default())).collect();
+        executor.append(Recording::Run, &k, &v, &rows).unwrap();
+        let rows = query_rows(&config, Kind::Sparse, &seqs, tq);
+        let (kind, output) = (Kind::Sparse, DType::F32);
+        let problem = AttendProblem { kind, op: "decode", tq, rows, seqs, scale: 0.3, output, want_selection: true };
+        let plan = Blocks::new(&executor.geometry, &problem, true, limit, |_| 0);
+        assert_eq!(plan.blocks.len(), blocks);
+        let attended = executor.attend(Recording::Run, &q, &problem).unwrap();
+        let selection = attended.selection.unwrap();
+        let tensors = [attended.o, attended.lse, selection.indices, selection.scores];
+        found.push(tensors.map(|tensor| tensor.read_blocking().unwrap()));
+    }
+    for other in &found[1..] {
+        assert_eq!(&found[0], other);
+    }
+}
