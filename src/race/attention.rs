@@ -143,7 +143,8 @@ impl Race {
         Ok(())
     }
 
-    /// Compiles every kernel that calls with results of dtype `output` need, concurrently. Nothing to do on the CPU.
+    /// Compiles every kernel that forward calls and steps with results of dtype `output` need, concurrently; a backward
+    /// call compiles its own at first use. Nothing to do on the CPU.
     ///
     /// # Errors
     /// [`Error::Gpu`] where a kernel does not compile, [`Error::DeviceLost`].
