@@ -1,6 +1,10 @@
 //! RACE states and configurations: what is kept, what is refused.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod common {
+    pub mod device;
+}
+
 use softhash::{
     Beta, DType, Device, Error, Hyperplanes, Normalization, Race, RaceConfig, RaceOptions, RaceShape, RaceState,
     StateParts, TensorView,
@@ -278,8 +282,7 @@ fn nothing_to_do_is_done() {
 }
 
 /// β so large that no bucket of the query holds any mass: o is zero and not NaN, and so are its gradients.
-#[test]
-fn a_query_without_mass_reads_zero() {
+fn query_without_mass_reads_zero(device: &Device) {
     let config = RaceConfig {
         tables: 1,
         planes: 2,
@@ -287,7 +290,7 @@ fn a_query_without_mass_reads_zero() {
         hyperplanes: Hyperplanes::Supplied([[1f32, 0.0].repeat(4), [0f32, 1.0].repeat(4)].concat().into()),
         ..RaceConfig::default()
     };
-    let mut race = race(config);
+    let mut race = Race::new(device, config, SHAPE).unwrap();
     let (q, k, v) = ([9f32; 2 * 8], [-9f32; 2 * 8], [1f32; 2 * 6]);
     let (q, k) = (TensorView::f32(&q, [1, 1, 2, 8]), TensorView::f32(&k, [1, 1, 2, 8]));
     let v = TensorView::f32(&v, [1, 1, 2, 6]);
@@ -301,4 +304,15 @@ fn a_query_without_mass_reads_zero() {
     // A query that shares the bucket reads its value.
     let o = race.forward(&k, &k, &v, None).unwrap().o.read_blocking().unwrap().to_f32();
     assert_eq!(o, [1.0; 12]);
+}
+
+#[test]
+fn a_query_without_mass_reads_zero() {
+    query_without_mass_reads_zero(&Device::cpu());
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn a_query_without_mass_reads_zero_on_the_gpu() {
+    query_without_mass_reads_zero(&common::device::gpu());
 }

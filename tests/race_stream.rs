@@ -295,11 +295,10 @@ impl SegmentSource for Faulty<'_> {
     }
 }
 
-#[test]
-fn a_forward_stream_goes_on_where_its_source_stopped() {
+fn forward_goes_on_where_its_source_stopped(device: &Device) {
     let data = Data::new(100);
     let [q, k, v, _] = data.views();
-    let mut race = Race::new(&Device::cpu(), config(true), SHAPE).unwrap();
+    let mut race = Race::new(device, config(true), SHAPE).unwrap();
     let whole = race.forward(&q, &k, &v, None).unwrap();
     let faults = [
         (Fault::Fails, "the disk is gone"),
@@ -329,6 +328,17 @@ fn a_forward_stream_goes_on_where_its_source_stopped() {
         close("o", &rows.whole(100, 4 * 12), &whole.o.read_blocking().unwrap().to_f32(), 2e-6);
         same_state(&race, &state, &whole.state);
     }
+}
+
+#[test]
+fn a_forward_stream_goes_on_where_its_source_stopped() {
+    forward_goes_on_where_its_source_stopped(&Device::cpu());
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn a_forward_stream_on_the_gpu_goes_on_where_its_source_stopped() {
+    forward_goes_on_where_its_source_stopped(&common::device::gpu());
 }
 
 #[test]
@@ -368,11 +378,10 @@ fn a_stream_is_cancelled_and_resumed_from_a_saved_state() {
 }
 
 /// In every phase, a source that fails, a sink that refuses and a caller that cancels leave nothing counted twice.
-#[test]
-fn a_backward_stream_goes_on_where_it_stopped() {
+fn backward_goes_on_where_it_stopped(device: &Device) {
     let data = Data::new(64);
     for causal in [true, false] {
-        let mut race = Race::new(&Device::cpu(), config(causal), SHAPE).unwrap();
+        let mut race = Race::new(device, config(causal), SHAPE).unwrap();
         let whole = whole_backward(&mut race, &data);
         let mut stream = race.begin_backward_stream(BATCH, 64, None, None, None).unwrap();
         let (mut dq, mut dk, mut dv) = (Rows::default(), Rows::default(), Rows::default());
@@ -409,6 +418,17 @@ fn a_backward_stream_goes_on_where_it_stopped() {
             close(&format!("{name}, causal {causal}"), got, want, 1e-5);
         }
     }
+}
+
+#[test]
+fn a_backward_stream_goes_on_where_it_stopped() {
+    backward_goes_on_where_it_stopped(&Device::cpu());
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn a_backward_stream_on_the_gpu_goes_on_where_it_stopped() {
+    backward_goes_on_where_it_stopped(&common::device::gpu());
 }
 
 #[test]

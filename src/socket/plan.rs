@@ -14,7 +14,8 @@ pub(crate) fn prefers_sparse(spec: &CacheSpec, cpu: bool, len: usize) -> bool {
     let crossover = match (cpu, cheap_scan) {
         (true, true) => 4 << 10,
         (true, false) => 16 << 10,
-        (false, true) => 64 << 10,
+        (false, true) if spec.config.scope == SelectionScope::PerGroup => 32 << 10,
+        (false, true) => 128 << 10,
         (false, false) => 256 << 10,
     };
     len >= crossover
@@ -247,5 +248,24 @@ mod tests {
         assert_eq!(of(8, 127, 4096), 1);
         assert_eq!(of(8, 127, 4095), 0);
         assert_eq!(of(2, 64, 128 << 20), 258111);
+    }
+
+    #[test]
+    fn auto_goes_sparse_at_the_measured_lengths() {
+        let shape = CacheShape { num_q_heads: 8, num_kv_heads: 2, head_dim: 64, value_dim: 64, dtype: DType::F32 };
+        let (head, group) = (SelectionScope::PerHead, SelectionScope::PerGroup);
+        let cases = [
+            (16, head, true, 4096),
+            (17, head, true, 16384),
+            (16, group, false, 32768),
+            (16, head, false, 131072),
+            (17, head, false, 262144),
+        ];
+        for (tables, scope, cpu, crossover) in cases {
+            let config = SocketConfig { tables, planes: 8, scope, ..SocketConfig::paper() };
+            let spec = CacheSpec { config, shape, page_tokens: 64 };
+            assert!(prefers_sparse(&spec, cpu, crossover), "{tables} tables, {scope:?}, CPU: {cpu}");
+            assert!(!prefers_sparse(&spec, cpu, crossover - 1), "{tables} tables, {scope:?}, CPU: {cpu}");
+        }
     }
 }

@@ -1,11 +1,8 @@
 //! What only a GPU can do wrong: buffers, limits, losses.
 
 use super::*;
+use crate::device::gpu;
 use softhash::wgpu::{self, BufferUsages};
-
-fn software() -> Device {
-    Device::by_name("llvmpipe").unwrap()
-}
 
 fn buffer(device: &Device, bytes: &[u8], usage: BufferUsages) -> wgpu::Buffer {
     let (device, queue) = device.as_wgpu().unwrap();
@@ -23,7 +20,7 @@ const Q: [usize; 4] = [2, 1, 4, 16];
 
 #[test]
 fn a_gpu_buffer_means_nothing_to_the_cpu() {
-    let on_gpu = buffer(&software(), &[0; 512], BufferUsages::STORAGE);
+    let on_gpu = buffer(&gpu(), &[0; 512], BufferUsages::STORAGE);
     let q = TensorView::buffer(&on_gpu, 0, DType::F32, Q);
     let mut cache = cache(&Device::cpu());
     for op in ["decode", "prefill"] {
@@ -43,7 +40,7 @@ fn a_gpu_buffer_means_nothing_to_the_cpu() {
 
 #[test]
 fn buffers_that_do_not_fit() {
-    let device = software();
+    let device = gpu();
     let mut cache = cache(&device);
     let good = buffer(&device, &bytes(&wave(128)), BufferUsages::STORAGE);
     cache.decode(&TensorView::buffer(&good, 0, DType::F32, Q)).unwrap();
@@ -76,12 +73,12 @@ fn a_refused_allocation_changes_nothing() {
 #[test]
 #[ignore = "run by a_refused_allocation_changes_nothing"]
 fn short_of_memory_on_the_gpu() {
-    short_of_memory(&software());
+    short_of_memory(&gpu());
 }
 
 #[test]
 fn what_the_gpu_path_cannot_do_it_says() {
-    let device = software();
+    let device = gpu();
     let odd = CacheShape { value_dim: 7, ..SHAPE };
     let mut cache = SocketCache::new(&device, config(), odd, 2).unwrap();
     let q = wave(128);
@@ -99,8 +96,8 @@ fn what_the_gpu_path_cannot_do_it_says() {
     let error = merge_state(&device, &gaps, &lse, &gaps, &lse).unwrap_err();
     says(&error, &["merge_state", "gaps"]);
     is!(error, Unsupported);
-    let (gpu, _) = device.as_wgpu().unwrap();
-    let ragged = gpu.create_buffer(&wgpu::BufferDescriptor {
+    let (raw, _) = device.as_wgpu().unwrap();
+    let ragged = raw.create_buffer(&wgpu::BufferDescriptor {
         label: None,
         size: 254,
         usage: BufferUsages::STORAGE,
@@ -172,7 +169,7 @@ fn a_buffer_of_another_device_is_refused() {
 
 #[test]
 fn nan_in_buffers_is_stored_as_zero_and_counted() {
-    let device = software();
+    let device = gpu();
     let (mut k, mut v) = (wave(2 * 90 * 2 * 16), wave(2 * 90 * 2 * 8));
     let bad = [(3, f32::NAN), (700, f32::INFINITY), (1500, f32::NEG_INFINITY)];
     for (i, x) in bad {
@@ -195,10 +192,12 @@ fn nan_in_buffers_is_stored_as_zero_and_counted() {
     assert!(seen(&mut poisoned) == seen(&mut clean));
 }
 
+/// That of [`gpu`].
 fn adapter() -> wgpu::Adapter {
+    let name = gpu().report().gpu.unwrap().adapter;
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
     let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::VULKAN));
-    adapters.into_iter().find(|a| a.get_info().name.contains("llvmpipe")).unwrap()
+    adapters.into_iter().find(|a| a.get_info().name == name).unwrap()
 }
 
 /// A device of the host's own, lent.

@@ -2,13 +2,16 @@
 //! cache as it was.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "../common/device.rs"]
+mod device;
+
 use half::{bf16, f16};
 use softhash::{
     Budget, CacheShape, DType, DecodeOptions, Device, Error, Hyperplanes, Mode, SocketCache, SocketConfig, Temperature,
     TensorView, merge_state,
 };
 
-/// Runs each check on the CPU and on the software GPU.
+/// Runs each check on the CPU and on a GPU.
 macro_rules! on_each_device {
     ($($check:ident),* $(,)?) => {
         mod cpu {
@@ -16,7 +19,7 @@ macro_rules! on_each_device {
         }
         #[cfg(feature = "wgpu")]
         mod gpu {
-            $(#[test] fn $check() { super::$check(&softhash::Device::by_name("llvmpipe").unwrap()); })*
+            $(#[test] fn $check() { super::$check(&crate::device::gpu()); })*
         }
     };
 }

@@ -25,6 +25,17 @@ pub(crate) struct KernelSource {
     pub entry: &'static str,
 }
 
+impl KernelSource {
+    /// Bindings: a uniform of `uniform` bytes, then storage, `true` where written.
+    pub fn new(assembled: Result<String, String>, uniform: usize, storage: &[bool]) -> Self {
+        // A text that cannot be put together fails to compile with its reason; a test assembles every variant.
+        let wgsl = assembled.unwrap_or_else(|reason| format!("error: {reason}"));
+        let storage = storage.iter().map(|&written| if written { Binding::ReadWrite } else { Binding::Read });
+        let bindings = std::iter::once(Binding::Uniform { size: uniform as u64 }).chain(storage).collect();
+        Self { wgsl, bindings, entry: "main" }
+    }
+}
+
 /// What stands at one binding of group 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Binding {

@@ -204,27 +204,25 @@ impl<'a> Job<'a> {
 
     /// From what spans add to the state each begins with.
     fn scan(&self, sums: &mut CpuState, start: &CpuState) {
-        let mut running = CpuState { a: Vec::new(), b: Vec::new() };
-        for (span, mut wide) in self.spans.iter().zip(sums.units(self.plan)) {
-            if span.is_first {
-                let (a, b) = start.unit(self.plan, span.unit(self.plan));
-                running = CpuState { a: a.to_vec(), b: b.to_vec() };
-            }
-            for (running, wide) in [(&mut running.a, &mut wide.a), (&mut running.b, &mut wide.b)] {
-                for (running, wide) in running.iter_mut().zip(wide.iter_mut()) {
-                    let sum = *running + *wide;
-                    *wide = std::mem::replace(running, sum);
-                }
-            }
-        }
+        self.accumulate(self.spans.iter().zip(sums.units(self.plan)), |span| span.is_first, start);
     }
 
     /// As [`Job::scan`] from the last span to the first.
     fn scan_back(&self, sums: &mut CpuState, end: &CpuState) {
+        self.accumulate(self.spans.iter().zip(sums.units(self.plan)).rev(), |span| span.is_last, end);
+    }
+
+    /// Replaces what each span adds by the sum of all before it, which begins anew from its unit's `start`.
+    fn accumulate<'s>(
+        &self,
+        spans: impl Iterator<Item = (&'s Span, Wide<'s>)>,
+        begins: impl Fn(&Span) -> bool,
+        start: &CpuState,
+    ) {
         let mut running = CpuState { a: Vec::new(), b: Vec::new() };
-        for (span, mut wide) in self.spans.iter().zip(sums.units(self.plan)).rev() {
-            if span.is_last {
-                let (a, b) = end.unit(self.plan, span.unit(self.plan));
+        for (span, mut wide) in spans {
+            if begins(span) {
+                let (a, b) = start.unit(self.plan, span.unit(self.plan));
                 running = CpuState { a: a.to_vec(), b: b.to_vec() };
             }
             for (running, wide) in [(&mut running.a, &mut wide.a), (&mut running.b, &mut wide.b)] {

@@ -1,6 +1,6 @@
 //! The kernels: a typed key each, from which alone its shader is made.
 
-use crate::engine::gpu::{Assembler, Binding, KernelKey, KernelSource, Stage};
+use crate::engine::gpu::{Assembler, KernelKey, KernelSource, Stage};
 use crate::socket::config::Scoring;
 use crate::socket::gpu::params::Params;
 use crate::socket::plan::{BINS, CANDIDATES, Geometry, HISTOGRAM_ROW, SPAN};
@@ -249,11 +249,6 @@ impl KernelKey for Key {
 
     fn source(&self) -> KernelSource {
         let assembled = Assembler::assemble(self.kernel.text(), SNIPPETS, &self.defines(), &self.constants());
-        // A text that cannot be put together fails to compile with its reason; a test assembles every variant.
-        let wgsl = assembled.unwrap_or_else(|reason| format!("error: {reason}"));
-        let mut bindings = vec![Binding::Uniform { size: size_of::<Params>() as u64 }];
-        let storage = self.kernel.storage().iter();
-        bindings.extend(storage.map(|&written| if written { Binding::ReadWrite } else { Binding::Read }));
-        KernelSource { wgsl, bindings, entry: "main" }
+        KernelSource::new(assembled, size_of::<Params>(), self.kernel.storage())
     }
 }
