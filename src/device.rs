@@ -360,6 +360,15 @@ impl Device {
         }
     }
 
+    /// Gives back memory that is kept for results to come: on a GPU, a few of the last large ones that were let go.
+    pub fn trim(&self) {
+        match &self.kind {
+            Kind::Cpu => {}
+            #[cfg(feature = "wgpu")]
+            Kind::Gpu(context) => drop(context.results().release()),
+        }
+    }
+
     /// The pipelines compiled so far in a form that [`DeviceOptions::pipeline_cache`] takes at the next start; `None`
     /// on the CPU path and on backends that keep such caches themselves.
     pub fn pipeline_cache_data(&self) -> Option<Vec<u8>> {

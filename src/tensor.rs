@@ -45,6 +45,8 @@ pub(crate) enum Storage<'a> {
     Buffer {
         buffer: &'a wgpu::Buffer,
         offset: u64,
+        /// Where this crate made the buffer.
+        result: Option<&'a crate::engine::gpu::ResultBuffer>,
     },
 }
 
@@ -88,7 +90,7 @@ impl<'a> TensorView<'a> {
     /// and counted, see [`crate::SocketCache::non_finite_seen`].
     #[cfg(feature = "wgpu")]
     pub fn buffer(buffer: &'a wgpu::Buffer, offset: u64, dtype: DType, shape: [usize; 4]) -> Self {
-        Self::new(Storage::Buffer { buffer, offset }, dtype, shape)
+        Self::new(Storage::Buffer { buffer, offset, result: None }, dtype, shape)
     }
 
     /// Replaces the row-major strides; in elements. The channel stride must be 1.
@@ -157,6 +159,14 @@ impl<'a> TensorView<'a> {
         self
     }
 
+    /// Says that commands will use it which the caller submits, whenever that is.
+    #[cfg(feature = "wgpu")]
+    pub(crate) fn lend(&self) {
+        if let Storage::Buffer { result: Some(result), .. } = self.storage {
+            result.lend();
+        }
+    }
+
     #[cfg(feature = "wgpu")]
     pub(crate) fn is_buffer(&self) -> bool {
         matches!(self.storage, Storage::Buffer { .. })
@@ -220,7 +230,7 @@ impl<'a> TensorView<'a> {
             Storage::F16(s) => s.len() as u64,
             Storage::Bf16(s) => s.len() as u64,
             #[cfg(feature = "wgpu")]
-            Storage::Buffer { buffer, offset } => {
+            Storage::Buffer { buffer, offset, .. } => {
                 let size = self.dtype.size() as u64;
                 if !offset.is_multiple_of(size) {
                     let expected = format!("a byte offset that is a multiple of {size}, got {offset}");
@@ -351,8 +361,7 @@ pub(crate) enum Resident {
     Host(HostTensor),
     #[cfg(feature = "wgpu")]
     Gpu {
-        context: std::sync::Arc<crate::engine::gpu::Context>,
-        buffer: wgpu::Buffer,
+        result: std::sync::Arc<crate::engine::gpu::ResultBuffer>,
         bytes: u64,
     },
 }
@@ -440,8 +449,18 @@ impl Tensor {
         shape: Vec<usize>,
         buffer: wgpu::Buffer,
     ) -> Self {
+        Self::result(dtype, shape, crate::engine::gpu::ResultBuffer::of_caller(context, buffer))
+    }
+
+    /// As [`Tensor::gpu`] where the memory may serve another result later.
+    #[cfg(feature = "wgpu")]
+    pub(crate) fn result(
+        dtype: DType,
+        shape: Vec<usize>,
+        result: std::sync::Arc<crate::engine::gpu::ResultBuffer>,
+    ) -> Self {
         let bytes = (shape.iter().product::<usize>() * dtype.size()) as u64;
-        Self { dtype, shape, resident: Resident::Gpu { context, buffer, bytes } }
+        Self { dtype, shape, resident: Resident::Gpu { result, bytes } }
     }
 
     /// Element type.
@@ -459,7 +478,7 @@ impl Tensor {
     pub fn as_buffer(&self) -> Option<&wgpu::Buffer> {
         match &self.resident {
             Resident::Host(_) => None,
-            Resident::Gpu { buffer, .. } => Some(buffer),
+            Resident::Gpu { result, .. } => Some(result.lend()),
         }
     }
 
@@ -471,8 +490,8 @@ impl Tensor {
         match &self.resident {
             Resident::Host(host) => Ok(host.clone()),
             #[cfg(feature = "wgpu")]
-            Resident::Gpu { context, buffer, bytes } => {
-                let data = context.read_buffer("read", buffer, 0, *bytes).await?;
+            Resident::Gpu { result, bytes } => {
+                let data = result.context().read_buffer("read", result.buffer(), 0, *bytes).await?;
                 Ok(HostTensor::new(self.dtype, self.shape.clone(), data))
             }
         }
@@ -487,8 +506,8 @@ impl Tensor {
         match &self.resident {
             Resident::Host(host) => Ok(host.clone()),
             #[cfg(feature = "wgpu")]
-            Resident::Gpu { context, buffer, bytes } => {
-                let data = context.read_buffer_blocking("read", buffer, 0, *bytes)?;
+            Resident::Gpu { result, bytes } => {
+                let data = result.context().read_buffer_blocking("read", result.buffer(), 0, *bytes)?;
                 Ok(HostTensor::new(self.dtype, self.shape.clone(), data))
             }
         }
@@ -506,9 +525,10 @@ impl Tensor {
                 HostData::I32(_) => None,
             },
             #[cfg(feature = "wgpu")]
-            Resident::Gpu { buffer, .. } => {
-                self.dtype.is_float().then(|| TensorView::buffer(buffer, 0, self.dtype, shape))
-            }
+            Resident::Gpu { result, .. } => self.dtype.is_float().then(|| {
+                let storage = Storage::Buffer { buffer: result.buffer(), offset: 0, result: Some(result) };
+                TensorView::new(storage, self.dtype, shape)
+            }),
         }
     }
 }

@@ -337,6 +337,7 @@ impl Race {
         v: &TensorView<'_>,
         options: &RaceOptions,
     ) -> Result<Tensor> {
+        [q, k, v].into_iter().for_each(TensorView::lend);
         self.append_recorded(Recording::Into(encoder), state, q, k, v, options)
     }
 

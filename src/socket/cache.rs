@@ -247,6 +247,7 @@ impl SocketCache {
         v: &TensorView<'_>,
         counts: &[usize],
     ) -> Result<()> {
+        [k, v].into_iter().for_each(TensorView::lend);
         self.append_recorded(Recording::Into(encoder), k, v, counts)
     }
 
@@ -429,6 +430,7 @@ impl SocketCache {
         q: &TensorView<'_>,
         options: &DecodeOptions,
     ) -> Result<Attended> {
+        q.lend();
         self.attend(Recording::Into(encoder), "decode", self.kind(options.mode), q, options)
     }
 

@@ -5,6 +5,7 @@ use super::arena::Arena;
 use super::caps::{Caps, verify};
 use super::pipeline::{self, KernelKey, Pipeline, Pipelines};
 use super::readback::Readback;
+use super::results::Results;
 use crate::error::{Error, Result};
 use futures::FutureExt;
 use std::sync::{Arc, OnceLock};
@@ -51,6 +52,7 @@ pub(crate) struct Context {
     arena: Arena,
     pipelines: Pipelines,
     readback: Readback,
+    results: Results,
 }
 
 impl Context {
@@ -71,7 +73,8 @@ impl Context {
         let pipelines = Pipelines::new(&device, &caps, pipeline_cache.as_deref())?;
         let arena = Arena::new(&caps);
         let readback = Readback::new(device.clone(), lost.clone());
-        let context = Self { device, queue, info, caps, lost, arena, pipelines, readback };
+        let results = Results::default();
+        let context = Self { device, queue, info, caps, lost, arena, pipelines, readback, results };
         context.check_alive("device")?;
         Ok(Arc::new(context))
     }
@@ -94,6 +97,10 @@ impl Context {
 
     pub fn arena(&self) -> &Arena {
         &self.arena
+    }
+
+    pub fn results(&self) -> &Results {
+        &self.results
     }
 
     pub(super) fn lost(&self) -> &Lost {
@@ -176,7 +183,15 @@ impl Context {
         }
         let size = bytes.next_multiple_of(4).max(4).min(self.caps.max_buffer);
         let descriptor = wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation };
-        scoped(&self.device, op, Some(bytes), || self.device.create_buffer(&descriptor))
+        let create = || scoped(&self.device, op, Some(bytes), || self.device.create_buffer(&descriptor));
+        match create() {
+            Err(Error::OutOfMemory { .. }) if self.results.release() => {
+                // What was kept for later results is free once the work that used it is done.
+                self.settle(op)?;
+                create()
+            }
+            made => made,
+        }
     }
 
     /// Writes `data` at `offset` before the next submission. Both sizes must be multiples of four bytes.

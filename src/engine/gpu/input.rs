@@ -52,7 +52,7 @@ pub(crate) fn stage(
     let limit = ctx.caps().max_storage_binding;
     let size = view.dtype().size();
     let too_large = |value| Error::Limit { op, what: "bytes of one input binding", value, limit };
-    if let Storage::Buffer { buffer, offset } = view.storage() {
+    if let Storage::Buffer { buffer, offset, .. } = view.storage() {
         if !buffer.usage().contains(wgpu::BufferUsages::STORAGE) {
             return Err(Error::Unsupported { op, why: "input buffers must have STORAGE usage".into() });
         }

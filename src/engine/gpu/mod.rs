@@ -9,6 +9,7 @@ mod open;
 mod passes;
 mod pipeline;
 mod readback;
+mod results;
 mod scratch;
 mod timing;
 
@@ -24,6 +25,7 @@ pub(crate) use input::{Input, Strides, stage, staged_bytes};
 pub(crate) use open::{adapters_best_first, open};
 pub(crate) use passes::{Bind, GridParams, Passes, Ready, Stage};
 pub(crate) use pipeline::{Binding, KernelKey, KernelSource, Pipeline};
+pub(crate) use results::ResultBuffer;
 pub(crate) use scratch::Scratch;
 pub use timing::Timer;
 

@@ -39,7 +39,7 @@ use super::state::GpuState;
 use super::sweep::{Block, KEEP_STATE};
 use super::{GpuRace, STORAGE, too_large};
 use crate::engine::Recording;
-use crate::engine::gpu::{Bind, Context, Input, Passes, stage};
+use crate::engine::gpu::{Bind, Context, Input, Passes, ResultBuffer, stage};
 use crate::error::{Error, Result};
 use crate::race::executor::{Call, InputGradients, Inputs, Pass, needed};
 use crate::race::plan::{Budget, CHUNK, Piece, pieces};
@@ -197,7 +197,7 @@ impl GpuRace {
         let gradient_of = |view: Option<TensorView<'_>>| -> Result<Option<Output>> {
             let Some(view) = view else { return Ok(None) };
             let bytes = view.shape().iter().product::<usize>() as u64 * 4;
-            Ok(Some(Output { buffer: self.ctx.buffer(op, "output", bytes, STORAGE)?, dtype: DType::F32 }))
+            Ok(Some(Output { result: ResultBuffer::zeros(&self.ctx, op, bytes)?, dtype: DType::F32 }))
         };
         let results = Results { dq: gradient_of(inputs.q)?, dk: gradient_of(inputs.k)?, dv: gradient_of(inputs.v)? };
         let moving = Moving { gradient: self.copy_state(op, grad_state)?, sums: self.copy_sums(op, sums)? };
@@ -222,7 +222,7 @@ impl GpuRace {
         *sums = moved;
         let tensor = |view: Option<TensorView<'_>>, output: Option<Output>| {
             let (view, output) = (view?, output?);
-            Some(Tensor::gpu(self.ctx.clone(), DType::F32, view.shape().to_vec(), output.buffer))
+            Some(Tensor::result(DType::F32, view.shape().to_vec(), output.result))
         };
         let Results { dq, dk, dv } = results;
         Ok(InputGradients { dq: tensor(inputs.q, dq), dk: tensor(inputs.k, dk), dv: tensor(inputs.v, dv) })

@@ -4,20 +4,21 @@ use super::kernels::Kernel;
 use super::params::Params;
 use super::state::GpuState;
 use super::sweep::Block;
-use super::{GpuRace, STORAGE, too_large};
+use super::{GpuRace, too_large};
 use crate::engine::Recording;
-use crate::engine::gpu::{Bind, Input, Passes, stage};
+use crate::engine::gpu::{Bind, Input, Passes, ResultBuffer, stage};
 use crate::error::{Error, Result};
 use crate::race::executor::{Call, Inputs, Pass, needed};
 use crate::race::plan::{Budget, Piece, pieces};
 use crate::tensor::{DType, Tensor};
+use std::sync::Arc;
 
 /// Pieces of one submission: what a driver keeps of a call stays bounded however long it is.
 const PIECES: usize = 8;
 
 /// A result, and where its pieces are bound.
 pub(super) struct Output {
-    pub buffer: wgpu::Buffer,
+    pub result: Arc<ResultBuffer>,
     pub dtype: DType,
 }
 
@@ -35,9 +36,12 @@ impl GpuRace {
         let g = self.geometry;
         let output = if call.pass.reads() { Some(self.output(call)?) } else { None };
         let shape = vec![call.batch(), call.tokens, g.num_q_heads, g.value_dim];
+        if let (Recording::Into(_), Some(output)) = (&rec, &output) {
+            output.result.lend();
+        }
         if let (Some(output), Pass::Causal, 1) = (&output, call.pass, call.tokens) {
             self.step(rec, call, inputs, state, output)?;
-            return Ok(Some(Tensor::gpu(self.ctx.clone(), output.dtype, shape, output.buffer.clone())));
+            return Ok(Some(Tensor::result(output.dtype, shape, output.result.clone())));
         }
         let limit = self.budget.binding;
         let all = pieces(&g, &self.budget, call.batch(), call.tokens).map_err(|value| too_large(op, value, limit))?;
@@ -57,7 +61,7 @@ impl GpuRace {
             }
             rec => self.forward_pieces(rec, call, inputs, state, &all, output.as_ref())?,
         }
-        Ok(output.map(|o| Tensor::gpu(self.ctx.clone(), o.dtype, shape, o.buffer)))
+        Ok(output.map(|o| Tensor::result(o.dtype, shape, o.result)))
     }
 
     /// A result of zeros.
@@ -68,7 +72,7 @@ impl GpuRace {
             return Err(Error::Unsupported { op, why });
         }
         let bytes = (call.batch() * call.tokens * g.num_q_heads) as u64 * (g.value_dim * dtype.size()) as u64;
-        Ok(Output { buffer: self.ctx.buffer(op, "output", bytes, STORAGE)?, dtype })
+        Ok(Output { result: ResultBuffer::zeros(&self.ctx, op, bytes)?, dtype })
     }
 
     /// The rows of a piece in a result of `row` elements a token, as a binding with the first element in it.
@@ -79,7 +83,8 @@ impl GpuRace {
         let end = at(piece.sequences.end - 1, piece.tokens.end);
         let align = u64::from(self.ctx.caps().storage_align).max(4);
         let offset = start / align * align;
-        let bind = Bind::Range { buffer: output.buffer.clone(), offset, size: (end - offset).next_multiple_of(4) };
+        let bind =
+            Bind::Range { buffer: output.result.buffer().clone(), offset, size: (end - offset).next_multiple_of(4) };
         (bind, ((start - offset) / size) as u32)
     }
 
