@@ -8,8 +8,9 @@ pub use report::{AdapterSummary, GpuReport, KernelReport, Report};
 use crate::engine::gpu::{self, Context, Setup, Timer};
 use crate::error::{Error, Result};
 use crate::race::config::{Parameters, RaceConfig, RaceShape};
-use crate::race::cpu::CpuRace;
+use crate::race::cpu::{CpuRace, CpuWindow};
 use crate::race::executor::RaceExecutor;
+use crate::race::window::{WindowExecutor, WindowSpec};
 use crate::socket::cpu::CpuExecutor;
 use crate::socket::executor::Executor;
 use crate::socket::problem::CacheSpec;
@@ -421,6 +422,14 @@ impl Device {
             Kind::Gpu(context) => {
                 Ok(Box::new(crate::race::gpu::GpuRace::new(context.clone(), config, shape, parameters)?))
             }
+        }
+    }
+
+    pub(crate) fn window_executor(&self, spec: WindowSpec) -> Result<Box<dyn WindowExecutor>> {
+        match &self.kind {
+            Kind::Cpu => Ok(Box::new(CpuWindow::new(spec))),
+            #[cfg(feature = "wgpu")]
+            Kind::Gpu(context) => Ok(Box::new(crate::race::gpu::GpuWindow::new(context.clone(), spec)?)),
         }
     }
 }

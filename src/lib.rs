@@ -28,11 +28,11 @@ pub use error::{Error, Result};
 pub use lsh::{Hyperplanes, MAX_PLANES, MAX_TABLES};
 pub use merge::merge_state;
 pub use race::attention::{Race, RaceGradients, RaceOptions, RaceOutput};
-pub use race::config::{Beta, Normalization, RaceConfig, RaceShape};
+pub use race::config::{Beta, Gate, Normalization, RaceConfig, RaceShape};
 #[cfg(feature = "mmap")]
 pub use race::source::SafetensorsSource;
 pub use race::source::{HostSource, ResidentSource};
-pub use race::state::{RaceState, StateGradient, StateParts, StateShape};
+pub use race::state::{RaceState, StateGradient, StateParts, StateShape, WindowShape};
 pub use race::stream::{
     Boundaries, OnProgress, OutputSink, Segment, SegmentSource, StreamFailure, StreamOptions, StreamProgress, Wanted,
 };

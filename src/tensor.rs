@@ -441,6 +441,19 @@ impl Tensor {
         Self { dtype, shape, resident: Resident::Host(host) }
     }
 
+    pub(crate) fn host_f32(shape: Vec<usize>, data: Vec<f32>) -> Self {
+        let host = HostTensor { dtype: DType::F32, shape: shape.clone(), data: HostData::F32(data) };
+        Self { dtype: DType::F32, shape, resident: Resident::Host(host) }
+    }
+
+    /// The elements of an f32 tensor in host memory.
+    pub(crate) fn into_f32(self) -> Option<Vec<f32>> {
+        match self.resident {
+            Resident::Host(HostTensor { data: HostData::F32(data), .. }) => Some(data),
+            _ => None,
+        }
+    }
+
     /// Wraps a device buffer holding the elements from its first byte on.
     #[cfg(feature = "wgpu")]
     pub(crate) fn gpu(

@@ -177,7 +177,7 @@ fn any_case() -> impl Strategy<Value = Case> {
                 lengths,
                 initial,
                 per_head,
-                offset: 0.0,
+                ..Case::default()
             }
         },
     )

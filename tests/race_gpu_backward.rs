@@ -34,7 +34,7 @@ struct Gradients {
 
 impl Gradients {
     fn read(race: &Race, g: &RaceGradients) -> Self {
-        let StateParts { a, b } = race.read_state_gradient(&g.d_initial_state).unwrap();
+        let StateParts { a, b, .. } = race.read_state_gradient(&g.d_initial_state).unwrap();
         Self {
             dq: wide(&g.dq),
             dk: wide(&g.dk),

@@ -2,7 +2,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use softhash::Normalization;
-use softhash::race::reference::{Gradients, Problem, State, backward, features, features_backward, forward};
+use softhash::race::reference::{
+    Gradients, Problem, State, Window, backward, features, features_backward, forward, mix, mix_backward,
+    window_backward, window_forward,
+};
 
 const TABLES: usize = 2;
 const PLANES: usize = 2;
@@ -225,5 +228,119 @@ fn the_published_sum_is_the_mean_times_the_tables() {
     let sum = forward(&Inputs::new(Normalization::BucketSum, true).problem(), &State::zeros(8, VALUE_DIM)).0;
     for (mean, sum) in mean.iter().flatten().zip(sum.iter().flatten()) {
         assert!((mean * TABLES as f64 - sum).abs() < 1e-14);
+    }
+}
+
+const WINDOW: usize = 4;
+
+/// What a loss through window and RACE depends on.
+#[derive(Clone)]
+struct Mixed {
+    inputs: Inputs,
+    scale: f64,
+    past_k: Vec<f64>,
+    past_v: Vec<f64>,
+    gates: Vec<f64>,
+}
+
+impl Mixed {
+    /// After as many tokens as there are keys of a past.
+    fn new(past: usize) -> Self {
+        let mut inputs = Inputs::new(Normalization::Ratio, true);
+        inputs.planes = numbers(1, TABLES * PLANES * DIM);
+        let (past_k, past_v) = (numbers(40, past * DIM), numbers(41, past * VALUE_DIM));
+        Self { inputs, scale: 0.7, past_k, past_v, gates: vec![0.3, 0.8] }
+    }
+
+    fn window(&self) -> Window<'_> {
+        Window { tokens: WINDOW, scale: self.scale, past_k: &self.past_k, past_v: &self.past_v }
+    }
+
+    fn outputs(&self) -> Vec<Vec<f64>> {
+        let race = forward(&self.inputs.problem(), &self.inputs.initial).0;
+        let exact = window_forward(&self.inputs.problem(), &self.window());
+        self.gates.iter().zip(exact.iter().zip(&race)).map(|(g, (exact, race))| mix(*g, exact, race)).collect()
+    }
+
+    fn loss(&self, grad_o: &[Vec<f64>]) -> f64 {
+        self.outputs().iter().flatten().zip(grad_o.iter().flatten()).map(|(o, g)| o * g).sum()
+    }
+}
+
+/// dq and dk of both halves together, those of the past's keys and values, and that of each gate.
+#[test]
+fn gradients_through_window_and_gate_are_limits_of_differences() {
+    // None before, fewer than the window reaches, just as many, and more.
+    for past in [0, 2, WINDOW - 1, 6] {
+        let mixed = Mixed::new(past);
+        let grad_o: Vec<Vec<f64>> = (0..HEADS).map(|h| numbers(20 + h as u64, TOKENS * VALUE_DIM)).collect();
+        let problem = mixed.inputs.problem();
+        let race = forward(&problem, &mixed.inputs.initial).0;
+        let exact = window_forward(&problem, &mixed.window());
+        let halves: Vec<_> =
+            (0..HEADS).map(|h| mix_backward(mixed.gates[h], &exact[h], &race[h], &grad_o[h])).collect();
+        let to_window: Vec<&[f64]> = halves.iter().map(|(window, ..)| window.as_slice()).collect();
+        let to_race: Vec<&[f64]> = halves.iter().map(|(_, race, _)| race.as_slice()).collect();
+        let none = State::zeros(TABLES << PLANES, VALUE_DIM);
+        let of_race = backward(&problem, &mixed.inputs.initial, &to_race, &none);
+        let of_window = window_backward(&problem, &mixed.window(), &to_window);
+        let check = |what: &str, gradient: &[f64], at: &dyn Fn(&mut Mixed, usize) -> &mut f64| {
+            for (i, gradient) in gradient.iter().enumerate() {
+                let nudged = |by: f64| {
+                    let mut mixed = mixed.clone();
+                    *at(&mut mixed, i) += by;
+                    mixed.loss(&grad_o)
+                };
+                let difference = (nudged(1e-5) - nudged(-1e-5)) / 2e-5;
+                assert!((difference - gradient).abs() < 1e-8, "{what}[{i}] after {past}: {gradient}, {difference}");
+            }
+        };
+        let sum = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x + y).collect::<Vec<_>>();
+        for h in 0..HEADS {
+            check("dq", &sum(&of_race.dq[h], &of_window.dq[h]), &|x, i| &mut x.inputs.q[h][i]);
+        }
+        check("dk", &sum(&of_race.dk, &of_window.dk), &|x, i| &mut x.inputs.k[i]);
+        check("dv", &sum(&of_race.dv, &of_window.dv), &|x, i| &mut x.inputs.v[i]);
+        check("dpast_k", &of_window.dpast_k, &|x, i| &mut x.past_k[i]);
+        check("dpast_v", &of_window.dpast_v, &|x, i| &mut x.past_v[i]);
+        let d_gates: Vec<f64> = halves.iter().map(|(_, _, d_gate)| *d_gate).collect();
+        check("dgate", &d_gates, &|x, i| &mut x.gates[i]);
+        let wrong = std::panic::catch_unwind(|| check("dgate", &[d_gates[0] + 1e-6], &|x, i| &mut x.gates[i]));
+        assert!(wrong.is_err(), "an error of 1e-6 passed");
+    }
+}
+
+/// Cut anywhere, the window reads the rest of itself from the past, and the past's gradient is that of the first part.
+#[test]
+fn a_past_is_the_part_before() {
+    let mixed = Mixed::new(0);
+    let whole = window_forward(&mixed.inputs.problem(), &mixed.window());
+    let grad_o: Vec<Vec<f64>> = (0..HEADS).map(|h| numbers(20 + h as u64, TOKENS * VALUE_DIM)).collect();
+    let views: Vec<&[f64]> = grad_o.iter().map(Vec::as_slice).collect();
+    let want = window_backward(&mixed.inputs.problem(), &mixed.window(), &views);
+    for cut in 1..TOKENS {
+        let part = |from: usize, to: usize| {
+            let mut inputs = mixed.inputs.clone();
+            inputs.q = inputs.q.iter().map(|q| q[from * DIM..to * DIM].to_vec()).collect();
+            inputs.k = inputs.k[from * DIM..to * DIM].to_vec();
+            inputs.v = inputs.v[from * VALUE_DIM..to * VALUE_DIM].to_vec();
+            let (past_k, past_v) = (mixed.inputs.k[..from * DIM].to_vec(), mixed.inputs.v[..from * VALUE_DIM].to_vec());
+            Mixed { inputs, past_k, past_v, ..mixed.clone() }
+        };
+        let (first, rest) = (part(0, cut), part(cut, TOKENS));
+        let at = cut * VALUE_DIM;
+        let of = |x: &Mixed, range: std::ops::Range<usize>| {
+            let views: Vec<&[f64]> = grad_o.iter().map(|g| &g[range.clone()]).collect();
+            (
+                window_forward(&x.inputs.problem(), &x.window()),
+                window_backward(&x.inputs.problem(), &x.window(), &views),
+            )
+        };
+        let ((o1, g1), (o2, g2)) = (of(&first, 0..at), of(&rest, at..TOKENS * VALUE_DIM));
+        for h in 0..HEADS {
+            assert_eq!([o1[h].clone(), o2[h].clone()].concat(), whole[h]);
+        }
+        let dk: Vec<f64> = g1.dk.iter().zip(&g2.dpast_k).map(|(x, y)| x + y).chain(g2.dk).collect();
+        assert!(dk.iter().zip(&want.dk).all(|(x, y)| (x - y).abs() < 1e-14));
     }
 }

@@ -146,7 +146,9 @@ fn states_of_other_shapes_and_batches_are_refused() {
         assert!(matches!(result, Err(Error::Shape { tensor: "state", .. })));
     }
     assert!(race.read_state(&foreign).is_err());
-    let gradient = race.write_state_gradient(&StateParts { a: vec![0.0; 24], b: vec![0.0; 144] }, 1).unwrap();
+    let gradient = race
+        .write_state_gradient(&StateParts { a: vec![0.0; 24], b: vec![0.0; 144], ..StateParts::default() }, 1)
+        .unwrap();
     let error = race.backward(&x, &x, &v, &v, None, Some(&gradient), &RaceOptions::default()).unwrap_err();
     assert!(matches!(error, Error::Shape { tensor: "state gradient", .. }), "{error}");
 }

@@ -7,9 +7,9 @@ mod common {
 }
 
 use softhash::{
-    BackwardStream, Beta, Boundaries, DType, Device, Error, HostSource, Hyperplanes, Normalization, Race, RaceConfig,
-    RaceOptions, RaceShape, RaceState, ResidentSource, Segment, SegmentSource, StreamFailure, StreamOptions,
-    TensorView, Wanted,
+    BackwardStream, Beta, Boundaries, DType, Device, Error, Gate, HostSource, Hyperplanes, Normalization, Race,
+    RaceConfig, RaceOptions, RaceShape, RaceState, ResidentSource, Segment, SegmentSource, StreamFailure,
+    StreamOptions, TensorView, Wanted,
 };
 use std::collections::BTreeMap;
 use std::ops::{ControlFlow, Range};
@@ -26,7 +26,17 @@ fn config(causal: bool) -> RaceConfig {
         normalization: if causal { Normalization::BucketMean } else { Normalization::Ratio },
         causal,
         hyperplanes: Hyperplanes::Gaussian { seed: 3 },
+        ..RaceConfig::default()
     }
+}
+
+/// With the exact window, whose ring is longer than most segments.
+fn windowed() -> RaceConfig {
+    RaceConfig { window: 20, gate: Gate::PerHead(vec![0.2, 0.5, 0.7, 1.0]), ..config(true) }
+}
+
+fn configs() -> [RaceConfig; 3] {
+    [config(true), config(false), windowed()]
 }
 
 fn numbers(seed: u32, n: usize) -> Vec<f32> {
@@ -118,6 +128,7 @@ fn same_state(race: &Race, got: &RaceState, want: &RaceState) {
     let (got_parts, want_parts) = (race.read_state(got).unwrap(), race.read_state(want).unwrap());
     close("A", &narrow(&got_parts.a), &narrow(&want_parts.a), 1e-6);
     close("B", &narrow(&got_parts.b), &narrow(&want_parts.b), 1e-6);
+    assert_eq!((got_parts.window_k, got_parts.window_v), (want_parts.window_k, want_parts.window_v));
     assert_eq!(got.tokens(1), want.tokens(1));
 }
 
@@ -128,8 +139,9 @@ fn options<'a>(segment_tokens: usize) -> StreamOptions<'a> {
 fn forward_streams_equal_the_whole(device: &Device, tokens: usize, cuts: &[usize]) {
     let data = Data::new(tokens);
     let [q, k, v, _] = data.views();
-    for causal in [true, false] {
-        let mut race = Race::new(device, config(causal), SHAPE).unwrap();
+    for config in configs() {
+        let causal = config.causal;
+        let mut race = Race::new(device, config, SHAPE).unwrap();
         let whole = race.forward(&q, &k, &v, None).unwrap();
         let o = whole.o.read_blocking().unwrap().to_f32();
         for &cut in cuts {
@@ -157,7 +169,7 @@ fn forward_streams_equal_the_whole(device: &Device, tokens: usize, cuts: &[usize
 }
 
 /// All gradients of a backward stream; `boundaries` says how many states the forward stream keeps, if any.
-fn stream_backward(race: &mut Race, data: &Data, cut: usize, boundaries: Option<usize>) -> [Vec<f32>; 7] {
+fn stream_backward(race: &mut Race, data: &Data, cut: usize, boundaries: Option<usize>) -> [Vec<f32>; 8] {
     let mut kept = boundaries.map(Boundaries::new);
     if let Some(kept) = &mut kept {
         let mut state = race.new_state(BATCH).unwrap();
@@ -181,7 +193,7 @@ fn stream_backward(race: &mut Race, data: &Data, cut: usize, boundaries: Option<
     finish(race, stream, [dq, dk, dv], data.tokens)
 }
 
-fn finish(race: &Race, stream: BackwardStream, [dq, dk, dv]: [Rows; 3], tokens: usize) -> [Vec<f32>; 7] {
+fn finish(race: &Race, stream: BackwardStream, [dq, dk, dv]: [Rows; 3], tokens: usize) -> [Vec<f32>; 8] {
     let sums = stream.finish().unwrap();
     let initial = race.read_state_gradient(&sums.d_initial_state).unwrap();
     let narrow = |x: &[f64]| x.iter().map(|&x| x as f32).collect::<Vec<_>>();
@@ -193,30 +205,33 @@ fn finish(race: &Race, stream: BackwardStream, [dq, dk, dv]: [Rows; 3], tokens: 
         narrow(&sums.d_planes),
         narrow(&initial.a),
         narrow(&initial.b),
+        narrow(&sums.d_gate),
     ]
 }
 
-fn whole_backward(race: &mut Race, data: &Data) -> [Vec<f32>; 7] {
+fn whole_backward(race: &mut Race, data: &Data) -> [Vec<f32>; 8] {
     let [q, k, v, g] = data.views();
     let out = race.backward(&q, &k, &v, &g, None, None, &RaceOptions::default()).unwrap();
     let initial = race.read_state_gradient(&out.d_initial_state).unwrap();
     let narrow = |x: &[f64]| x.iter().map(|&x| x as f32).collect::<Vec<_>>();
     let [dq, dk, dv, beta, planes] =
         [&out.dq, &out.dk, &out.dv, &out.d_beta, &out.d_planes].map(|t| t.read_blocking().unwrap().to_f32());
-    [dq, dk, dv, beta, planes, narrow(&initial.a), narrow(&initial.b)]
+    let gate = out.d_gate.map(|t| t.read_blocking().unwrap().to_f32()).unwrap_or_default();
+    [dq, dk, dv, beta, planes, narrow(&initial.a), narrow(&initial.b), gate]
 }
 
-const NAMES: [&str; 7] = ["dq", "dk", "dv", "d_beta", "d_planes", "dA", "dB"];
+const NAMES: [&str; 8] = ["dq", "dk", "dv", "d_beta", "d_planes", "dA", "dB", "d_gate"];
 
 fn backward_streams_equal_the_whole(device: &Device, tokens: usize, cuts: &[(usize, Option<usize>)]) {
     let data = Data::new(tokens);
-    for causal in [true, false] {
-        let mut race = Race::new(device, config(causal), SHAPE).unwrap();
+    for config in configs() {
+        let (causal, window) = (config.causal, config.window);
+        let mut race = Race::new(device, config, SHAPE).unwrap();
         let whole = whole_backward(&mut race, &data);
         for &(cut, boundaries) in cuts {
             let streamed = stream_backward(&mut race, &data, cut, boundaries);
             for ((name, got), want) in NAMES.iter().zip(&streamed).zip(&whole) {
-                close(&format!("{name}, causal {causal}, cut {cut}, {boundaries:?}"), got, want, 1e-5);
+                close(&format!("{name}, causal {causal}, window {window}, cut {cut}, {boundaries:?}"), got, want, 1e-5);
             }
         }
     }
@@ -298,7 +313,7 @@ impl SegmentSource for Faulty<'_> {
 fn forward_goes_on_where_its_source_stopped(device: &Device) {
     let data = Data::new(100);
     let [q, k, v, _] = data.views();
-    let mut race = Race::new(device, config(true), SHAPE).unwrap();
+    let mut race = Race::new(device, windowed(), SHAPE).unwrap();
     let whole = race.forward(&q, &k, &v, None).unwrap();
     let faults = [
         (Fault::Fails, "the disk is gone"),
@@ -344,7 +359,7 @@ fn a_forward_stream_on_the_gpu_goes_on_where_its_source_stopped() {
 #[test]
 fn a_sink_that_refuses_leaves_the_state_before_its_segment() {
     let data = Data::new(60);
-    let mut race = Race::new(&Device::cpu(), config(true), SHAPE).unwrap();
+    let mut race = Race::new(&Device::cpu(), windowed(), SHAPE).unwrap();
     let mut state = race.new_state(BATCH).unwrap();
     let mut refuses = |range: Range<u64>, _| if range.start == 20 { Err("no room".into()) } else { Ok(()) };
     let error = race.forward_stream(&mut state, &mut data.source(), &mut refuses, &mut options(20)).unwrap_err();
@@ -357,7 +372,7 @@ fn a_sink_that_refuses_leaves_the_state_before_its_segment() {
 fn a_stream_is_cancelled_and_resumed_from_a_saved_state() {
     let data = Data::new(90);
     let [q, k, v, _] = data.views();
-    let mut race = Race::new(&Device::cpu(), config(true), SHAPE).unwrap();
+    let mut race = Race::new(&Device::cpu(), windowed(), SHAPE).unwrap();
     let whole = race.forward(&q, &k, &v, None).unwrap();
     let mut state = race.new_state(BATCH).unwrap();
     let mut enough = |p: softhash::StreamProgress| {
@@ -370,7 +385,7 @@ fn a_stream_is_cancelled_and_resumed_from_a_saved_state() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("state.safetensors");
     race.save_state_to(&state, &path).unwrap();
-    let mut later = Race::new(&Device::cpu(), config(true), SHAPE).unwrap();
+    let mut later = Race::new(&Device::cpu(), windowed(), SHAPE).unwrap();
     let mut state = later.load_state_from(&path).unwrap();
     let mut options = StreamOptions { from: state.tokens(0).unwrap(), ..options(30) };
     later.forward_stream(&mut state, &mut data.source(), &mut |_, _| Ok(()), &mut options).unwrap();
@@ -380,8 +395,9 @@ fn a_stream_is_cancelled_and_resumed_from_a_saved_state() {
 /// In every phase, a source that fails, a sink that refuses and a caller that cancels leave nothing counted twice.
 fn backward_goes_on_where_it_stopped(device: &Device) {
     let data = Data::new(64);
-    for causal in [true, false] {
-        let mut race = Race::new(device, config(causal), SHAPE).unwrap();
+    for config in configs() {
+        let (causal, window) = (config.causal, config.window);
+        let mut race = Race::new(device, config, SHAPE).unwrap();
         let whole = whole_backward(&mut race, &data);
         let mut stream = race.begin_backward_stream(BATCH, 64, None, None, None).unwrap();
         let (mut dq, mut dk, mut dv) = (Rows::default(), Rows::default(), Rows::default());
@@ -415,7 +431,7 @@ fn backward_goes_on_where_it_stopped(device: &Device) {
         assert!(stops > 5 && refused);
         let resumed = finish(&race, stream, [dq, dk, dv], 64);
         for ((name, got), want) in NAMES.iter().zip(&resumed).zip(&whole) {
-            close(&format!("{name}, causal {causal}"), got, want, 1e-5);
+            close(&format!("{name}, causal {causal}, window {window}"), got, want, 1e-5);
         }
     }
 }

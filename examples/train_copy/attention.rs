@@ -5,7 +5,7 @@ use crate::layers::{Layer, Linear, Parameter, RmsNorm, ShortConv};
 use crate::matrix::{View, multiply};
 use rand_chacha::ChaCha8Rng;
 use softhash::{
-    Beta, DType, Device, Hyperplanes, Normalization, Race, RaceConfig, RaceOptions, RaceShape, Tensor, TensorView,
+    Beta, DType, Device, Gate, Hyperplanes, Normalization, Race, RaceConfig, RaceOptions, RaceShape, Tensor, TensorView,
 };
 
 /// Sizes of one attention layer.
@@ -107,9 +107,11 @@ pub struct Hash {
     /// Where β begins.
     pub beta: f32,
     pub trained: bool,
+    /// Tokens of the exact window beside it; 0 for none.
+    pub window: usize,
 }
 
-/// RACE attention of the library, its hyperplanes and, where asked, its β trained.
+/// RACE attention of the library, its hyperplanes and, where asked, its β trained; the gates too, where there is a window.
 pub struct RaceAttention {
     race: Race,
     sizes: Sizes,
@@ -117,6 +119,8 @@ pub struct RaceAttention {
     /// ln β of each head: β stays positive.
     log_beta: Parameter,
     beta_is_trained: bool,
+    /// ln(g / (1 − g)) of each head's gate g.
+    gate_logits: Parameter,
 }
 
 impl RaceAttention {
@@ -130,12 +134,14 @@ impl RaceAttention {
             normalization: hash.normalization,
             beta: Beta::PerHead(vec![hash.beta; heads]),
             hyperplanes: Hyperplanes::Gaussian { seed },
+            window: hash.window,
             ..RaceConfig::default()
         };
         let race = Race::new(device, config, shape)?;
         let hyperplanes = Parameter::new(race.hyperplanes()?);
         let log_beta = Parameter::new(vec![hash.beta.ln(); heads]);
-        Ok(Self { race, sizes, hyperplanes, log_beta, beta_is_trained: hash.trained })
+        let gate_logits = Parameter::new(vec![0.0; heads]);
+        Ok(Self { race, sizes, hyperplanes, log_beta, beta_is_trained: hash.trained, gate_logits })
     }
 
     fn view<'a>(&self, data: &'a [f32]) -> TensorView<'a> {
@@ -146,6 +152,10 @@ impl RaceAttention {
     fn beta(&self) -> Vec<f32> {
         self.log_beta.value.iter().map(|log| log.exp()).collect()
     }
+
+    fn gates(&self) -> Vec<f32> {
+        self.gate_logits.value.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect()
+    }
 }
 
 fn read(tensor: &Tensor) -> Result<Vec<f32>> {
@@ -155,6 +165,7 @@ fn read(tensor: &Tensor) -> Result<Vec<f32>> {
 impl Attention for RaceAttention {
     fn forward(&mut self, qkv: &[Vec<f32>; 3]) -> Result<Vec<f32>> {
         self.race.set_parameters(&self.hyperplanes.value, Beta::PerHead(self.beta()))?;
+        self.race.set_gate(Gate::PerHead(self.gates()))?;
         let [q, k, v] = qkv.each_ref().map(|x| self.view(x));
         read(&self.race.forward(&q, &k, &v, None)?.o)
     }
@@ -167,6 +178,11 @@ impl Attention for RaceAttention {
         add(&mut self.hyperplanes, &read(&got.d_planes)?);
         let of_log: Vec<f32> = read(&got.d_beta)?.iter().zip(self.beta()).map(|(d, beta)| d * beta).collect();
         add(&mut self.log_beta, &of_log);
+        if let Some(d_gate) = &got.d_gate {
+            let gates = self.gates();
+            let of_logits: Vec<f32> = read(d_gate)?.iter().zip(gates).map(|(d, g)| d * g * (1.0 - g)).collect();
+            add(&mut self.gate_logits, &of_logits);
+        }
         Ok([read(&got.dq)?, read(&got.dk)?, read(&got.dv)?])
     }
 
@@ -174,6 +190,9 @@ impl Attention for RaceAttention {
         let mut all = vec![&mut self.hyperplanes];
         if self.beta_is_trained {
             all.push(&mut self.log_beta);
+        }
+        if self.race.config().window > 0 {
+            all.push(&mut self.gate_logits);
         }
         all
     }
@@ -247,9 +266,11 @@ mod tests {
     #[test]
     fn race_block() {
         for normalization in [Normalization::Ratio, Normalization::BucketMean] {
-            let hash = Hash { planes: 2, tables: 3, normalization, beta: 1.0, trained: true };
-            let race = RaceAttention::new(&Device::cpu(), SIZES, hash, 0).unwrap();
-            check(&mut Block::new(&mut rng(), SIZES, 2, Box::new(race)), 2 * 5 * 8);
+            for window in [0, 3] {
+                let hash = Hash { planes: 2, tables: 3, normalization, beta: 1.0, trained: true, window };
+                let race = RaceAttention::new(&Device::cpu(), SIZES, hash, 0).unwrap();
+                check(&mut Block::new(&mut rng(), SIZES, 2, Box::new(race)), 2 * 5 * 8);
+            }
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Trains a small model on multi-query associative recall, with RACE attention through this library's own backward and
 //! with softmax attention as the control, all else equal.
 //!
-//! `cargo run --release --example train_copy -- [--device auto|cpu|NAME] [--steps N] [--seeds N] [--plot FILE.svg]`
+//! `cargo run --release --example train_copy -- [--device auto|cpu|NAME] [--steps N] [--seeds N] [--window W]
+//! [--plot FILE.svg]`
 
 mod attention;
 #[path = "../common/device.rs"]
@@ -82,6 +83,9 @@ struct Args {
     /// Arms of RACE: `trained` or `trained:x` (from 1, or x), `fixed` or `fixed:x` (at 1/√D, or x).
     #[arg(long, value_delimiter = ',', default_value = "trained,fixed")]
     beta: Vec<String>,
+    /// Tokens of the exact window beside RACE, its gates trained; 0 for none.
+    #[arg(long, default_value_t = 0)]
+    window: usize,
     /// Where the curves are drawn.
     #[arg(long)]
     plot: Option<PathBuf>,
@@ -123,9 +127,10 @@ impl Args {
                 _ => return Err(format!("--beta takes trained, trained:x, fixed or fixed:x, not {choice}").into()),
             };
             let how = if trained { "trained from" } else { "fixed at" };
-            let name = format!("RACE P{} L{}, β {how} {beta:.3}", self.planes, self.tables);
-            let Self { planes, tables, normalization, .. } = *self;
-            arms.push((name, Arm::Race(Hash { planes, tables, normalization, beta, trained })));
+            let Self { planes, tables, normalization, window, .. } = *self;
+            let beside = if window > 0 { format!(", window {window}") } else { String::new() };
+            let name = format!("RACE P{planes} L{tables}, β {how} {beta:.3}{beside}");
+            arms.push((name, Arm::Race(Hash { planes, tables, normalization, beta, trained, window })));
         }
         Ok(arms)
     }

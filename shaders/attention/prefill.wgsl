@@ -2,6 +2,7 @@
 #import rows
 #import query
 #import stored
+#import online_softmax
 // Exact causal attention for many query tokens: one workgroup per (kv head, tile of QUERIES queries), over the page
 // entries of one dispatch, of one sequence. A query is a (token, head of the group) pair. State (peak, sum, values) is carried from
 // dispatch to dispatch in the partials, so that the work of one dispatch is bounded and pages may lie in any slab.
@@ -17,7 +18,6 @@ struct Entry {
 @group(0) @binding(5) var<storage, read> rows: array<Row>;
 @group(0) @binding(6) var<storage, read_write> partials: array<f32>;
 
-const MASKED: f32 = -1e30;
 const QUERIES: u32 = 32u;
 const KEYS: u32 = 32u;
 const SLICE: u32 = 32u;
@@ -25,10 +25,6 @@ const SLICE: u32 = 32u;
 const OWN: u32 = (VALUE_DIM + 31u) / 32u;
 var<workgroup> query_slice: array<f32, 1024>;
 var<workgroup> key_slice: array<f32, 1024>;
-var<workgroup> weights: array<f32, 1024>;
-var<workgroup> peaks: array<f32, 32>;
-var<workgroup> sums: array<f32, 32>;
-var<workgroup> keeps: array<f32, 32>;
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
@@ -116,24 +112,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
             workgroupBarrier();
             if local < QUERIES {
-                var top = peaks[local];
-                for (var i = 0u; i < KEYS; i++) {
-                    top = max(top, weights[local * 32u + i]);
-                }
-                let keep = exp2(peaks[local] - top);
-                var sum = 0.0;
-                for (var i = 0u; i < KEYS; i++) {
-                    let logit = weights[local * 32u + i];
-                    let weight = select(exp2(logit - top), 0.0, logit <= MASKED);
-                    weights[local * 32u + i] = weight;
-                    sum += weight;
-                }
-                keeps[local] = keep;
-                peaks[local] = top;
-                sums[local] = sums[local] * keep + sum;
+                soften(local);
             }
             workgroupBarrier();
-            let keep = vec4<f32>(keeps[row8 * 4u], keeps[row8 * 4u + 1u], keeps[row8 * 4u + 2u], keeps[row8 * 4u + 3u]);
+            let keep = keeps_of(row8);
             for (var i = 0u; i < OWN; i++) {
                 total[i] *= keep;
                 let channel = column + i * 32u;
@@ -141,11 +123,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                     for (var j = 0u; j < KEYS; j++) {
                         // Rows past the last visible key hold old or no tokens, all finite: their weight is zero.
                         let value = stored_element(v_pages[(page_row + key0 + j) * V_PIECES + channel / PIECE], channel % PIECE);
-                        total[i] += value * vec4<f32>(
-                            weights[(row8 * 4u) * 32u + j],
-                            weights[(row8 * 4u + 1u) * 32u + j],
-                            weights[(row8 * 4u + 2u) * 32u + j],
-                            weights[(row8 * 4u + 3u) * 32u + j]);
+                        total[i] += value * weights_of(row8, j);
                     }
                 }
             }

@@ -38,11 +38,7 @@ struct Params {
 }
 @group(0) @binding(0) var<uniform> p: Params;
 // Tokens that each sequence of the piece has in it, then β and the centring constant of every kv head.
-@group(0) @binding(1) var<storage, read> info: array<u32>;
-
-fn length_of(b: u32) -> u32 {
-    return info[b];
-}
+#import info
 
 fn beta_of(kv_head: u32) -> f32 {
     return bitcast<f32>(info[p.batch + 2u * kv_head]);
@@ -50,9 +46,4 @@ fn beta_of(kv_head: u32) -> f32 {
 
 fn centre_of(kv_head: u32) -> f32 {
     return bitcast<f32>(info[p.batch + 2u * kv_head + 1u]);
-}
-
-// Grids fold past 65,535 workgroups: x is `group_width` wide, and the last row may hold idle groups.
-fn group_index(group: vec3<u32>) -> u32 {
-    return group.y * p.group_width + group.x;
 }

@@ -53,3 +53,16 @@ pub(crate) enum Recording<'a> {
     #[allow(dead_code)]
     Never(std::marker::PhantomData<&'a ()>),
 }
+
+impl Recording<'_> {
+    /// The same place, for a part of the commands that go there.
+    pub fn part(&mut self) -> Recording<'_> {
+        match self {
+            Self::Run => Recording::Run,
+            #[cfg(feature = "wgpu")]
+            Self::Into(encoder) => Recording::Into(encoder),
+            #[cfg(not(feature = "wgpu"))]
+            Self::Never(_) => Recording::Never(std::marker::PhantomData),
+        }
+    }
+}

@@ -3,9 +3,10 @@
 use crate::device::Device;
 use crate::engine::Recording;
 use crate::error::{Error, Result};
-use crate::race::config::{Beta, Parameters, RaceConfig, RaceShape};
+use crate::race::config::{Beta, Gate, Parameters, RaceConfig, RaceShape, check_gate};
 use crate::race::executor::{Call, InputGradients, Inputs, Pass, RaceExecutor, StateData};
 use crate::race::state::{RaceState, StateGradient, StateParts, StateShape};
+use crate::race::window::{Ring, RingData, WindowExecutor, WindowSpec};
 use crate::tensor::{DType, Tensor, TensorView};
 
 /// Tokens of one sequence at most; far below what its sums hold exactly.
@@ -38,7 +39,8 @@ pub struct Race {
     device: Device,
     config: RaceConfig,
     shape: RaceShape,
-    executor: Box<dyn RaceExecutor>,
+    pub(super) executor: Box<dyn RaceExecutor>,
+    pub(super) window: Option<Box<dyn WindowExecutor>>,
 }
 
 impl std::fmt::Debug for Race {
@@ -81,6 +83,8 @@ pub struct RaceGradients {
     pub d_beta: Tensor,
     /// Of the hyperplanes, `[sets, ensembles * tables * planes, head_dim]`; sets is 1, or `num_kv_heads`.
     pub d_planes: Tensor,
+    /// Of the gates of an exact window, where there is one: `[1]`, or `[num_q_heads]` where there is one per head.
+    pub d_gate: Option<Tensor>,
     /// Of the initial state.
     pub d_initial_state: StateGradient,
 }
@@ -96,7 +100,9 @@ impl Race {
         config.validate(&shape)?;
         let parameters = Parameters::new(&config, &shape)?;
         let executor = device.race_executor(&config, &shape, &parameters)?;
-        Ok(Self { device: device.clone(), config, shape, executor })
+        let spec = WindowSpec::new(&config, &shape);
+        let window = spec.map(|spec| device.window_executor(spec)).transpose()?;
+        Ok(Self { device: device.clone(), config, shape, executor, window })
     }
 
     /// The device it runs on.
@@ -143,13 +149,27 @@ impl Race {
         Ok(())
     }
 
+    /// Takes trained gates of the exact window; nothing is compiled anew.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for values outside of 0 to 1, or another number of them than heads; the old ones stay then.
+    pub fn set_gate(&mut self, gate: Gate) -> Result<()> {
+        check_gate(&gate, &self.shape)?;
+        if let Some(window) = &mut self.window {
+            window.set_gate(&gate);
+        }
+        self.config.gate = gate;
+        Ok(())
+    }
+
     /// Compiles every kernel that forward calls and steps with results of dtype `output` need, concurrently; a backward
     /// call compiles its own at first use. Nothing to do on the CPU.
     ///
     /// # Errors
     /// [`Error::Gpu`] where a kernel does not compile, [`Error::DeviceLost`].
     pub fn warm_up(&self, output: DType) -> Result<()> {
-        self.executor.warm_up(output).run()
+        self.window.as_ref().map_or(Ok(()), |window| window.warm_up(output).run())?;
+        self.executor.warm_up(self.race_output(output)).run()
     }
 
     /// As [`Race::warm_up`], while the thread that polls the future does other work: the kernels compile on the threads
@@ -159,7 +179,17 @@ impl Race {
     /// # Errors
     /// As [`Race::warm_up`].
     pub fn warm_up_async(&self, output: DType) -> impl Future<Output = Result<()>> + Send + use<> {
-        self.executor.warm_up(output).run_async()
+        let window = self.window.as_ref().map(|window| window.warm_up(output)).unwrap_or_default();
+        let race = self.executor.warm_up(self.race_output(output));
+        async move {
+            window.run_async().await?;
+            race.run_async().await
+        }
+    }
+
+    /// Element type of RACE's part of o: where a window is mixed in, the sum is what is rounded.
+    fn race_output(&self, output: DType) -> DType {
+        if self.window.is_some() { DType::F32 } else { output }
     }
 }
 
@@ -171,7 +201,8 @@ impl Race {
     /// [`Error::OutOfMemory`], [`Error::Limit`].
     pub fn new_state(&self, batch: usize) -> Result<RaceState> {
         let storage = self.executor.new_state("new_state", batch)?;
-        Ok(RaceState { storage, shape: self.state_shape(), tokens: vec![0; batch] })
+        let ring = self.window.as_ref().map(|window| window.new_ring("new_state", batch, false)).transpose()?;
+        Ok(RaceState { storage, ring, shape: self.state_shape(), tokens: vec![0; batch] })
     }
 
     /// A copy that goes its own way: a shared prefix, or a snapshot to roll back to.
@@ -183,19 +214,36 @@ impl Race {
         let op = "fork";
         self.check_state(op, state, state.batch())?;
         let storage = self.executor.fork(op, &state.storage)?;
-        Ok(RaceState { storage, shape: state.shape, tokens: state.tokens.clone() })
+        let ring = self.fork_ring(op, state.ring.as_ref())?;
+        Ok(RaceState { storage, ring, shape: state.shape, tokens: state.tokens.clone() })
     }
 
-    /// A and B on the host.
+    fn fork_ring(&self, op: &'static str, ring: Option<&Ring>) -> Result<Option<Ring>> {
+        self.window.as_ref().zip(ring).map(|(window, ring)| window.fork(op, ring)).transpose()
+    }
+
+    fn export_ring(&self, op: &'static str, ring: Option<&Ring>) -> Result<Option<RingData>> {
+        self.window.as_ref().zip(ring).map(|(window, ring)| window.export(op, ring)).transpose()
+    }
+
+    fn import_ring(&self, op: &'static str, parts: &StateParts, batch: usize, grad: bool) -> Result<Option<Ring>> {
+        let data = RingData { k: parts.window_k.clone(), v: parts.window_v.clone() };
+        self.window.as_ref().map(|window| window.import(op, &data, batch, grad)).transpose()
+    }
+
+    /// A and B, and the window's keys and values, on the host.
     ///
     /// # Errors
     /// As [`Race::fork`]; [`Error::DeviceLost`].
     pub fn read_state(&self, state: &RaceState) -> Result<StateParts> {
-        self.check_state("read_state", state, state.batch())?;
-        Ok(self.executor.export("read_state", &state.storage)?.into())
+        let op = "read_state";
+        self.check_state(op, state, state.batch())?;
+        let ring = self.export_ring(op, state.ring.as_ref())?;
+        Ok(StateParts::new(self.executor.export(op, &state.storage)?, ring))
     }
 
-    /// A state from A and B, and the number of tokens that each sequence has taken in.
+    /// A state from A and B, the window's keys and values (rounded to their dtype), and the number of tokens that each
+    /// sequence has taken in.
     ///
     /// # Errors
     /// [`Error::Shape`] for lengths that do not fit, [`Error::NonFinite`] for values that are not finite or, in A,
@@ -204,7 +252,8 @@ impl Race {
         let op = "write_state";
         parts.check(op, &self.state_shape(), tokens.len(), true)?;
         let storage = self.executor.import(op, &StateData { a: parts.a.clone(), b: parts.b.clone() })?;
-        Ok(RaceState { storage, shape: self.state_shape(), tokens: tokens.to_vec() })
+        let ring = self.import_ring(op, parts, tokens.len(), false)?;
+        Ok(RaceState { storage, ring, shape: self.state_shape(), tokens: tokens.to_vec() })
     }
 
     /// The gradient of a state on the host.
@@ -212,8 +261,10 @@ impl Race {
     /// # Errors
     /// As [`Race::read_state`].
     pub fn read_state_gradient(&self, gradient: &StateGradient) -> Result<StateParts> {
-        self.check_gradient("read_state_gradient", gradient, gradient.batch)?;
-        Ok(self.executor.export("read_state_gradient", &gradient.storage)?.into())
+        let op = "read_state_gradient";
+        self.check_gradient(op, gradient, gradient.batch)?;
+        let ring = self.export_ring(op, gradient.ring.as_ref())?;
+        Ok(StateParts::new(self.executor.export(op, &gradient.storage)?, ring))
     }
 
     /// The gradient of a state, from the host.
@@ -224,7 +275,8 @@ impl Race {
         let op = "write_state_gradient";
         parts.check(op, &self.state_shape(), batch, false)?;
         let storage = self.executor.import(op, &StateData { a: parts.a.clone(), b: parts.b.clone() })?;
-        Ok(StateGradient { storage, shape: self.state_shape(), batch })
+        let ring = self.import_ring(op, parts, batch, true)?;
+        Ok(StateGradient { storage, ring, shape: self.state_shape(), batch })
     }
 
     fn check_state(&self, op: &'static str, state: &RaceState, batch: usize) -> Result<()> {
@@ -395,7 +447,7 @@ impl Race {
             let shape = vec![call.batch(), call.tokens, self.shape.num_q_heads, self.shape.value_dim];
             return Ok(pass.reads().then(|| Tensor::host(call.output, shape, Vec::new())));
         }
-        let o = self.executor.forward(rec, &call, inputs, &mut state.storage)?;
+        let o = self.forward_pass(&call, rec, inputs, state)?;
         state.tokens = after;
         Ok(o)
     }
@@ -429,7 +481,7 @@ impl Race {
             let expected = format!("{batch} values of at most {tokens}");
             return Err(Error::Shape { op, tensor: "lengths", got: lengths, expected });
         }
-        Ok(Call { op, pass, lengths, tokens, output })
+        Ok(Call { op, pass, lengths, tokens, output, into: None })
     }
 }
 
@@ -458,20 +510,21 @@ impl Race {
         let mut gradient = self.start_gradient(op, batch, grad_final)?;
         let mut sums = self.executor.new_sums(op)?;
         let all = Inputs { q: Some(*q), k: Some(*k), v: Some(*v), grad_o: Some(*grad_o) };
-        let gradients = if self.config.causal {
+        let (gradients, d_gate) = if self.config.causal {
             self.pass_backward(op, Pass::Causal, &all, &state, &mut gradient, &mut sums, options)?
         } else {
             let absorbed = Inputs { q: None, grad_o: None, ..all };
             let read = Inputs { k: None, v: None, ..all };
             self.pass(op, Pass::Absorb, Recording::Run, &absorbed, &mut state, options)?;
-            let dq = self.pass_backward(op, Pass::Read, &read, &state, &mut gradient, &mut sums, options)?.dq;
-            let of_kv = self.pass_backward(op, Pass::Absorb, &absorbed, &state, &mut gradient, &mut sums, options)?;
-            InputGradients { dq, ..of_kv }
+            let dq = self.pass_backward(op, Pass::Read, &read, &state, &mut gradient, &mut sums, options)?.0.dq;
+            let (of_kv, none) =
+                self.pass_backward(op, Pass::Absorb, &absorbed, &state, &mut gradient, &mut sums, options)?;
+            (InputGradients { dq, ..of_kv }, none)
         };
         let (d_beta, d_planes) = self.executor.finish_sums(op, sums)?;
         let InputGradients { dq, dk, dv } = gradients;
         let (dq, dk, dv) = (made(op, dq)?, made(op, dk)?, made(op, dv)?);
-        Ok(RaceGradients { dq, dk, dv, d_beta, d_planes, d_initial_state: gradient })
+        Ok(RaceGradients { dq, dk, dv, d_beta, d_planes, d_gate, d_initial_state: gradient })
     }
 
     pub(crate) fn start_gradient(
@@ -487,14 +540,18 @@ impl Race {
                 self.executor.fork(op, &gradient.storage)?
             }
         };
-        Ok(StateGradient { storage, shape: self.state_shape(), batch })
+        let ring = match grad_final.and_then(|gradient| gradient.ring.as_ref()) {
+            None => self.window.as_ref().map(|window| window.new_ring(op, batch, true)).transpose()?,
+            ring => self.fork_ring(op, ring)?,
+        };
+        Ok(StateGradient { storage, ring, shape: self.state_shape(), batch })
     }
 
     pub(crate) fn executor(&self) -> &dyn RaceExecutor {
         &*self.executor
     }
 
-    /// One checked backward pass.
+    /// One checked backward pass: gradients of the inputs, and of the gates where there is a window.
     #[allow(clippy::too_many_arguments, reason = "one call's inputs, all different")]
     pub(crate) fn pass_backward(
         &mut self,
@@ -505,7 +562,7 @@ impl Race {
         gradient: &mut StateGradient,
         sums: &mut crate::race::executor::ParameterSums,
         options: &RaceOptions,
-    ) -> Result<InputGradients> {
+    ) -> Result<(InputGradients, Option<Tensor>)> {
         let call = self.call(op, pass, inputs, options)?;
         self.check_state(op, state, call.batch())?;
         self.check_gradient(op, gradient, call.batch())?;
@@ -513,9 +570,12 @@ impl Race {
             let empty = |view: Option<TensorView<'_>>| {
                 view.map(|view| Tensor::host(DType::F32, view.shape().to_vec(), Vec::new()))
             };
-            return Ok(InputGradients { dq: empty(inputs.q), dk: empty(inputs.k), dv: empty(inputs.v) });
+            let gates = self.config.gate.values().len();
+            let d_gate = self.window.is_some().then(|| Tensor::host_f32(vec![gates], vec![0.0; gates]));
+            let none = InputGradients { dq: empty(inputs.q), dk: empty(inputs.k), dv: empty(inputs.v) };
+            return Ok((none, d_gate));
         }
-        self.executor.backward(&call, inputs, &state.storage, &mut gradient.storage, sums)
+        self.backward_pass(&call, inputs, state, gradient, sums)
     }
 }
 

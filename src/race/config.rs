@@ -55,6 +55,43 @@ impl Beta {
     }
 }
 
+/// Share g of the exact window in an output, `o = g·o_window + (1 − g)·o_race`: 0 is RACE alone, 1 the window alone.
+///
+/// Values, not logits: they say what is computed, both ends can be reached, and whoever trains logits through a sigmoid
+/// multiplies the gradient by g·(1 − g).
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub enum Gate {
+    /// One for all heads.
+    Shared(f32),
+    /// One per query head.
+    PerHead(Vec<f32>),
+}
+
+impl Default for Gate {
+    /// Half of each.
+    fn default() -> Self {
+        Self::Shared(0.5)
+    }
+}
+
+impl Gate {
+    /// The values, one or one per query head.
+    pub fn values(&self) -> &[f32] {
+        match self {
+            Self::Shared(gate) => std::slice::from_ref(gate),
+            Self::PerHead(gates) => gates,
+        }
+    }
+
+    /// One value per query head.
+    pub(crate) fn of_heads(&self, num_q_heads: usize) -> Vec<f32> {
+        match self {
+            Self::Shared(gate) => vec![*gate; num_q_heads],
+            Self::PerHead(gates) => gates.clone(),
+        }
+    }
+}
+
 /// Configuration of [`crate::Race`].
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct RaceConfig {
@@ -72,10 +109,20 @@ pub struct RaceConfig {
     pub causal: bool,
     /// Where the hyperplanes come from: `[ensembles · tables, planes, head_dim]`, or that per kv head where supplied.
     pub hyperplanes: Hyperplanes,
+    /// Tokens of the exact window beside RACE: a query attends exactly to its own token and to the `window` − 1 before
+    /// it, and `gate` mixes both results. 0, the default, is RACE alone; at most 65,536. Causal attention only.
+    #[serde(default)]
+    pub window: usize,
+    /// Share of the window, where there is one.
+    #[serde(default)]
+    pub gate: Gate,
+    /// Scale of the window's logits; 1/√`head_dim` by default.
+    #[serde(default)]
+    pub window_scale: Option<f32>,
 }
 
 impl Default for RaceConfig {
-    /// P = L = 4, β = 1, the paper's normalisation, causal, Gaussian planes.
+    /// P = L = 4, β = 1, the paper's normalisation, causal, Gaussian planes, no window.
     fn default() -> Self {
         Self {
             tables: 4,
@@ -85,9 +132,15 @@ impl Default for RaceConfig {
             normalization: Normalization::Ratio,
             causal: true,
             hyperplanes: Hyperplanes::Gaussian { seed: 0 },
+            window: 0,
+            gate: Gate::default(),
+            window_scale: None,
         }
     }
 }
+
+/// Tokens of a window at most.
+const MAX_WINDOW: usize = 1 << 16;
 
 /// Buckets of one ensemble at most.
 const MAX_BUCKETS: usize = 4096;
@@ -119,7 +172,37 @@ impl RaceConfig {
         if self.buckets() > MAX_BUCKETS {
             return Err(Error::config("tables * 2^planes", self.buckets(), format!("must be at most {MAX_BUCKETS}")));
         }
-        check_beta(&self.beta, shape)
+        check_beta(&self.beta, shape)?;
+        self.check_window(shape)
+    }
+
+    fn check_window(&self, shape: &RaceShape) -> Result<()> {
+        if self.window > MAX_WINDOW {
+            return Err(Error::config("window", self.window, format!("must be at most {MAX_WINDOW}")));
+        }
+        if self.window > 0 && !self.causal {
+            let limit = "must be 0 where attention is not causal: the window is that of the last tokens";
+            return Err(Error::config("window", self.window, limit));
+        }
+        if let Some(scale) = self.window_scale
+            && !scale.is_finite()
+        {
+            return Err(Error::config("window_scale", scale, "must be finite"));
+        }
+        check_gate(&self.gate, shape)
+    }
+}
+
+pub(crate) fn check_gate(gate: &Gate, shape: &RaceShape) -> Result<()> {
+    if let Gate::PerHead(gates) = gate
+        && gates.len() != shape.num_q_heads
+    {
+        let limit = format!("must be num_q_heads = {}", shape.num_q_heads);
+        return Err(Error::config("gate (values per head)", gates.len(), limit));
+    }
+    match gate.values().iter().find(|gate| !(0.0..=1.0).contains(*gate)) {
+        Some(bad) => Err(Error::config("gate", bad, "must be 0 to 1")),
+        None => Ok(()),
     }
 }
 

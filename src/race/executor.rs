@@ -49,6 +49,9 @@ pub(crate) struct Call {
     pub tokens: usize,
     /// Element type of o.
     pub output: DType,
+    /// Zeros that a device may put o into instead of memory of its own, so that nothing is left to fail after the pass.
+    #[cfg_attr(not(feature = "wgpu"), allow(dead_code))]
+    pub into: Option<Tensor>,
 }
 
 impl Call {

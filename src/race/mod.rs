@@ -7,14 +7,12 @@
 //! | `stream`, `stream_backward`, `source` | sequences of any length |
 //! | `state`, `persist` | what is kept of a sequence |
 //! | `executor` | what a backend must do: three passes, forward and backward |
+//! | `window` | exact attention over the last tokens, mixed in by a gate per head |
 //! | [`mod@reference`] | the formulas in f64 |
 //! | `cpu`, `gpu` | the executors |
 //!
-//! **The window, once it is built.** Exact attention over the last W tokens, mixed in by a gate per head
-//! (`o = g·o_window + (1 − g)·o_race`), takes a fourth pass beside the three of `executor`: it reads q, k, v and a ring of
-//! the W keys and values before them, and gives o_window with its lse; backward it gives the gradients of the same, and
-//! that of g from the two outputs. The ring belongs to the state (a fork copies it, a saved state gets two tensors more),
-//! so `append` and the streams stay as they are: a segment's first W tokens read the ring that the segment before left.
+//! The ring of the window belongs to the state (a fork copies it, a saved state has two tensors more), so `append` and the
+//! streams are the same with a window and without: a segment's first tokens read the ring that the segment before left.
 //! Both halves see the same q, k, v, so the mix is a sum of two outputs and of two sets of gradients.
 
 pub(crate) mod attention;
@@ -32,3 +30,4 @@ pub(crate) mod state;
 pub(crate) mod stream;
 #[cfg(not(target_arch = "wasm32"))]
 pub(crate) mod stream_backward;
+pub(crate) mod window;

@@ -175,6 +175,54 @@ pub(crate) fn pieces(g: &Geometry, budget: &Budget, batch: usize, tokens: usize)
     Ok(all)
 }
 
+/// What one piece of the window may take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WindowBudget {
+    /// Bytes of the largest storage binding.
+    pub binding: u64,
+    /// (query, key) pairs.
+    pub pairs: usize,
+}
+
+impl WindowBudget {
+    pub fn new(binding: u64) -> Self {
+        // Of 256 channels, some 10¹¹ multiplications a dispatch: a fraction of a second on a small GPU.
+        Self { binding, pairs: 1 << 28 }
+    }
+}
+
+/// As [`pieces`] for the window of `window` tokens: queries are read with the keys before them, and `widest` elements are
+/// bound of a token at most. A sequence's ring takes `ring` bytes.
+pub(crate) fn window_pieces(
+    num_q_heads: usize,
+    window: usize,
+    widest: usize,
+    ring: u64,
+    WindowBudget { binding, pairs }: WindowBudget,
+    batch: usize,
+    tokens: usize,
+) -> Result<Vec<Piece>, u64> {
+    // A binding may begin up to an alignment before its first element.
+    let row = (widest * 4) as u64;
+    let needed = (window as u64).saturating_mul(row) + 512;
+    if needed > binding {
+        return Err(needed);
+    }
+    let room = ((binding - 512) / row) as usize - (window - 1);
+    let worth = (pairs / num_q_heads / (window + 32)).next_multiple_of(32).max(32);
+    let step = room.min(worth).min(tokens).max(1);
+    let sequences = if step < tokens { 1 } else { room.min(worth) / (tokens + window) };
+    let sequences = sequences.min((binding / ring.max(1)) as usize).max(1);
+    let mut all = Vec::new();
+    for b in (0..batch).step_by(sequences) {
+        for first in (0..tokens).step_by(step) {
+            let (sequences, tokens) = (b..(b + sequences).min(batch), first..(first + step).min(tokens));
+            all.push(Piece { sequences, tokens, heads: 0 });
+        }
+    }
+    Ok(all)
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]

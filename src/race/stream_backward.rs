@@ -41,6 +41,7 @@ pub struct BackwardStream {
     gradient: StateGradient,
     d_beta: Vec<f64>,
     d_planes: Vec<f64>,
+    d_gate: Vec<f64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +64,8 @@ pub struct StreamGradients {
     pub d_beta: Vec<f64>,
     /// Of the hyperplanes, `[sets, ensembles * tables * planes, head_dim]`.
     pub d_planes: Vec<f64>,
+    /// Of the gates of an exact window: none without one, else one value, or one per query head.
+    pub d_gate: Vec<f64>,
     /// Of the initial state.
     pub d_initial_state: StateGradient,
 }
@@ -82,8 +85,8 @@ impl BackwardStream {
             let why = format!("the stream stands at token {} of {}: go on with it", self.position, self.tokens);
             return Err(Error::Unsupported { op: "finish", why });
         }
-        let Self { d_beta, d_planes, gradient, .. } = self;
-        Ok(StreamGradients { d_beta, d_planes, d_initial_state: gradient })
+        let Self { d_beta, d_planes, d_gate, gradient, .. } = self;
+        Ok(StreamGradients { d_beta, d_planes, d_gate, d_initial_state: gradient })
     }
 }
 
@@ -116,6 +119,7 @@ impl Race {
             gradient,
             d_beta: vec![0.0; self.config().beta.values().len()],
             d_planes: vec![0.0; self.hyperplanes()?.len()],
+            d_gate: if self.config().window > 0 { vec![0.0; self.config().gate.values().len()] } else { Vec::new() },
         })
     }
 
@@ -326,20 +330,23 @@ impl Race {
     ) -> Result<()> {
         let op = "backward_stream";
         let mut gradient = self.start_gradient(op, stream.gradient.batch(), Some(&stream.gradient))?;
-        let made = (|| -> Result<(Tensor, Tensor), StreamFailure> {
+        let made = (|| -> Result<[Option<Tensor>; 3], StreamFailure> {
             let mut sums = self.executor().new_sums(op)?;
             let none = RaceOptions::default();
-            let made = self.pass_backward(op, pass, inputs, state, &mut gradient, &mut sums, &none)?;
+            let (made, gate) = self.pass_backward(op, pass, inputs, state, &mut gradient, &mut sums, &none)?;
             let InputGradients { dq, dk, dv } = made;
-            let sums = self.executor().finish_sums(op, sums)?;
+            let (beta, planes) = self.executor().finish_sums(op, sums)?;
             self.device().settle(op)?;
             sink(range, SegmentGradients { dq, dk, dv })?;
-            Ok(sums)
+            Ok([Some(beta), Some(planes), gate])
         })();
-        let added = made.and_then(|(beta, planes)| {
-            let (beta, planes) = (beta.read_blocking()?.to_f32(), planes.read_blocking()?.to_f32());
-            stream.d_beta.iter_mut().zip(beta).for_each(|(sum, x)| *sum += f64::from(x));
-            stream.d_planes.iter_mut().zip(planes).for_each(|(sum, x)| *sum += f64::from(x));
+        let added = made.and_then(|sums| {
+            let read = |x: Option<Tensor>| x.map_or(Ok(Vec::new()), |x| Ok(x.read_blocking()?.to_f32()));
+            let sums = sums.into_iter().map(read).collect::<Result<Vec<_>>>()?;
+            let totals = [&mut stream.d_beta, &mut stream.d_planes, &mut stream.d_gate];
+            for (total, sum) in totals.into_iter().zip(sums) {
+                total.iter_mut().zip(sum).for_each(|(total, x)| *total += f64::from(x));
+            }
             Ok(())
         });
         added.map_err(|cause| Error::Stream { op, position, cause })?;

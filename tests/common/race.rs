@@ -3,8 +3,8 @@
 use half::{bf16, f16};
 use softhash::race::reference as math;
 use softhash::{
-    Beta, DType, Device, Hyperplanes, Normalization, Race, RaceConfig, RaceOptions, RaceShape, StateParts, Tensor,
-    TensorView,
+    Beta, DType, Device, Gate, Hyperplanes, Normalization, Race, RaceConfig, RaceOptions, RaceShape, StateParts,
+    Tensor, TensorView,
 };
 
 pub const ALL: [Normalization; 3] = [Normalization::Ratio, Normalization::BucketMean, Normalization::BucketSum];
@@ -84,6 +84,12 @@ pub struct Case {
     pub per_head: bool,
     /// Added to every value.
     pub offset: f32,
+    /// Tokens of the exact window, 0 for none, and the gates that mix it in.
+    pub window: usize,
+    pub gates: Vec<f32>,
+    pub window_scale: Option<f32>,
+    /// Tokens that each sequence has seen before, which fill the ring of the window; with `initial`.
+    pub seen: usize,
 }
 
 impl Default for Case {
@@ -103,6 +109,10 @@ impl Default for Case {
             initial: false,
             per_head: false,
             offset: 0.0,
+            window: 0,
+            gates: vec![0.5],
+            window_scale: None,
+            seen: 0,
         }
     }
 }
@@ -154,6 +164,8 @@ impl Case {
         let b: Vec<f64> = noise(6, units * dv).iter().map(|x| f64::from(*x) * 2.0).collect();
         let zero = |x: Vec<f64>| if self.initial { x } else { vec![0.0; x.len()] };
         let small = |seed, n| noise(seed, n).iter().map(|x| f64::from(*x) * 0.1).collect();
+        let (ring, grad_ring) = (self.ring(10, true), self.ring(12, false));
+        let parts = |a, b, [window_k, window_v]: [Vec<f32>; 2]| StateParts { a, b, window_k, window_v };
         Data {
             // Projections of about unit variance.
             q: rounded(1, rows * hq * d, 1.0 / (d as f32).sqrt(), 0.0),
@@ -161,9 +173,26 @@ impl Case {
             v: rounded(3, rows * hkv * dv, 1.0, self.offset),
             grad_o: noise(7, rows * hq * dv).into_iter().map(|x| round(self.output, x)).collect(),
             planes: noise(4, sets * self.ensembles * self.bits() * d),
-            initial: StateParts { a: zero(a), b: zero(b) },
-            grad_final: StateParts { a: zero(small(8, units)), b: zero(small(9, units * dv)) },
+            initial: parts(zero(a), zero(b), ring),
+            grad_final: parts(zero(small(8, units)), zero(small(9, units * dv)), grad_ring),
         }
+    }
+
+    /// Keys and values of the window's ring, or gradients of them: zero in slots that no token has reached.
+    fn ring(&self, seed: u64, of_state: bool) -> [Vec<f32>; 2] {
+        [self.dims.0, self.dims.1].map(|dim| {
+            let row = self.heads.1 * dim;
+            let mut x = noise(seed + dim as u64, self.batch() * self.window * row);
+            for (i, row) in x.chunks_exact_mut(row.max(1)).enumerate() {
+                let (b, slot) = (i / self.window, i % self.window);
+                let filled = self.seen + if of_state { 0 } else { self.lengths[b] };
+                let known = if self.initial { filled } else { 0 };
+                for x in row {
+                    *x = if slot < known { round(self.dtype, *x * 0.5) } else { 0.0 };
+                }
+            }
+            x
+        })
     }
 
     pub fn race_on(&self, device: &Device, data: &Data) -> Race {
@@ -176,6 +205,9 @@ impl Case {
             normalization: self.normalization,
             causal: self.causal,
             hyperplanes: Hyperplanes::Supplied(data.planes.clone().into()),
+            window: self.window,
+            gate: if self.gates.len() == 1 { Gate::Shared(self.gates[0]) } else { Gate::PerHead(self.gates.clone()) },
+            window_scale: self.window_scale,
         };
         let shape = RaceShape {
             num_q_heads: self.heads.0,

@@ -62,6 +62,7 @@ impl<'a> Case<'a> {
             normalization,
             causal,
             hyperplanes: Hyperplanes::Supplied(self.rows.data.iter().map(|&x| x as f32).collect()),
+            ..RaceConfig::default()
         }
     }
 
@@ -210,8 +211,9 @@ pub fn judge(device: &Device, case: &Fixture, report: &mut Report<'_>) -> Result
     let (q, g) = (TensorView::f16(&q, of_q), TensorView::f16(&g, of_q));
     let (k, v) = (TensorView::f16(&k, of_kv), TensorView::f16(&v, of_kv));
     let options = RaceOptions { output: Some(DType::F32), ..RaceOptions::default() };
-    let initial = race.write_state(&StateParts { a: a0.data.clone(), b: b0.data.clone() }, &[0])?;
-    let arriving = StateParts { a: grad_a.data.clone(), b: grad_b.data.clone() };
+    let initial =
+        race.write_state(&StateParts { a: a0.data.clone(), b: b0.data.clone(), ..StateParts::default() }, &[0])?;
+    let arriving = StateParts { a: grad_a.data.clone(), b: grad_b.data.clone(), ..StateParts::default() };
     let grad_final = race.write_state_gradient(&arriving, 1)?;
     let forward = race.forward_with(&q, &k, &v, Some(&initial), &options)?;
     let last = race.read_state(&forward.state)?;

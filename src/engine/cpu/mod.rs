@@ -1,8 +1,9 @@
-//! The CPU engine: aligned memory, run-time dispatched SIMD, matrix products, and work sharing.
+//! The CPU engine: aligned memory, run-time dispatched SIMD, matrix products, softmax, and work sharing.
 
 pub(crate) mod gemm;
 pub(crate) mod memory;
 pub(crate) mod simd;
+pub(crate) mod softmax;
 
 use rayon::prelude::*;
 

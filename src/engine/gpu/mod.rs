@@ -24,7 +24,9 @@ pub(crate) use context::{Context, Setup};
 pub(crate) use input::{Input, Strides, stage, staged_bytes};
 pub(crate) use open::{adapters_best_first, open};
 pub(crate) use passes::{Bind, GridParams, Passes, Ready, Stage};
-pub(crate) use pipeline::{Binding, KernelKey, KernelSource, Pipeline};
+#[cfg(test)]
+pub(crate) use pipeline::Binding;
+pub(crate) use pipeline::{KernelKey, KernelSource, Pipeline};
 pub(crate) use results::ResultBuffer;
 pub(crate) use scratch::Scratch;
 pub use timing::Timer;

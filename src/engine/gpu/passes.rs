@@ -7,6 +7,7 @@ use super::pipeline::{KernelKey, Pipeline};
 use super::timing::Timer;
 use crate::engine::Recording;
 use crate::error::{Error, Result};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A kernel that is timed under a name.
@@ -36,6 +37,17 @@ pub(crate) enum Bind {
 impl From<&wgpu::Buffer> for Bind {
     fn from(buffer: &wgpu::Buffer) -> Self {
         Self::Whole(buffer.clone())
+    }
+}
+
+impl Bind {
+    /// Some bytes of a buffer, which begin at an element of `size` bytes: as a binding, which may begin before them where
+    /// the device wants it aligned, and the index of the first element in it.
+    pub fn range(ctx: &Context, buffer: &wgpu::Buffer, bytes: Range<u64>, size: usize) -> (Self, u32) {
+        let align = u64::from(ctx.caps().storage_align).max(8);
+        let offset = bytes.start / align * align;
+        let bind = Self::Range { buffer: buffer.clone(), offset, size: (bytes.end - offset).next_multiple_of(4) };
+        (bind, ((bytes.start - offset) / size as u64) as u32)
     }
 }
 

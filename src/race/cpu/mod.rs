@@ -16,7 +16,13 @@ mod spans;
 #[cfg(test)]
 mod tests;
 mod tile;
+mod window;
+mod window_blocks;
+mod window_ring;
 mod worker;
+
+pub(crate) use window::CpuWindow;
+pub(crate) use window_ring::CpuRing;
 
 use crate::engine::Recording;
 use crate::engine::cpu::memory::zeros;

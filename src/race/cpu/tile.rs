@@ -38,6 +38,10 @@ impl<'a> Source<'a> {
         Ok(Self { slice, view })
     }
 
+    pub fn heads(&self) -> usize {
+        self.view.shape()[2]
+    }
+
     /// Reads `n` tokens from `[sequence, token, head]` on into rows of `row` elements, and zeros the rows left of a
     /// whole block; what pads a row is left alone. Rows `ahead` tokens on are asked for: they are too far apart for
     /// the hardware to foresee.

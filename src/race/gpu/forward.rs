@@ -67,6 +67,9 @@ impl GpuRace {
     /// A result of zeros.
     fn output(&self, call: &Call) -> Result<Output> {
         let (op, g, dtype) = (call.op, &self.geometry, call.output);
+        if let Some(buffer) = call.into.as_ref().and_then(Tensor::as_buffer) {
+            return Ok(Output { result: ResultBuffer::of_caller(self.ctx.clone(), buffer.clone()), dtype });
+        }
         if dtype != DType::F32 && !g.value_dim.is_multiple_of(2) {
             let why = format!("16-bit outputs of an odd value_dim = {} on a GPU; ask for F32 output", g.value_dim);
             return Err(Error::Unsupported { op, why });
@@ -81,11 +84,7 @@ impl GpuRace {
         let at = |b: usize, token: usize| (b * call.tokens + token) as u64 * row as u64 * size;
         let start = at(piece.sequences.start, piece.tokens.start);
         let end = at(piece.sequences.end - 1, piece.tokens.end);
-        let align = u64::from(self.ctx.caps().storage_align).max(4);
-        let offset = start / align * align;
-        let bind =
-            Bind::Range { buffer: output.result.buffer().clone(), offset, size: (end - offset).next_multiple_of(4) };
-        (bind, ((start - offset) / size) as u32)
+        Bind::range(&self.ctx, output.result.buffer(), start..end, size as usize)
     }
 
     /// One token of each sequence.

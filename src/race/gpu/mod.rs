@@ -19,14 +19,19 @@ mod kernels;
 mod params;
 mod state;
 mod sweep;
+mod window;
+mod window_kernels;
 
 #[cfg(test)]
 mod backward_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod window_tests;
 
 pub(crate) use backward::GpuParameterSums;
 pub(crate) use state::GpuState;
+pub(crate) use window::{GpuRing, GpuWindow};
 
 use crate::engine::gpu::{Context, KernelKey, Scratch};
 use crate::engine::{Recording, WarmUp};

@@ -54,11 +54,7 @@ impl GpuRace {
     /// The states of some sequences as a binding, and the element of it that their first unit begins at.
     pub(super) fn bind_state(&self, state: &GpuState, sequences: &Range<usize>) -> (Bind, u32) {
         let one = self.geometry.state_bytes();
-        let start = sequences.start as u64 * one;
-        let align = u64::from(self.ctx.caps().storage_align).max(8);
-        let offset = start / align * align;
-        let size = sequences.end as u64 * one - offset;
-        (Bind::Range { buffer: state.buffer.clone(), offset, size }, ((start - offset) / 8) as u32)
+        Bind::range(&self.ctx, &state.buffer, sequences.start as u64 * one..sequences.end as u64 * one, 8)
     }
 
     #[cfg(target_arch = "wasm32")]

@@ -5,6 +5,7 @@
 use super::GpuRace;
 use super::kernels::{Kernel, Key};
 use super::params::Params;
+use super::window_kernels::{WindowGeometry, WindowKernel, WindowKey, WindowParams};
 use crate::engine::Recording;
 use crate::engine::gpu::shader_tests::{same_layout, stays_in_limits, structs, validates_and_translates};
 use crate::engine::gpu::{Context, KernelKey, adapters_best_first, open};
@@ -68,14 +69,31 @@ fn keys() -> Vec<Key> {
     keys
 }
 
+fn window_keys() -> Vec<WindowKey> {
+    let mut keys = Vec::new();
+    for (num_q_heads, num_kv_heads, head_dim, value_dim) in
+        [(32, 8, 128, 128), (4, 4, 64, 80), (3, 1, 5, 7), (2, 1, 512, 512), (16, 1, 1, 129)]
+    {
+        for dtype in [DType::F32, DType::F16, DType::Bf16] {
+            let geometry = WindowGeometry { num_q_heads, num_kv_heads, head_dim, value_dim, dtype };
+            keys.extend(WindowKernel::every(&geometry).into_iter().map(|kernel| WindowKey { kernel, geometry }));
+        }
+    }
+    keys.sort_by_key(KernelKey::label);
+    keys.dedup_by_key(|key| key.label());
+    keys
+}
+
 #[test]
 fn every_variant_validates_and_translates() {
     keys().iter().for_each(|key| validates_and_translates(key));
+    window_keys().iter().for_each(|key| validates_and_translates(key));
 }
 
 #[test]
 fn bindings_and_workgroup_memory_stay_in_limits() {
     keys().iter().for_each(|key| stays_in_limits(key));
+    window_keys().iter().for_each(|key| stays_in_limits(key));
 }
 
 #[test]
@@ -105,6 +123,45 @@ fn structs_have_the_offsets_of_their_rust_twins() {
             flags,
             scale,
             zero,
+        ],
+        input.offset => "in_offset",
+        input.batch => "in_batch",
+        input.token => "in_token",
+        input.head => "in_head",
+        input2.offset => "in2_offset",
+        input2.batch => "in2_batch",
+        input2.token => "in2_token",
+        input2.head => "in2_head",
+        input3.offset => "in3_offset",
+        input3.batch => "in3_batch",
+        input3.token => "in3_token",
+        input3.head => "in3_head",
+    );
+    let keys = window_keys();
+    let seen = structs(keys.iter().map(|key| key as &dyn KernelKey));
+    same_layout!(
+        seen,
+        "Params",
+        WindowParams,
+        [
+            groups,
+            group_width,
+            batch,
+            tokens,
+            first,
+            in_first,
+            in2_first,
+            flags,
+            out_at,
+            out_batch,
+            out2_at,
+            out2_batch,
+            ring_at,
+            keep_at,
+            keep_batch,
+            scale,
+            zero,
+            window,
         ],
         input.offset => "in_offset",
         input.batch => "in_batch",
@@ -157,7 +214,7 @@ fn pieces_add_up_to_the_whole() {
             let mut state = race.new_state("test", batch).unwrap();
             let mut o = None;
             for pass in passes {
-                let call = Call { op: "test", pass, lengths: lengths.clone(), tokens, output: DType::F32 };
+                let call = Call { op: "test", pass, lengths: lengths.clone(), tokens, output: DType::F32, into: None };
                 let inputs = Inputs { q: Some(q), k: Some(k), v: Some(v), grad_o: None };
                 o = race.forward(Recording::Run, &call, &inputs, &mut state).unwrap();
             }

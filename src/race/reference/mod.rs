@@ -5,15 +5,18 @@
 //! it with its own φ. Several heads share planes and β by the caller's doing; a group of query heads shares the state
 //! of its kv head, so their gradients of it add.
 //!
-//! [`forward`] and [`backward`] follow the definitions token by token.
+//! [`forward`] and [`backward`] follow the definitions token by token; [`window_forward`] and [`mix`] are the exact window
+//! beside them.
 
 mod backward;
 mod forward;
 mod hash;
+mod window;
 
 pub use backward::{Gradients, backward};
 pub use forward::{State, forward};
 pub use hash::{HashGradient, features, features_backward};
+pub use window::{Window, WindowGradients, mix, mix_backward, window_backward, window_forward};
 
 use crate::race::config::Normalization;
 

@@ -2,6 +2,7 @@
 
 use crate::engine::cpu::memory::zeros;
 use crate::engine::cpu::simd::{Element, Level};
+use crate::engine::cpu::softmax::Partial;
 use crate::engine::cpu::{map, product};
 use crate::error::Result;
 use crate::socket::config::{SelectionScope, SocketConfig};
@@ -10,7 +11,7 @@ use crate::socket::cpu::laps::Laps;
 use crate::socket::cpu::score::{Score, mean};
 use crate::socket::cpu::select::{Scores, select};
 use crate::socket::cpu::storage::{Geometry, Sequence};
-use crate::socket::cpu::stream::{Partial, Rows, Stream};
+use crate::socket::cpu::stream::{Rows, Stream};
 use crate::socket::cpu::tables;
 use crate::socket::cpu::tile::{self, Tile, TileOf};
 use crate::socket::problem::{AttendProblem, Kind, QueryRow};

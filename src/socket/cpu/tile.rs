@@ -2,8 +2,8 @@
 
 use crate::engine::cpu::gemm::{Mat, multiply_add};
 use crate::engine::cpu::simd::{Element, Kernel, Lanes};
+use crate::engine::cpu::softmax::{Partial, rescale, soften};
 use crate::socket::cpu::storage::{Geometry, Sequence};
-use crate::socket::cpu::stream::{Partial, rescale, soften};
 
 /// Keys of a tile: K and V of a tile stay in the nearest cache.
 const KEYS: usize = 64;

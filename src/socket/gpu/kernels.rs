@@ -44,6 +44,8 @@ pub(super) const SNIPPETS: &[(&str, &str)] = snippets!(
     "query",
     "stored",
     "pieces",
+    "square_weights",
+    "online_softmax",
     "scan",
     "reduce",
     "tanh",

@@ -2,7 +2,7 @@
 
 use super::kernels::{SNIPPETS, dtype_define};
 use super::params::Params;
-use crate::engine::gpu::{Assembler, Bind, Binding, Context, KernelKey, KernelSource, Passes, Stage, stage};
+use crate::engine::gpu::{Assembler, Bind, Context, KernelKey, KernelSource, Passes, Stage, stage};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor, TensorView};
 use std::sync::Arc;
@@ -34,11 +34,7 @@ impl KernelKey for MergeKey {
         let constants = [("O1", code(self.o1)), ("O2", code(self.o2))];
         let text = include_str!("../../../shaders/attention/merge_state.wgsl");
         let assembled = Assembler::assemble(text, SNIPPETS, &[dtype_define("OUT", self.o1)], &constants);
-        let wgsl = assembled.unwrap_or_else(|reason| format!("error: {reason}"));
-        let mut bindings = vec![Binding::Uniform { size: size_of::<Params>() as u64 }];
-        bindings.extend([Binding::Read; 4]);
-        bindings.extend([Binding::ReadWrite; 2]);
-        KernelSource { wgsl, bindings, entry: "main" }
+        KernelSource::new(assembled, size_of::<Params>(), &[false, false, false, false, true, true])
     }
 }
 

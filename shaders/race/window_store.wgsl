@@ -1,0 +1,58 @@
+#import window_params
+#import input
+// The last keys and values of a call into their slots of the ring, one word for each invocation.
+@group(0) @binding(3) var<storage, read> values: array<u32>;
+@group(0) @binding(4) var<storage, read_write> ring: array<u32>;
+
+#ifdef IN_F32
+const PER_WORD: u32 = 1u;
+#else
+const PER_WORD: u32 = 2u;
+#endif
+const WORDS: u32 = RING_ROW / PER_WORD;
+
+// The bits of an element of the row, k's channels first, as they are.
+fn bits_of(b: u32, token: u32, kv_head: u32, channel: u32) -> u32 {
+    var word = 0u;
+    var at = 0u;
+    if channel < HEAD_DIM {
+        at = input_at(b, token - p.in_first, kv_head) + channel;
+        word = input[input_word(at)];
+    } else if channel < HEAD_DIM + VALUE_DIM {
+        let row = b * p.in3_batch + (token - p.in_first) * p.in3_token + kv_head * p.in3_head;
+        at = p.in3_offset + row + channel - HEAD_DIM;
+        word = values[input_word(at)];
+    }
+#ifdef IN_F32
+    return word;
+#else
+    return (word >> ((at & 1u) * 16u)) & 0xffffu;
+#endif
+}
+
+@compute @workgroup_size(256)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+    let index = group_index(group);
+    if index >= p.groups {
+        return;
+    }
+    let count = min(p.window, p.tokens);
+    let at = index * 256u + local;
+    let word = at % WORDS;
+    let kv_head = at / WORDS % KV_HEADS;
+    let b = at / (WORDS * KV_HEADS) / count;
+    if b >= p.batch {
+        return;
+    }
+    let length = length_of(b);
+    let token = max(p.first, length - min(length, p.window)) + at / (WORDS * KV_HEADS) % count;
+    if token >= end_of(b) {
+        return;
+    }
+    let to = ring_row(b, i32(token), kv_head) / PER_WORD + word;
+#ifdef IN_F32
+    ring[to] = bits_of(b, token, kv_head, word);
+#else
+    ring[to] = bits_of(b, token, kv_head, word * 2u) | (bits_of(b, token, kv_head, word * 2u + 1u) << 16u);
+#endif
+}

@@ -1,0 +1,287 @@
+//! The exact window beside RACE: `o = g·o_window + (1 − g)·o_race`, with one gate g per query head.
+//!
+//! The window is a fourth pass beside the three of [`crate::race::executor`]: causal softmax attention over the last W
+//! tokens. A state keeps the keys and values of its last W tokens in a ring, in their own dtype: the token at position p
+//! of its sequence stands in slot p modulo W, so a step writes one slot. A segment's first tokens attend to the ring that
+//! the segment before left.
+//!
+//! The gradient of a ring belongs to the gradient of the state: a backward pass adds what arrives for the tokens that it
+//! wrote itself to their dk and dv, and hands on the rest, together with what its own queries send to the tokens before
+//! the segment.
+//!
+//! | forward | |
+//! |---|---|
+//! | RACE | o_race in f32 |
+//! | window | o_window, mixed with o_race into o; then the ring takes in the last keys and values |
+//!
+//! | backward | |
+//! |---|---|
+//! | RACE, window | both outputs again, for dg = Σ grad_o·(o_window − o_race); o_window's lse is kept |
+//! | gate | (1 − g)·grad_o in the place of o_race |
+//! | RACE | its backward, given that |
+//! | window | its backward, given g·grad_o, from lse; adds to dq, dk and dv |
+//!
+//! Both outputs are computed again rather than kept by the caller, as all of RACE's backward is. Beyond inputs and
+//! results a backward call holds, per token and query head, 4·Dv bytes of f32 for (1 − g)·grad_o, and 8 bytes on the CPU
+//! (lse and g·grad_o·o_window) or 4·(Dv + 2) on a GPU, where the window's kernels read g·grad_o with them.
+
+use crate::engine::{Recording, WarmUp};
+use crate::error::{Error, Result};
+use crate::race::attention::Race;
+use crate::race::config::{Gate, RaceConfig, RaceShape};
+use crate::race::cpu::CpuRing;
+use crate::race::executor::{Call, InputGradients, Inputs, ParameterSums, Pass};
+#[cfg(feature = "wgpu")]
+use crate::race::gpu::GpuRing;
+use crate::race::state::{RaceState, StateGradient};
+use crate::tensor::{DType, Tensor};
+
+/// What an executor of the window is made for.
+#[derive(Clone, Debug)]
+pub(crate) struct WindowSpec {
+    pub shape: RaceShape,
+    /// Tokens of the window, at least 1.
+    pub tokens: usize,
+    /// Scale of the logits.
+    pub scale: f32,
+    pub gate: Gate,
+}
+
+impl WindowSpec {
+    /// `None` where there is no window.
+    pub fn new(config: &RaceConfig, shape: &RaceShape) -> Option<Self> {
+        let scale = config.window_scale.unwrap_or((1.0 / (shape.head_dim as f64).sqrt()) as f32);
+        let spec = Self { shape: *shape, tokens: config.window, scale, gate: config.gate.clone() };
+        (config.window > 0).then_some(spec)
+    }
+}
+
+/// A call, and where in its sequence each begins.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WindowCall<'a> {
+    pub call: &'a Call,
+    /// Tokens that each sequence has taken in before.
+    pub seen: &'a [u64],
+}
+
+impl WindowCall<'_> {
+    /// Tokens before the call's first that the window of sequence `b` reaches.
+    pub fn past(&self, b: usize, window: usize) -> usize {
+        self.seen[b].min(window as u64 - 1) as usize
+    }
+
+    /// Slot of the first token of sequence `b`.
+    pub fn slot(&self, b: usize, window: usize) -> usize {
+        (self.seen[b] % window as u64) as usize
+    }
+}
+
+/// The last keys and values of a batch of sequences where their executor keeps them; or their gradients, in f32.
+#[derive(Debug)]
+pub(crate) enum Ring {
+    Cpu(CpuRing),
+    #[cfg(feature = "wgpu")]
+    Gpu(GpuRing),
+}
+
+/// A ring in its backend-free form, see [`crate::StateParts`].
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct RingData {
+    pub k: Vec<f32>,
+    pub v: Vec<f32>,
+}
+
+#[cfg(feature = "wgpu")]
+fn elsewhere(op: &'static str, is_cpu: bool) -> Error {
+    let (got, expected) = if is_cpu { ("the CPU", "a GPU") } else { ("a GPU", "the CPU") };
+    Error::WrongDevice { op, tensor: "state", got, expected }
+}
+
+// Without the GPU path nothing can be elsewhere, and `op` has nothing to name.
+#[cfg_attr(not(feature = "wgpu"), allow(unused_variables, clippy::unnecessary_wraps))]
+impl Ring {
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Self::Cpu(ring) => ring.bytes(),
+            #[cfg(feature = "wgpu")]
+            Self::Gpu(ring) => ring.bytes(),
+        }
+    }
+
+    pub fn cpu(&self, op: &'static str) -> Result<&CpuRing> {
+        match self {
+            Self::Cpu(ring) => Ok(ring),
+            #[cfg(feature = "wgpu")]
+            Self::Gpu(_) => Err(elsewhere(op, false)),
+        }
+    }
+
+    pub fn cpu_mut(&mut self, op: &'static str) -> Result<&mut CpuRing> {
+        match self {
+            Self::Cpu(ring) => Ok(ring),
+            #[cfg(feature = "wgpu")]
+            Self::Gpu(_) => Err(elsewhere(op, false)),
+        }
+    }
+
+    #[cfg(feature = "wgpu")]
+    pub fn gpu(&self, op: &'static str) -> Result<&GpuRing> {
+        match self {
+            Self::Cpu(_) => Err(elsewhere(op, true)),
+            Self::Gpu(ring) => Ok(ring),
+        }
+    }
+
+    #[cfg(feature = "wgpu")]
+    pub fn gpu_mut(&mut self, op: &'static str) -> Result<&mut GpuRing> {
+        match self {
+            Self::Cpu(_) => Err(elsewhere(op, true)),
+            Self::Gpu(ring) => Ok(ring),
+        }
+    }
+}
+
+/// A forward pass of the window that has everything that it needs.
+pub(crate) trait Prepared {
+    /// Where RACE may put its o, in f32.
+    fn race_o(&self) -> Option<Tensor> {
+        None
+    }
+
+    /// Runs it: o mixed from the window's and RACE's where RACE gave one, and the ring moved on.
+    fn run(self: Box<Self>, rec: Recording<'_>, ring: &mut Ring, race: Option<Tensor>) -> Result<Option<Tensor>>;
+}
+
+/// Between the two halves of a backward pass.
+pub(crate) struct Halved {
+    /// (1 − g)·grad_o, f32.
+    pub race: Tensor,
+    /// What the window's half goes on from.
+    pub kept: Kept,
+    /// Gradient of the gates: one, or one per query head.
+    pub d_gate: Tensor,
+}
+
+/// What the window's half of a backward pass goes on from.
+pub(crate) enum Kept {
+    /// lse and g·grad_o·o_window, `[batch, token, num_q_heads]`.
+    Cpu(Vec<[f32; 2]>),
+    /// g·grad_o, lse and g·grad_o·o_window, `[batch, token, num_q_heads, value_dim + 2]`.
+    #[cfg(feature = "wgpu")]
+    Gpu(wgpu::Buffer),
+}
+
+#[cfg_attr(not(feature = "wgpu"), allow(unused_variables, clippy::unnecessary_wraps))]
+impl Kept {
+    pub fn cpu(self, op: &'static str) -> Result<Vec<[f32; 2]>> {
+        match self {
+            Self::Cpu(rows) => Ok(rows),
+            #[cfg(feature = "wgpu")]
+            Self::Gpu(_) => Err(elsewhere(op, false)),
+        }
+    }
+
+    #[cfg(feature = "wgpu")]
+    pub fn gpu(self, op: &'static str) -> Result<wgpu::Buffer> {
+        match self {
+            Self::Cpu(_) => Err(elsewhere(op, true)),
+            Self::Gpu(buffer) => Ok(buffer),
+        }
+    }
+}
+
+/// A backend of the window. [`crate::Race`] checks and composes; a failed call leaves rings as they were.
+pub(crate) trait WindowExecutor: Send {
+    /// Takes new gates.
+    fn set_gate(&mut self, gate: &Gate);
+    /// A ring of zeros; of a gradient, f32.
+    fn new_ring(&self, op: &'static str, batch: usize, gradient: bool) -> Result<Ring>;
+    /// A copy of its own.
+    fn fork(&self, op: &'static str, ring: &Ring) -> Result<Ring>;
+    /// Takes all that can fail of a forward pass ([`Pass::Causal`], or [`Pass::Absorb`]: the ring alone moves on).
+    fn prepare<'a>(
+        &'a mut self,
+        call: WindowCall<'a>,
+        inputs: &Inputs<'a>,
+        ring: &Ring,
+    ) -> Result<Box<dyn Prepared + 'a>>;
+    /// Computes the window's output again, and parts the gradient of o; `race` is RACE's o in f32.
+    fn halve(&mut self, call: WindowCall<'_>, inputs: &Inputs<'_>, ring: &Ring, race: Tensor) -> Result<Halved>;
+    /// Adds the window's half to `gradients`; `gradient` becomes that of the ring before the tokens.
+    fn backward(
+        &mut self,
+        call: WindowCall<'_>,
+        inputs: &Inputs<'_>,
+        ring: &Ring,
+        kept: Kept,
+        gradient: &mut Ring,
+        gradients: InputGradients,
+    ) -> Result<InputGradients>;
+    /// A ring in its backend-free form; waits for the device.
+    fn export(&self, op: &'static str, ring: &Ring) -> Result<RingData>;
+    /// The reverse.
+    fn import(&self, op: &'static str, data: &RingData, batch: usize, gradient: bool) -> Result<Ring>;
+    /// Compiles whatever forward passes need, once it is run.
+    fn warm_up(&self, _output: DType) -> WarmUp {
+        WarmUp::default()
+    }
+}
+
+fn missing(op: &'static str) -> Error {
+    Error::Unsupported { op, why: "the state has no ring for the window".into() }
+}
+
+/// RACE and window, passes of both.
+impl Race {
+    /// A forward pass over the state, `call` being checked.
+    pub(crate) fn forward_pass(
+        &mut self,
+        call: &Call,
+        mut rec: Recording<'_>,
+        inputs: &Inputs<'_>,
+        state: &mut RaceState,
+    ) -> Result<Option<Tensor>> {
+        let Some(window) = &mut self.window else {
+            return self.executor.forward(rec, call, inputs, &mut state.storage);
+        };
+        let op = call.op;
+        if call.pass == Pass::Read {
+            let why = "a window attends to tokens, which reading from a state alone does not give".into();
+            return Err(Error::Unsupported { op, why });
+        }
+        let ring = state.ring.as_mut().ok_or_else(|| missing(op))?;
+        let prepared = window.prepare(WindowCall { call, seen: &state.tokens }, inputs, ring)?;
+        let of_race = Call { output: DType::F32, into: prepared.race_o(), ..call.clone() };
+        let o = self.executor.forward(rec.part(), &of_race, inputs, &mut state.storage)?;
+        prepared.run(rec, ring, o)
+    }
+
+    /// A backward pass, `call` being checked: gradients of the inputs, and of the gates where there is a window.
+    pub(crate) fn backward_pass(
+        &mut self,
+        call: &Call,
+        inputs: &Inputs<'_>,
+        state: &RaceState,
+        gradient: &mut StateGradient,
+        sums: &mut ParameterSums,
+    ) -> Result<(InputGradients, Option<Tensor>)> {
+        let op = call.op;
+        let executor = &mut self.executor;
+        let Some(window) = &mut self.window else {
+            let gradients = executor.backward(call, inputs, &state.storage, &mut gradient.storage, sums)?;
+            return Ok((gradients, None));
+        };
+        let (ring, grad_ring) = state.ring.as_ref().zip(gradient.ring.as_mut()).ok_or_else(|| missing(op))?;
+        let of_window = WindowCall { call, seen: &state.tokens };
+        let of_race = Call { output: DType::F32, ..call.clone() };
+        let mut moving = executor.fork(op, &state.storage)?;
+        let o = executor.forward(Recording::Run, &of_race, inputs, &mut moving)?.ok_or_else(|| missing(op))?;
+        drop(moving);
+        let Halved { race, kept, d_gate } = window.halve(of_window, inputs, ring, o)?;
+        let half = Inputs { grad_o: race.view(), ..*inputs };
+        let gradients = executor.backward(call, &half, &state.storage, &mut gradient.storage, sums)?;
+        drop(race);
+        let gradients = window.backward(of_window, inputs, ring, kept, grad_ring, gradients)?;
+        Ok((gradients, Some(d_gate)))
+    }
+}
