@@ -257,9 +257,9 @@ impl Device {
     pub async fn enumerate_async() -> Vec<AdapterSummary> {
         let adapters = gpu::adapters_best_first().await;
         let mut all: Vec<_> = adapters.iter().map(|adapter| AdapterSummary::gpu(&adapter.get_info())).collect();
+        all.push(AdapterSummary::cpu());
         #[cfg(feature = "cuda")]
         Self::list_cuda(&mut all);
-        all.push(AdapterSummary::cpu());
         all
     }
 
@@ -354,10 +354,9 @@ impl Device {
     /// As [`Device::enumerate`], without blocking.
     pub async fn enumerate_async() -> Vec<AdapterSummary> {
         #[cfg_attr(not(feature = "cuda"), allow(unused_mut))]
-        let mut all = Vec::new();
+        let mut all = vec![AdapterSummary::cpu()];
         #[cfg(feature = "cuda")]
         Self::list_cuda(&mut all);
-        all.push(AdapterSummary::cpu());
         all
     }
 

@@ -51,7 +51,8 @@ impl Device {
     ///
     /// Call the same steps once before, so that kernels are compiled and scratch memory is as large as needed; inputs
     /// must be CUDA memory, which every replay reads anew, and results are written to the same memory every time. The
-    /// graph keeps memory of this crate's; what the caller lent must stay.
+    /// graph keeps memory of this crate's; what the caller lent must stay. Views of `CudaSlice`s are made before; and
+    /// while it lasts, no other thread uses the device, whose work would become part of the graph.
     ///
     /// # Errors
     /// [`Error::WrongDevice`] on other paths; what `steps` returns; [`Error::Unsupported`] for steps that wait or read
@@ -121,10 +122,10 @@ impl Device {
         None
     }
 
-    /// Adds the CUDA devices where [`Device::auto`] would look for them.
+    /// Adds the CUDA devices where [`Device::auto`] would look for them; the CPU path stays the last.
     pub(super) fn list_cuda(all: &mut Vec<AdapterSummary>) {
         let driver = cuda::driver().map_or(String::new(), |version| format!("CUDA {version}"));
-        let at = if IS_COMPLETE { 0 } else { all.len() };
+        let at = if IS_COMPLETE { 0 } else { all.len().saturating_sub(1) };
         all.splice(at..at, cuda::devices().iter().map(|device| AdapterSummary::cuda(name_of(device), &driver)));
     }
 }

@@ -60,7 +60,8 @@ impl<'a> TensorView<'a> {
     ///
     /// NaN and infinities in it are read as zero and counted, see [`crate::SocketCache::non_finite_seen`]. Work on it
     /// is submitted, not done, when a call returns; what is submitted to that stream later, its freeing included,
-    /// comes after. A slice of another stream is refused where it is used.
+    /// comes after, and work on other streams has to be made to wait. A slice of another stream is refused where it is
+    /// used.
     pub fn cuda_slice<T>(slice: &'a CudaSlice<T>, offset: u64, dtype: DType, shape: [usize; 4]) -> Self {
         let stream = slice.stream();
         let (pointer, bytes) = (slice.device_ptr(stream).0, slice.num_bytes() as u64);

@@ -64,7 +64,7 @@ pub(crate) fn stage(
                 return Err(wrong("another CUDA device"));
             }
             if memory.stream().is_some_and(|stream| stream != ctx.cu_stream()) {
-                let why = "a CudaSlice of another stream than the device's; make them wait for each other and pass \
+                let why = "memory of another stream than the device's; make the streams wait for each other and pass \
                            the pointer (TensorView::cuda_pointer)";
                 return Err(Error::Unsupported { op, why: format!("{tensor} is {why}") });
             }
