@@ -2,7 +2,7 @@
 //! kernels that fill a large result: a few of the last ones are kept for results of the same size.
 
 use super::context::Context;
-use super::lock;
+use crate::engine::lock;
 use crate::error::Result;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
