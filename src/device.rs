@@ -245,6 +245,17 @@ impl Device {
         }
     }
 
+    async fn no_adapter(name: &str, why: &str) -> Error {
+        let found: Vec<_> = Self::enumerate_async().await.into_iter().map(|adapter| adapter.name).collect();
+        let missing: Vec<_> = [("wgpu", cfg!(feature = "wgpu")), ("cuda", cfg!(feature = "cuda"))]
+            .into_iter()
+            .filter(|(_, built)| !built)
+            .map(|(feature, _)| format!(" (built without the feature `{feature}`)"))
+            .collect();
+        let found = format!("{}{}", found.join(", "), missing.concat());
+        Error::NoAdapter { wanted: format!("{name:?}, {why}"), found }
+    }
+
     /// Everything this machine offers: its GPU adapters, the best first, then software ones, then the CPU path.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn enumerate() -> Vec<AdapterSummary> {
@@ -268,8 +279,7 @@ impl Device {
         let part = name.to_lowercase();
         let adapters = gpu::adapters_best_first().await;
         let Some(adapter) = adapters.iter().find(|a| a.get_info().name.to_lowercase().contains(&part)) else {
-            let found: Vec<_> = Self::enumerate_async().await.into_iter().map(|adapter| adapter.name).collect();
-            return Err(Error::NoAdapter { wanted: format!("{name:?}, {why}"), found: found.join(", ") });
+            return Err(Self::no_adapter(name, why).await);
         };
         let unchecked = options.unchecked(true);
         let context = gpu::open(adapter, unchecked, options.pipeline_cache).await?;
@@ -362,9 +372,7 @@ impl Device {
     }
 
     async fn open_named(name: &str, why: &str, _: DeviceOptions) -> Result<Self> {
-        let found: Vec<_> = Self::enumerate_async().await.into_iter().map(|adapter| adapter.name).collect();
-        let found = format!("{} (built without the feature `wgpu`)", found.join(", "));
-        Err(Error::NoAdapter { wanted: format!("{name:?}, {why}"), found })
+        Err(Self::no_adapter(name, why).await)
     }
 
     async fn open_best(_: DeviceOptions, passed_over: Vec<String>) -> Self {

@@ -25,7 +25,8 @@ impl Device {
 
     /// Runs on a host's own stream, in its context, which the host goes on using. All work is submitted to that stream
     /// and nothing waits for it but reads, so the host orders its own work by the stream as it does between its kernels;
-    /// calls may be captured into a graph once their scratch memory is warm.
+    /// calls may be captured into a graph once their scratch memory is warm. This device and the results must be kept for
+    /// as long as such a graph is launched.
     ///
     /// # Errors
     /// As [`Device::cuda`].

@@ -200,7 +200,8 @@ fn bind(context: &CudaContext) -> Result<(), DriverError> {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        if !self.bind_quietly() {
+        // Waiting would break a host's capture off, and its graph needs the kernels: they stay.
+        if !self.bind_quietly() || self.is_capturing() {
             return;
         }
         // Modules must not go while their kernels run. Errors have nobody to go to.

@@ -37,7 +37,9 @@ pub(crate) fn compiler() -> Option<String> {
 /// Compiles a kernel and reads the assembler's report; warnings are errors.
 pub(crate) fn measure(key: &dyn KernelKey, arch: Arch) -> Result<Usage, String> {
     let label = key.label();
-    let compiled = compile("test", &label, &key.source(), arch, &["--ptxas-options=-v"]).map_err(|e| e.to_string())?;
+    // Where there is a driver the compiler keeps what it made, and has nothing to report of it the next time.
+    let options = ["--ptxas-options=-v", "--no-cache"];
+    let compiled = compile("test", &label, &key.source(), arch, &options).map_err(|e| e.to_string())?;
     let (report, rest): (Vec<&str>, Vec<&str>) = compiled.log.lines().partition(|line| is_report(line));
     let rest: Vec<_> = rest.into_iter().filter(|line| !line.trim().is_empty()).collect();
     if !rest.is_empty() {

@@ -415,6 +415,20 @@ fn launches_are_timed() {
     ready.submit(&ctx, OP, Some(&timer)).unwrap();
     let spans = timer.read_blocking().unwrap();
     println!("{spans:?}");
+    let start = std::time::Instant::now();
+    for _ in 0..1000 {
+        let mut passes = Passes::new(&ctx, OP);
+        for _ in 0..3 {
+            let binds = vec![Bind::from(&from), Bind::from(&from)];
+            passes.dispatch(ADD, [64u32, 0], Grid::new(1, 64), binds).unwrap();
+        }
+        passes.ready().unwrap().run(&ctx, OP).unwrap();
+    }
+    let submitted = start.elapsed() / 1000;
+    let start = std::time::Instant::now();
+    let taken: Vec<_> = (0..1000).map(|_| ctx.uninit(OP, 1 << 16).unwrap()).collect();
+    println!("host: {submitted:?} for three launches, {:?} for memory", start.elapsed() / 1000);
+    drop(taken);
     assert!(spans[..3].iter().all(|span| span.is_some_and(|ns| ns > 0.0 && ns < 1e7)));
     assert_eq!(spans[3], None);
     assert!(matches!(Timer::new(&ctx, 0), Err(Error::Limit { .. })));
