@@ -6,7 +6,7 @@ use crate::race::attention::{Race, RaceOptions};
 use crate::race::executor::{InputGradients, Pass};
 use crate::race::state::{RaceState, StateGradient};
 use crate::race::stream::{
-    Boundaries, SegmentSource, StreamFailure, StreamOptions, StreamProgress, inputs, sweep, wanted,
+    Boundaries, Segment, SegmentSource, StreamFailure, StreamOptions, StreamProgress, inputs, sweep, wanted,
 };
 use crate::tensor::Tensor;
 use std::ops::Range;
@@ -192,18 +192,30 @@ impl Race {
             |range| range.start,
             |range, segment| {
                 let position = range.start;
-                let absorbed = (|| -> Result<(), StreamFailure> {
-                    stream.boundaries.offer(position, || self.fork(&stream.state))?;
-                    let inputs = inputs(&segment, &range, wanted)?;
-                    let none = RaceOptions::default();
-                    self.pass(op, Pass::Absorb, Recording::Run, &inputs, &mut stream.state, &none)?;
-                    Ok(self.device().settle(op)?)
-                })();
-                absorbed.map_err(|cause| Error::Stream { op, position, cause })?;
+                let kept = stream.boundaries.offer(position, || self.fork(&stream.state));
+                kept.map_err(|error| Error::Stream { op, position, cause: error.into() })?;
+                self.absorb_segment(&segment, &range, &mut stream.state, position)?;
                 stream.position = range.end;
                 options.report(op, range.end, StreamProgress { sweep: "absorb", done: range.end, total })
             },
         )
+    }
+
+    /// `state` takes in a segment; an error says `position`.
+    fn absorb_segment(
+        &mut self,
+        segment: &Segment,
+        range: &Range<u64>,
+        state: &mut RaceState,
+        position: u64,
+    ) -> Result<()> {
+        let op = "backward_stream";
+        let absorbed = (|| -> Result<(), StreamFailure> {
+            let inputs = inputs(segment, range, wanted(Pass::Absorb, false))?;
+            self.pass(op, Pass::Absorb, Recording::Run, &inputs, state, &RaceOptions::default())?;
+            Ok(self.device().settle(op)?)
+        })();
+        absorbed.map_err(|cause| Error::Stream { op, position, cause })
     }
 
     /// Segments from the last to the first, block by block between kept states.
@@ -237,13 +249,7 @@ impl Race {
                     |_| stream.position,
                     |range, segment| {
                         entries.push(self.fork(&state)?);
-                        let again = (|| -> Result<(), StreamFailure> {
-                            let inputs = inputs(&segment, &range, absorb)?;
-                            let none = RaceOptions::default();
-                            self.pass(op, Pass::Absorb, Recording::Run, &inputs, &mut state, &none)?;
-                            Ok(self.device().settle(op)?)
-                        })();
-                        again.map_err(|cause| Error::Stream { op, position: stream.position, cause })
+                        self.absorb_segment(&segment, &range, &mut state, stream.position)
                     },
                 )?;
             }
