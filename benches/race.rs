@@ -16,6 +16,9 @@
 mod counter;
 #[path = "../examples/common/counter_gpu.rs"]
 mod counter_gpu;
+#[cfg(feature = "cuda")]
+#[path = "support/cuda.rs"]
+mod cuda;
 #[path = "support/origin.rs"]
 mod origin;
 #[path = "support/race_layer.rs"]
@@ -73,6 +76,8 @@ struct Arguments {
 pub struct Clock {
     device: Device,
     timer: Option<Timer>,
+    #[cfg(feature = "cuda")]
+    cuda: Option<softhash::CudaTimer>,
     seconds: f64,
 }
 
@@ -87,6 +92,10 @@ impl Clock {
 
     /// Seconds of one run, and whether they are the GPU's.
     fn once(&self, run: &mut dyn FnMut()) -> (f64, bool) {
+        #[cfg(feature = "cuda")]
+        if let Some(timer) = &self.cuda {
+            return (cuda::seconds(timer, run), true);
+        }
         self.wait();
         self.submit(|timer, encoder| timer.begin(encoder, 0));
         let start = Instant::now();
@@ -136,7 +145,13 @@ fn main() {
     };
     println!("{}", device.report());
     let mut run = Run::new(&device, arguments.filter.clone());
-    let clock = Clock { device: device.clone(), timer: device.timer(1).unwrap(), seconds: arguments.seconds };
+    let clock = Clock {
+        device: device.clone(),
+        timer: device.timer(1).unwrap(),
+        #[cfg(feature = "cuda")]
+        cuda: device.cuda_timer(1).unwrap(),
+        seconds: arguments.seconds,
+    };
     let segment = arguments.segment.unwrap_or(if device.is_cpu() { 1 << 16 } else { 1 << 18 });
     for dtype in &arguments.dtypes {
         let dtype = match dtype.as_str() {

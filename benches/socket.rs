@@ -6,10 +6,14 @@
 //! ```
 //! The executable runs without cargo. Every result is checked against attention computed on the host before it is
 //! timed; a wrong one ends the run. On a GPU times come from its own timestamps: a step is one submission, stages are
-//! passes of their own, and host wall time with a wait is given apart. On the CPU they are the host's.
+//! passes of their own, and host wall time with a wait is given apart. On CUDA (feature `cuda`) a step is the replay of a
+//! graph. On the CPU times are the host's.
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[cfg(feature = "cuda")]
+#[path = "support/cuda.rs"]
+mod cuda;
 #[path = "support/data.rs"]
 mod data;
 #[path = "support/judge.rs"]
@@ -18,6 +22,9 @@ mod judge;
 mod origin;
 #[path = "support/record.rs"]
 mod record;
+#[cfg(feature = "cuda")]
+#[path = "support/replay.rs"]
+mod replay;
 
 use clap::Parser;
 use criterion::{BenchmarkId, Criterion, Throughput};
@@ -179,6 +186,12 @@ fn bench(criterion: &mut Criterion, run: &mut Run, device: &Device, problem: &Pr
             let stages = cache.profile_with(&problem.query(), &options).unwrap();
             stages.iter().filter(|s| s.stage == stage).map(|s| s.nanoseconds * 1e-9).sum()
         });
+    }
+    #[cfg(feature = "cuda")]
+    if let Some(replay) = replay::replayed(device, &mut cache, problem, &options) {
+        measure(criterion, run, record("step", bytes.step), replay);
+        measure(criterion, run, record("wall", bytes.step), || wall(&mut cache, problem, &options));
+        return run.add(record("append per 64K tokens", bytes.append), append);
     }
     let timer = device.timer(1).unwrap();
     measure(criterion, run, record("step", bytes.step), || step(device, timer.as_ref(), &mut cache, problem, &options));

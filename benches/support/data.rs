@@ -57,6 +57,11 @@ impl Problem {
         TensorView::bf16(&self.query, [1, 1, self.q_heads, self.head_dim])
     }
 
+    #[cfg(feature = "cuda")]
+    pub fn query_elements(&self) -> &[bf16] {
+        &self.query
+    }
+
     pub fn query_row(&self, head: usize) -> Vec<f64> {
         self.query[head * self.head_dim..][..self.head_dim].iter().map(|x| x.to_f64()).collect()
     }

@@ -29,15 +29,23 @@ impl Origin {
     /// Describes the device and measures its copy.
     pub fn new(device: &Device) -> Self {
         let report = device.report();
-        let gpu = report.gpu.as_ref();
+        let (device_name, backend, driver) = match report.gpu.as_ref() {
+            Some(gpu) => (gpu.adapter.clone(), gpu.backend.clone(), gpu.driver.clone()),
+            None => (format!("CPU, {} threads", report.threads), "cpu".into(), String::new()),
+        };
+        #[cfg(feature = "cuda")]
+        let (device_name, backend, driver) = match report.cuda.as_ref() {
+            Some(cuda) => (cuda.adapter.clone(), "CUDA".into(), format!("CUDA {}, NVRTC {}", cuda.driver, cuda.nvrtc)),
+            None => (device_name, backend, driver),
+        };
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let copy_bytes_per_second = measure_copy(device);
         println!("copy: {:.1} GB/s, read and written bytes counted", copy_bytes_per_second * 1e-9);
         Self {
-            device: gpu.map_or_else(|| format!("CPU, {} threads", report.threads), |g| g.adapter.clone()),
-            backend: gpu.map_or("cpu".into(), |g| g.backend.clone()),
-            driver: gpu.map_or(String::new(), |g| g.driver.clone()),
-            checked: gpu.is_some_and(|g| g.checked),
+            device: device_name,
+            backend,
+            driver,
+            checked: report.gpu.is_some_and(|g| g.checked),
             commit: commit(),
             unix_time: now.map_or(0, |d| d.as_secs()),
             copy_bytes_per_second,
@@ -51,6 +59,10 @@ impl Origin {
 
 /// The ceiling: a large copy on the same device, bytes read plus bytes written.
 fn measure_copy(device: &Device) -> f64 {
+    #[cfg(feature = "cuda")]
+    if let Some(rate) = super::cuda::copy_rate(device, 1 << 29) {
+        return rate;
+    }
     let bytes: u64 =
         if device.is_cpu() || device.report().gpu.is_some_and(|g| g.software) { 64 << 20 } else { 1 << 29 };
     let mut best = 0f64;

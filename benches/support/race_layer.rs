@@ -37,6 +37,16 @@ impl Size {
     }
 }
 
+#[cfg(feature = "cuda")]
+/// The tensor in the device's memory, where the device is CUDA.
+fn resident(device: &Device, tensor: Tensor) -> Tensor {
+    let Some((_, stream)) = device.as_cuda() else { return tensor };
+    let host = tensor.read_blocking().unwrap();
+    let slice = stream.clone_htod(host.bytes()).unwrap();
+    let shape = tensor.shape().try_into().unwrap();
+    Tensor::from_cuda_slice(device, slice, tensor.dtype(), shape).unwrap()
+}
+
 /// The resident tensors of one call; q, k, v and the gradient of o.
 pub struct Tensors {
     size: Size,
@@ -53,6 +63,9 @@ impl Tensors {
         let mut generator = Generator::new(device, counter);
         let all = [Part::Q, Part::K, Part::V, Part::GradO].map(|part| match &mut generator {
             Some(generator) => generator.tensor(part, 0..size.call()).unwrap(),
+            #[cfg(feature = "cuda")]
+            None => resident(device, counter.tensor(part, 0..size.call()).unwrap()),
+            #[cfg(not(feature = "cuda"))]
             None => counter.tensor(part, 0..size.call()).unwrap(),
         });
         if let Some(generator) = generator {
