@@ -40,8 +40,7 @@ impl Context {
             return Err(Error::NoAdapter { wanted: format!("cuda:{ordinal}"), found: names.join(", ") });
         }
         let failed = |error| Error::Gpu { op, message: format!("cuda:{ordinal}: {}", driver::words(error)) };
-        let context = CudaContext::new(ordinal).map_err(failed)?;
-        let stream = context.new_stream().map_err(failed)?;
+        let stream = outside_capture(|| CudaContext::new(ordinal)?.new_stream()).map_err(failed)?;
         Self::new(stream, place)
     }
 
@@ -54,7 +53,7 @@ impl Context {
         driver::check_capability(&caps.name, caps.capability)?;
         let arch = caps.arch()?;
         bind(&context).map_err(|error| Error::Gpu { op, message: driver::words(error) })?;
-        let pool = Pool::new(context.ordinal(), caps.memory)
+        let pool = outside_capture(|| Pool::new(context.ordinal(), caps.memory))
             .map_err(|error| Error::Gpu { op, message: driver::words(error) })?;
         let kernels = Kernels::new(arch, versions, place);
         let (lost, capture, waiter) = (Lost::default(), Capture::default(), Waiter::default());
@@ -131,25 +130,12 @@ impl Context {
         Err(Error::Unsupported { op, why: format!("{what} while a CUDA graph is captured") })
     }
 
-    /// Runs calls that are no part of a capture under way on this thread, and that it would forbid.
-    pub(super) fn outside_capture<T>(&self, body: impl FnOnce() -> T) -> T {
-        let mut mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // SAFETY: exchanges this thread's mode with the one given; put back below.
-        let exchanged = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) }.result();
-        let value = body();
-        if exchanged.is_ok() {
-            // SAFETY: as above, with the mode that the driver returned.
-            let _ = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) };
-        }
-        value
-    }
-
     /// Waits until all work submitted so far is done.
     pub fn settle(&self, op: &'static str) -> Result<()> {
         self.bind(op)?;
         self.refuse_capture(op, "nothing can be waited for")?;
         // SAFETY: the stream lives as long as `self`.
-        self.check(op, unsafe { result::stream::synchronize(self.cu_stream()) })
+        self.check(op, outside_capture(|| unsafe { result::stream::synchronize(self.cu_stream()) }))
     }
 
     /// The kernel of `key`, compiled at its first use; concurrent calls for one key compile once.
@@ -189,6 +175,20 @@ impl Context {
     }
 }
 
+/// Runs calls that are no part of any capture, and that one under way might forbid: that of this thread, or one that the
+/// host began for all threads.
+pub(super) fn outside_capture<T>(body: impl FnOnce() -> T) -> T {
+    let mut mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+    // SAFETY: exchanges this thread's mode with the one given; put back below.
+    let exchanged = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) }.result();
+    let value = body();
+    if exchanged.is_ok() {
+        // SAFETY: as above, with the mode that the driver returned.
+        let _ = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) };
+    }
+    value
+}
+
 /// Bound by hand: the bindings' own call also hands out errors that other users of the context left behind.
 fn bind(context: &CudaContext) -> Result<(), DriverError> {
     if result::ctx::get_current()? == Some(context.cu_ctx()) {
@@ -204,10 +204,12 @@ impl Drop for Context {
         if !self.bind_quietly() || self.is_capturing() {
             return;
         }
-        // Modules must not go while their kernels run. Errors have nobody to go to.
-        // SAFETY: the stream lives as long as `self`.
-        let _ = unsafe { result::stream::synchronize(self.cu_stream()) };
-        self.kernels.unload();
-        self.pool.close();
+        outside_capture(|| {
+            // Modules must not go while their kernels run. Errors have nobody to go to.
+            // SAFETY: the stream lives as long as `self`.
+            let _ = unsafe { result::stream::synchronize(self.cu_stream()) };
+            self.kernels.unload();
+            self.pool.close();
+        });
     }
 }

@@ -1,6 +1,6 @@
 //! Capturing what a step submits, and replaying it.
 
-use super::context::Context;
+use super::context::{Context, outside_capture};
 use super::memory::Buffer;
 use crate::engine::lock;
 use crate::error::{Error, Result};
@@ -43,10 +43,12 @@ impl CudaGraph {
 impl Drop for CudaGraph {
     fn drop(&mut self) {
         if self.ctx.bind_quietly() {
-            // SAFETY: made once, destroyed once; the driver waits with the resources of launches under way.
-            let _ = unsafe { result::graph::exec_destroy(self.exec) };
-            // SAFETY: as above.
-            let _ = unsafe { result::graph::destroy(self.graph) };
+            outside_capture(|| {
+                // SAFETY: made once, destroyed once; the driver waits with the resources of launches under way.
+                let _ = unsafe { result::graph::exec_destroy(self.exec) };
+                // SAFETY: as above.
+                let _ = unsafe { result::graph::destroy(self.graph) };
+            });
         }
     }
 }
@@ -99,7 +101,7 @@ impl Context {
             return Err(Error::Gpu { op, message: "the capture was broken off".into() });
         }
         // SAFETY: the graph was made above.
-        match unsafe { result::graph::instantiate(graph, CUgraphInstantiate_flags(0)) } {
+        match outside_capture(|| unsafe { result::graph::instantiate(graph, CUgraphInstantiate_flags(0)) }) {
             Ok(exec) => Ok((CudaGraph { ctx: self.clone(), graph, exec, memory }, value)),
             Err(error) => {
                 // SAFETY: as above; it is not used any more.

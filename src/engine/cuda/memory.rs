@@ -5,7 +5,7 @@
 //! graph is captured, memory is taken on a second stream that is no part of the capture, so that the graph holds no
 //! allocations and the memory is there before its first replay; it stays until the graph is gone.
 
-use super::context::Context;
+use super::context::{Context, outside_capture};
 use crate::engine::lock;
 use crate::error::{Error, Result};
 use cudarc::driver::result::{self, DriverError};
@@ -160,7 +160,7 @@ impl Context {
                 // What the pool keeps may be in pieces; what is done by now may come back.
                 self.settle(op)?;
                 // SAFETY: the pool lives as long as `self`.
-                let _ = unsafe { result::mem_pool::trim_to(self.pool.pool, 0) };
+                let _ = outside_capture(|| unsafe { result::mem_pool::trim_to(self.pool.pool, 0) });
                 self.take(size)
             }
             other => other,
@@ -183,7 +183,7 @@ impl Context {
             // SAFETY: pool and stream live as long as `self`; the memory is given out as holding anything.
             return unsafe { result::mem_pool::alloc_async(pool.pool, size, self.cu_stream()) };
         }
-        self.outside_capture(|| {
+        outside_capture(|| {
             // SAFETY: as above.
             let pointer = unsafe { result::mem_pool::alloc_async(pool.pool, size, pool.aside) }?;
             // SAFETY: as above. After it the memory is there for every stream.
@@ -237,8 +237,8 @@ impl Context {
         }
         self.refuse_capture(op, "host memory cannot be read (give device memory)")?;
         // SAFETY: inside the buffer; from pageable memory the driver has read everything when the call returns.
-        let copied = unsafe { result::memcpy_htod_async(buffer.pointer() + offset, data, self.cu_stream()) };
-        self.check(op, copied)
+        let copy = || unsafe { result::memcpy_htod_async(buffer.pointer() + offset, data, self.cu_stream()) };
+        self.check(op, outside_capture(copy))
     }
 
     /// Copies between buffers, in the stream's order; within one buffer the ranges must not meet.

@@ -2,7 +2,7 @@
 
 use super::cache::{DiskCache, Place};
 use super::compile::{Arch, compile};
-use super::context::Context;
+use super::context::{Context, outside_capture};
 use super::driver::Version;
 use crate::engine::lock;
 use crate::error::{Error, Result};
@@ -208,7 +208,7 @@ impl Kernels {
         let entry = CString::new(entry).unwrap_or_default();
         ctx.bind(op)?;
         // Loading allocates, which a capture under way forbids unless told otherwise.
-        let loaded = ctx.outside_capture(|| -> Result<_, DriverError> {
+        let loaded = outside_capture(|| -> Result<_, DriverError> {
             // SAFETY: the image is what the compiler made, whole by its checksum where it comes from disk.
             let module = unsafe { result::module::load_data(image.as_ptr().cast()) }?;
             // SAFETY: the module was loaded a line above; the name ends in a zero byte.

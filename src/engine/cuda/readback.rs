@@ -1,6 +1,6 @@
 //! Reading device memory back.
 
-use super::context::Context;
+use super::context::{Context, outside_capture};
 use super::memory::Buffer;
 use crate::error::{Error, Result};
 use cudarc::driver::result;
@@ -21,7 +21,7 @@ unsafe impl Send for Pinned {}
 impl Pinned {
     fn new(ctx: &Arc<Context>, op: &'static str, bytes: usize) -> Result<Self> {
         // SAFETY: freed by `Drop`; the context is bound by the caller.
-        let pointer = unsafe { result::malloc_host(bytes, 0) };
+        let pointer = outside_capture(|| unsafe { result::malloc_host(bytes, 0) });
         let pointer = pointer.map_err(|_| Error::OutOfMemory { op, bytes: bytes as u64 })?;
         Ok(Self { ctx: ctx.clone(), pointer, bytes })
     }
@@ -37,7 +37,7 @@ impl Drop for Pinned {
     fn drop(&mut self) {
         if self.ctx.bind_quietly() {
             // SAFETY: allocated once, and the copy into it is over: the driver waits for it.
-            let _ = unsafe { result::free_host(self.pointer) };
+            let _ = outside_capture(|| unsafe { result::free_host(self.pointer) });
         }
     }
 }
@@ -52,7 +52,7 @@ impl Event {
     fn wait(&self, ctx: &Context, op: &'static str) -> Result<()> {
         ctx.bind(op)?;
         // SAFETY: made and recorded by `read_buffer`.
-        ctx.check(op, unsafe { result::event::synchronize(self.0) })
+        ctx.check(op, outside_capture(|| unsafe { result::event::synchronize(self.0) }))
     }
 }
 
@@ -109,10 +109,12 @@ impl Context {
         if data.is_empty() {
             return Ok(data);
         }
-        // SAFETY: both sides have room for as many bytes, and both live until the stream is waited for below.
-        let copied = unsafe { result::memcpy_dtoh_async(&mut data, buffer.pointer() + offset, self.cu_stream()) };
-        // SAFETY: the stream lives as long as `self`.
-        let waited = unsafe { result::stream::synchronize(self.cu_stream()) };
+        let (copied, waited) = outside_capture(|| {
+            // SAFETY: both sides have room for as many bytes, and both live until the stream is waited for below.
+            let copied = unsafe { result::memcpy_dtoh_async(&mut data, buffer.pointer() + offset, self.cu_stream()) };
+            // SAFETY: the stream lives as long as `self`.
+            (copied, unsafe { result::stream::synchronize(self.cu_stream()) })
+        });
         self.check(op, copied)?;
         self.check(op, waited)?;
         Ok(data)
