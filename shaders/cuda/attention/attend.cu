@@ -35,7 +35,7 @@ template <int SPLIT> __device__ __forceinline__ float part_of(float x) {
 __device__ __forceinline__ float rest_of(float x) { return x - widen<KV_DTYPE>(narrow<KV_DTYPE>(x)); }
 
 struct Work {
-    const Params* p;
+    const Call* p;
     u32 sequence, kv_head, first, count;
     // Sparse: tokens in the span, and which heads chose them from bit 16 on; addresses of the span's pages.
     const u32* chosen;
@@ -80,17 +80,18 @@ __device__ __forceinline__ void copy_tile(const Work& w, u32 stage, u32 tile, u3
     }
 }
 
-__device__ __forceinline__ float query_at(const Params& p, i64 at, u32 head, u32 channel, bool valid) {
+__device__ __forceinline__ float query_at(const Call& p, i64 at, u32 head, u32 channel, bool valid) {
     valid = valid && channel < HEAD_DIM;
     return valid ? input_element<Q_DTYPE>(p.q, at + head * p.q_strides.head + channel) : 0.0f;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) attend(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
+    CALL;
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u32 kv_head = blockIdx.y / HEAD_TILES, first_head = blockIdx.y % HEAD_TILES * HEADS;
     u32 heads = min_u32(HEADS, GROUP - first_head);
     u32 row_index = p.first_row + blockIdx.z;
-    Row row = row_at(p, row_index);
+    Row row = p.rows[row_index];
     u32 first = blockIdx.x * p.span;
     wait_for_earlier();
     if (first >= row.visible) {

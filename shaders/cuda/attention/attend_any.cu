@@ -10,12 +10,13 @@
 #define K_OWN ((HEAD_DIM + 31) / 32)
 #define V_OWN ((VALUE_DIM + 31) / 32)
 
-extern "C" __global__ void __launch_bounds__(THREADS) attend_any(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS) attend_any(ARGUMENTS) {
+    CALL;
     __shared__ float results[WARPS][VALUE_DIM + 2];
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u32 q_head = blockIdx.y, kv_head = q_head / GROUP;
     u32 row_index = p.first_row + blockIdx.z;
-    Row row = row_at(p, row_index);
+    Row row = p.rows[row_index];
     u32 first = blockIdx.x * p.span;
     wait_for_earlier();
     u64 index = (u64)row_index * Q_HEADS + q_head;

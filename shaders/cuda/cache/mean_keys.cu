@@ -4,9 +4,10 @@
 
 #define THREADS 256
 
-extern "C" __global__ void __launch_bounds__(THREADS) mean_keys(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS) mean_keys(ARGUMENTS) {
+    CALL;
     __shared__ float sums[THREADS];
-    Item item = item_at(p, blockIdx.z);
+    Item item = p.items[blockIdx.z];
     u32 channel = blockIdx.x, head = blockIdx.y;
     wait_for_earlier();
     float sum = 0.0f, rest = 0.0f;

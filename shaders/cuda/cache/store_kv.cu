@@ -29,8 +29,9 @@ template <int DIM> __device__ __forceinline__ Piece load_piece(const Stored* row
     return out;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) store_kv(const __grid_constant__ Params p) {
-    Item item = item_at(p, blockIdx.z);
+extern "C" __global__ void __launch_bounds__(THREADS) store_kv(ARGUMENTS) {
+    CALL;
+    Item item = p.items[blockIdx.z];
     u64 index = (u64)blockIdx.x * THREADS + threadIdx.x;
     u32 piece = index % PIECES, head = index / PIECES % KV_HEADS;
     u32 token = index / (PIECES * KV_HEADS);

@@ -26,36 +26,10 @@ struct Item {
     u32 hash_start, hash_end, sequence, reserved;
 };
 
-#define NEAR_ROWS 16
-#define NEAR_ITEMS 16
+#define NEAR 16
 
-struct Params {
-    const void* q;
-    const void* k;
-    const void* v;
-    void* o;
-    float* lse;
-    // Addresses of pages, `[sequence, pages_stride]`.
-    const u64* pages;
-    // Rows and items; where null, those in the struct itself.
-    const Row* rows;
-    const Item* items;
-    // `[sets, head_dim, bits]`.
-    const float* planes;
-    // Per slot: means `[kv head, head_dim]`, largest gains `[kv head]`.
-    u32* state;
-    float* tables;
-    u16* scores;
-    u32* histogram;
-    u32* candidates;
-    // Per score row: bins above it are selected.
-    u32* cuts;
-    float* partials;
-    // Zero between kernels.
-    u32* arrivals;
-    u32* non_finite;
-    int* indices;
-    float* values;
+// Sizes and numbers of a call.
+struct Numbers {
     Strides q_strides, k_strides, v_strides;
     u32 pages_stride, planes_stride;
     u32 tq, first_row;
@@ -66,16 +40,56 @@ struct Params {
     // Entries of a selection row.
     u32 width;
     u32 items_count, max_count;
-    Row near_rows[NEAR_ROWS];
-    Item near_items[NEAR_ITEMS];
 };
 
-__device__ __forceinline__ Row row_at(const Params& p, u32 index) {
-    return p.rows ? p.rows[index] : p.near_rows[index];
-}
-__device__ __forceinline__ Item item_at(const Params& p, u32 index) {
-    return p.items ? p.items[index] : p.near_items[index];
-}
+struct Params {
+    Numbers numbers;
+    // Rows and items where there are few; else they come in memory.
+    Row rows[NEAR];
+    Item items[NEAR];
+};
+
+// The numbers, and the memory of a call; a kernel uses what concerns it.
+struct Call : Numbers {
+    const void* q;
+    const void* k;
+    const void* v;
+    void* o;
+    float* lse;
+    // Addresses of pages, `[sequence, pages_stride]`.
+    const u64* pages;
+    const Row* rows;
+    const Item* items;
+    // `[sets, head_dim, bits]`.
+    const float* planes;
+    // The same as three bf16 parts, `[sets, part, bits up to a multiple of 32, head_dim up to one of 16]`.
+    const u16* plane_parts;
+    // Per slot: means `[kv head, head_dim]`, largest gains `[kv head]`.
+    u32* state;
+    float* tables;
+    u16* scores;
+    u32* histogram;
+    u32* candidates;
+    // Per score row: levels from it on are selected.
+    u32* cuts;
+    float* partials;
+    // Zero between kernels.
+    u32* arrivals;
+    u32* non_finite;
+    int* indices;
+    float* values;
+};
+
+// All kernels take the same arguments; `CALL` makes one thing of them.
+#define ARGUMENTS \
+    const __grid_constant__ Params params, const void *q_, const void *k_, const void *v_, void *o_, float \
+    *lse_, const u64 *pages_, const Row *rows_, const Item *items_, const float *planes_, const u16 \
+    *plane_parts_, u32 *state_, float *tables_, u16 *scores_, u32 *histogram_, u32 *candidates_, u32 *cuts_, \
+    float *partials_, u32 *arrivals_, u32 *non_finite_, int *indices_, float *values_
+#define CALL \
+    const Call p = {params.numbers, q_, k_, v_, o_, lse_, pages_, rows_ ? rows_ : params.rows, items_ ? \
+    items_ : params.items, planes_, plane_parts_, state_, tables_, scores_, histogram_, candidates_, cuts_, \
+    partials_, arrivals_, non_finite_, indices_, values_}
 
 // A page: keys `[kv head, token, piece of 16 bytes]`, values likewise, index `[kv head, word, token]`.
 #define PIECE (KV_DTYPE == DTYPE_F32 ? 4 : 8)
@@ -84,7 +98,7 @@ __device__ __forceinline__ Item item_at(const Params& p, u32 index) {
 #define V_OFFSET ((u64)KV_HEADS * PAGE * K_PIECES * 16)
 #define INDEX_OFFSET (V_OFFSET + (u64)KV_HEADS * PAGE * V_PIECES * 16)
 
-__device__ __forceinline__ u64 page_of(const Params& p, u32 sequence, u32 token) {
+__device__ __forceinline__ u64 page_of(const Call& p, u32 sequence, u32 token) {
     return __ldg(&p.pages[(u64)sequence * p.pages_stride + token / PAGE]);
 }
 __device__ __forceinline__ u64 key_row(u64 page, u32 head, u32 token) {
@@ -100,7 +114,7 @@ __device__ __forceinline__ u32* index_word(u64 page, u32 head, u32 word, u32 tok
 __device__ __forceinline__ float stored(u64 row, u32 channel) {
     return widen<KV_DTYPE>(((const Element<KV_DTYPE>::stored*)row)[channel]);
 }
-__device__ __forceinline__ bool in_base(const Params& p, const Row& row, u32 token) {
+__device__ __forceinline__ bool in_base(const Call& p, const Row& row, u32 token) {
     return token < p.sink || token + p.window >= row.visible;
 }
 #define PART_STRIDE (4 + V_PIECES * PIECE)

@@ -6,12 +6,12 @@
 // Finite: no real logit comes near.
 #define MASKED -1.0e30f
 
-__device__ __forceinline__ void store_lse(const Params& p, u64 index, float peak, float sum) {
+__device__ __forceinline__ void store_lse(const Call& p, u64 index, float peak, float sum) {
     p.lse[index] = sum > 0.0f ? (peak + log2f(sum)) * LN_2 : bits_float(0xff800000u);
 }
 
 // Merges the parts of `heads` query heads from `first_head` on, in their order; by a whole block of THREADS.
-template <int THREADS> __device__ void merge_parts(const Params& p, const Row& row, u32 row_index, u32 first_head, u32 heads) {
+template <int THREADS> __device__ void merge_parts(const Call& p, const Row& row, u32 row_index, u32 first_head, u32 heads) {
     for (u32 i = threadIdx.x; i < heads * VALUE_DIM; i += THREADS) {
         u32 head = first_head + i / VALUE_DIM, channel = i % VALUE_DIM;
         const float* parts = p.partials + ((u64)row.part_base + (u64)head * row.part_count) * PART_STRIDE;

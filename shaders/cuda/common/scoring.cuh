@@ -51,7 +51,7 @@ __device__ __forceinline__ float key_bias(float value_norm) { return logf(fmaxf(
 
 #define MEAN_WORDS (KV_HEADS * HEAD_DIM)
 #define SLOT_WORDS (KV_HEADS * (HEAD_DIM + 1))
-__device__ __forceinline__ float largest_gain(const Params& p, u32 slot, u32 kv_head) {
+__device__ __forceinline__ float largest_gain(const Call& p, u32 slot, u32 kv_head) {
 #if GAIN
     return bits_float(p.state[(u64)slot * SLOT_WORDS + MEAN_WORDS + kv_head]);
 #else
@@ -65,7 +65,7 @@ struct Range {
 };
 
 // By a whole warp; the same bits wherever it is called.
-__device__ __forceinline__ Range range_of(const Params& p, const Row& row, u32 kv_head, u64 table_row, u32 lane) {
+__device__ __forceinline__ Range range_of(const Call& p, const Row& row, u32 kv_head, u64 table_row, u32 lane) {
     Range range;
     float high = 0.0f, shift = 0.0f;
 #if MEAN_SCORE
@@ -130,7 +130,7 @@ __device__ __forceinline__ float table_value(const float* tables, u32 table, u32
 __device__ __forceinline__ bool is_selected(u32 level, u32 cut) { return level >= cut || level == LEVEL_SELECTED; }
 
 // The score of one key, by a whole warp.
-__device__ __forceinline__ float exact_score(const Params& p, u32 sequence, u32 kv_head, u64 table_row, u32 token, u32 lane) {
+__device__ __forceinline__ float exact_score(const Call& p, u32 sequence, u32 kv_head, u64 table_row, u32 token, u32 lane) {
     u64 page = page_of(p, sequence, token);
     float gain = 1.0f, bias = 0.0f;
 #if GAIN

@@ -4,13 +4,14 @@
 #define THREADS 256
 #define WARPS (THREADS / 32)
 
-extern "C" __global__ void __launch_bounds__(THREADS) collect(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS) collect(ARGUMENTS) {
+    CALL;
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u32 score_row = blockIdx.x;
     u32 head = score_row % (KV_HEADS * SCORE_ROWS);
     u32 kv_head = head / SCORE_ROWS;
     u32 block_row = score_row / (KV_HEADS * SCORE_ROWS);
-    Row row = row_at(p, p.first_row + block_row);
+    Row row = p.rows[p.first_row + block_row];
     u64 table_row = (u64)(score_row / SCORE_ROWS) * SCORING_HEADS + (SCORE_ROWS == 1 ? 0 : head % SCORE_ROWS);
     wait_for_earlier();
     u64 stride = ((u64)row.visible + 63) / 64 * 64;

@@ -10,12 +10,13 @@
 #define BLOCK_PLANES (BLOCK_WORDS * TABLES_PER_WORD * PLANES)
 #define BLOCKS ((WORDS + BLOCK_WORDS - 1) / BLOCK_WORDS)
 
-extern "C" __global__ void __launch_bounds__(THREADS) hash_keys(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS) hash_keys(ARGUMENTS) {
+    CALL;
     __shared__ float keys[SLICE][TOKENS + 4];
     __shared__ float weights[SLICE][64 + 4];
     __shared__ u32 words[BLOCK_WORDS][TOKENS];
     __shared__ float sums[16][TOKENS];
-    Item item = item_at(p, blockIdx.z);
+    Item item = p.items[blockIdx.z];
     u32 head = blockIdx.y;
     u32 first = item.hash_start / TOKENS * TOKENS + blockIdx.x * TOKENS;
     wait_for_earlier();

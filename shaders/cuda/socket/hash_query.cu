@@ -8,12 +8,12 @@
 #define WARP_CHANNELS ((HEAD_DIM + WARPS - 1) / WARPS)
 #define BLOCK_PLANES (QUERY_TABLES * PLANES)
 
-__device__ __forceinline__ float query_channel(const Params& p, i64 at, u32 head, u32 channel) {
+__device__ __forceinline__ float query_channel(const Call& p, i64 at, u32 head, u32 channel) {
     return input_element<Q_DTYPE>(p.q, at + head * p.q_strides.head + channel);
 }
 
 // 1 / ‖q‖ of one head, by a warp.
-__device__ float inverse_norm(const Params& p, i64 at, u32 head, u32 lane) {
+__device__ float inverse_norm(const Call& p, i64 at, u32 head, u32 lane) {
     float square = 0.0f;
     for (u32 c = lane; c < HEAD_DIM; c += 32) {
         float x = query_channel(p, at, head, c);
@@ -25,7 +25,8 @@ __device__ float inverse_norm(const Params& p, i64 at, u32 head, u32 lane) {
 
 __device__ __forceinline__ float logistic(float t) { return 1.0f / (1.0f + expf(-t)); }
 
-extern "C" __global__ void __launch_bounds__(THREADS) hash_query(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS) hash_query(ARGUMENTS) {
+    CALL;
     __shared__ float x[PASS][HEAD_DIM];
     __shared__ float parts[WARPS][PASS][32];
     __shared__ float u[PASS][32];
@@ -37,7 +38,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) hash_query(const __grid_co
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u32 kv_head = blockIdx.y, block_row = blockIdx.z;
     u32 row_index = p.first_row + block_row;
-    Row row = row_at(p, row_index);
     u32 first_plane = blockIdx.x * BLOCK_PLANES;
     const float* planes = p.planes + (p.planes_stride > 0 ? (u64)kv_head * p.planes_stride : 0);
     i64 q_at = (row_index / p.tq) * p.q_strides.batch + (row_index % p.tq) * p.q_strides.token
@@ -160,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hash_query(const __grid_co
             float shift = 0.0f;
 #if SCORING == SIGN_PROJECTION && CENTER
             if (blockIdx.x == 0) {
-                const u32* mean = p.state + (u64)row.slot * SLOT_WORDS + kv_head * HEAD_DIM;
+                const u32* mean = p.state + (u64)p.rows[row_index].slot * SLOT_WORDS + kv_head * HEAD_DIM;
                 for (u32 c = lane; c < HEAD_DIM; c += 32) shift += x[warp][c] * bits_float(mean[c]);
                 shift = warp_sum(shift) * p.scale;
             }

@@ -16,10 +16,11 @@ __device__ float block_sum(float x) {
     return total;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) hash_step(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS) hash_step(ARGUMENTS) {
+    CALL;
     __shared__ float key[HEAD_DIM];
     __shared__ u32 words[WORDS];
-    Item item = item_at(p, blockIdx.z);
+    Item item = p.items[blockIdx.z];
     u32 head = blockIdx.y, token = item.hash_start + blockIdx.x;
     wait_for_earlier();
     if (token >= item.hash_end) return;

@@ -13,7 +13,7 @@ __device__ __forceinline__ void put(u32 level, u32 token, bool contested, u16* s
     if (contested) atomicAdd(&counts[level >> BIN_SHIFT], 1u);
 }
 
-__device__ __forceinline__ bool is_contested(const Params& p, const Row& row, u32 token) {
+__device__ __forceinline__ bool is_contested(const Call& p, const Row& row, u32 token) {
 #if DISJOINT
     return !in_base(p, row, token);
 #else
@@ -21,7 +21,7 @@ __device__ __forceinline__ bool is_contested(const Params& p, const Row& row, u3
 #endif
 }
 
-__device__ __forceinline__ void flush(const Params& p, u64 score_row, const u32* counts, u32 heads) {
+__device__ __forceinline__ void flush(const Call& p, u64 score_row, const u32* counts, u32 heads) {
     for (u32 i = threadIdx.x; i < heads * BINS; i += THREADS) {
         u32 count = counts[i];
         if (count > 0) atomicAdd(&p.histogram[(score_row + i / BINS) * (BINS + 1) + i % BINS], count);
@@ -34,7 +34,7 @@ __device__ __forceinline__ void flush(const Params& p, u64 score_row, const u32*
 #define HEAD_BLOCKS ((SCORING_HEADS + 3) / 4)
 #define B_WORDS (WORDS * 2 * 32)
 
-__device__ void score_span(const Params& p, const Row& row, u32 kv_head, u32 block_row) {
+__device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block_row) {
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u32* counts = memory;
     u32* fragments = memory + SCORE_ROWS * BINS;
@@ -159,7 +159,7 @@ __device__ __forceinline__ u32 half_fma(u32 a, u32 b, u32 c) {
 #define HEAD_BLOCKS ((SCORING_HEADS + 3) / 4)
 #define AHEAD 1
 
-__device__ void score_span(const Params& p, const Row& row, u32 kv_head, u32 block_row) {
+__device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block_row) {
     u32 lane = threadIdx.x & 31;
     Pair* lookup = (Pair*)memory;
     u32* counts = memory + (TABLES + 3) / 4 * 4 * 2 * 16 * 2;
@@ -228,7 +228,7 @@ __device__ void score_span(const Params& p, const Row& row, u32 kv_head, u32 blo
 #define TABLE_BLOCKS ((TABLES + BLOCK_TABLES - 1) / BLOCK_TABLES)
 #define PASSES ((SCORING_HEADS + HEADS_PER_PASS - 1) / HEADS_PER_PASS)
 
-__device__ void score_span(const Params& p, const Row& row, u32 kv_head, u32 block_row) {
+__device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block_row) {
     u32 lane = threadIdx.x & 31;
     float* lookup = (float*)memory;
     u32* counts = memory + HEADS_PER_PASS * BLOCK_ENTRIES;
@@ -318,8 +318,9 @@ __device__ void score_span(const Params& p, const Row& row, u32 kv_head, u32 blo
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS) score(const __grid_constant__ Params p) {
-    Row row = row_at(p, p.first_row + blockIdx.z);
+extern "C" __global__ void __launch_bounds__(THREADS) score(ARGUMENTS) {
+    CALL;
+    Row row = p.rows[p.first_row + blockIdx.z];
     wait_for_earlier();
     // Rows that keep every key need no scores.
     if (blockIdx.x * p.span < row.visible && row.heavy < row.visible && row.heavy > 0)

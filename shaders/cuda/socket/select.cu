@@ -12,7 +12,7 @@ struct Found {
 };
 
 // Bins that the threshold may lie in, how many keys are above them, and how many there are.
-__device__ Found find_bins(const Params& p, const u32* histogram, const Range& range, float absolute, u32 wanted) {
+__device__ Found find_bins(const Call& p, const u32* histogram, const Range& range, float absolute, u32 wanted) {
     __shared__ u32 counts[BINS];
     __shared__ u32 chosen;
     const u32 own = BINS / THREADS;
@@ -53,7 +53,7 @@ __device__ Found find_bins(const Params& p, const u32* histogram, const Range& r
 }
 
 // Error of stored sums in units of the largest gain, beside the relative one.
-__device__ float absolute_error(const Params& p, const Row& row, u32 kv_head, u64 table_row, u32 lane) {
+__device__ float absolute_error(const Call& p, const Row& row, u32 kv_head, u64 table_row, u32 lane) {
 #if FAST == 2
     // Half a unit of the fixed point numbers, for each bit.
     const float* u = p.tables + table_row * TABLE_ROW + AT_PROJECTIONS;
@@ -69,7 +69,8 @@ __device__ float absolute_error(const Params& p, const Row& row, u32 kv_head, u6
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) select_keys(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 2) select_keys(ARGUMENTS) {
+    CALL;
     __shared__ u32 mine[MINE];
     __shared__ u32 mine_count;
     __shared__ u32 digits[256];
@@ -78,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_keys(const __grid_c
     u32 score_row = blockIdx.y;
     u32 head = score_row % (KV_HEADS * SCORE_ROWS);
     u32 kv_head = head / SCORE_ROWS;
-    Row row = row_at(p, p.first_row + score_row / (KV_HEADS * SCORE_ROWS));
+    Row row = p.rows[p.first_row + score_row / (KV_HEADS * SCORE_ROWS)];
     u64 table_row = (u64)(score_row / SCORE_ROWS) * SCORING_HEADS + (SCORE_ROWS == 1 ? 0 : head % SCORE_ROWS);
     wait_for_earlier();
     bool dense = row.heavy == 0 || row.heavy >= row.visible;
