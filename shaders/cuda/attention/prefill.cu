@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prefill(ARGUMENTS) {
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     // Long rows first, so that short ones fill the gaps at the end.
     u32 tile_of_queries = gridDim.x - 1 - blockIdx.x;
-    u32 kv_head = blockIdx.y, batch = blockIdx.z;
+    u32 kv_head = blockIdx.y, batch = p.first_row + blockIdx.z;
     Row row = p.rows[batch];
     u32 queries = p.tq * GROUP, first_query = tile_of_queries * QUERIES;
     wait_for_earlier();

@@ -1,14 +1,8 @@
 // Types, conversions and the few instructions that C++ has no words for. NVRTC is given no headers of the toolkit.
 #pragma once
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
+#include "numbers.cuh"
 
-#define DTYPE_F32 0
-#define DTYPE_F16 1
-#define DTYPE_BF16 2
+typedef long long i64;
 
 #define FULL_WARP 0xffffffffu
 #define LOG2_E 1.4426950408889634f

@@ -27,7 +27,7 @@
 
 #define LEVELS 65533
 #define LEVEL_SELECTED 65535
-#define BINS 2048
+// Levels of a bin: 65536 / BINS.
 #define BIN_SHIFT 5
 // Cuts that need no look at the scores: every key, and none beyond sink and window.
 #define CUT_ALL 0u
