@@ -45,6 +45,10 @@ fn configs() -> Vec<SocketConfig> {
     ]
 }
 
+fn bits(data: &[half::bf16]) -> Vec<u16> {
+    data.iter().map(|x| x.to_bits()).collect()
+}
+
 fn view(data: &[half::bf16], tokens: usize, heads: usize) -> TensorView<'_> {
     TensorView::bf16(data, [data.len() / (tokens * heads * DIM), tokens, heads, DIM])
 }
@@ -71,7 +75,7 @@ fn a_step_is_captured_and_replayed() {
             let mut cache = filled(&device, &config, 3000);
             let options = DecodeOptions { mode, ..Default::default() };
             let data = numbers(3, 2 * 8 * DIM);
-            let q = stream.clone_htod(&data).unwrap();
+            let q = stream.clone_htod(&bits(&data)).unwrap();
             let q = TensorView::cuda_slice(&q, 0, DType::Bf16, [2, 1, 8, DIM]);
             let want = bytes(&cache.decode_with(&q, &options).unwrap());
             let (mut graph, attended) = device.capture(|| cache.decode_with(&q, &options)).unwrap();
@@ -97,8 +101,8 @@ fn appends_are_captured_too() {
         eager.append(&view(&k, 1, 2), &view(&v, 1, 2)).unwrap();
         let want = bytes(&eager.decode(&view(&data, 1, 8)).unwrap());
 
-        let [k, v] = [k, v].map(|data| stream.clone_htod(&data).unwrap());
-        let q = stream.clone_htod(&data).unwrap();
+        let [k, v] = [k, v].map(|data| stream.clone_htod(&bits(&data)).unwrap());
+        let q = stream.clone_htod(&bits(&data)).unwrap();
         let mut cache = filled(&device, &config, 3000);
         cache.reserve(4000).unwrap();
         let (mut graph, attended) = device
@@ -153,7 +157,7 @@ fn what_is_not_finite_is_stored_as_zero_and_counted() {
     let mut results = Vec::new();
     for data in [&data, &clean] {
         let mut cache = SocketCache::new(&device, config.clone(), SHAPE, 1).unwrap();
-        let slice = stream.clone_htod(data).unwrap();
+        let slice = stream.clone_htod(&bits(data)).unwrap();
         let kv = TensorView::cuda_slice(&slice, 0, DType::Bf16, [1, 40, 2, DIM]);
         cache.append(&kv, &kv).unwrap();
         results.push((bytes(&cache.decode(&view(&q, 1, 8)).unwrap()), cache.non_finite_seen().unwrap()));

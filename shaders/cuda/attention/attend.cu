@@ -23,6 +23,12 @@
 #define Q_PASSES (PACKED ? (Q_SPLITS + 1) / 2 : Q_SPLITS)
 #define P_PASSES (PACKED ? (P_SPLITS + 1) / 2 : P_SPLITS)
 #define RESULT (HEADS * (V_STEPS * 16 + 4))
+// Bytes before the list of chosen keys.
+#define TILES max_u32(WARPS * STAGES * STAGE, WARPS * RESULT * 4)
+// Chosen keys that the list holds; a span may have more, one list after the other.
+#define CHOSEN 2048
+// Large queries stay in shared memory, as each lane will want them.
+#define QUERY_SHARED (Q_PASSES * K_STEPS > 8)
 
 extern __shared__ __align__(16) u8 memory[];
 
@@ -41,6 +47,30 @@ struct Work {
     const u32* chosen;
     const u64* page_bases;
 };
+
+// From 9.0 on rows are copied whole, one or two by each lane; the copies report to a barrier of the stage.
+#if __CUDA_ARCH__ >= 900 && !defined(NO_BULK)
+#define BULK 1
+
+__device__ __forceinline__ void copy_rows(const Work& w, u32 stage, u32 barrier, u32 tile, u32 lane) {
+    u32 base = tile * TILE, row = lane % TILE, last = w.count - 1;
+    // Rows past the last are copies of it: finite, and masked.
+    u32 at = min_u32(base + row, last);
+#if SPARSE
+    u32 token = w.chosen[at] & 0xffffu;
+    u64 page = w.page_bases[token / PAGE];
+#else
+    u32 token = w.first + at;
+    u64 page = page_of(*w.p, w.sequence, token);
+#endif
+    if (lane == 0) barrier_expect(barrier, TILE * (K_PIECES + V_PIECES) * 16);
+    __syncwarp();
+    if (lane < TILE) copy_bulk(stage + row * K_ROW, key_row(page, w.kv_head, token), K_PIECES * 16, barrier);
+    else copy_bulk(stage + TILE * K_ROW + row * V_ROW, value_row(page, w.kv_head, token), V_PIECES * 16, barrier);
+}
+#else
+#define BULK 0
+#endif
 
 // Starts to copy tile `tile` to `stage`, by a warp.
 __device__ __forceinline__ void copy_tile(const Work& w, u32 stage, u32 tile, u32 lane) {
@@ -116,80 +146,53 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
     u32 stages = shared_address(memory) + warp * (STAGES * STAGE);
 #if HEAD_DIM % 16 != 0 || VALUE_DIM % 16 != 0
     for (u32 i = threadIdx.x; i < WARPS * STAGES * STAGE / 16; i += THREADS) ((uint4*)memory)[i] = uint4{0, 0, 0, 0};
+#if BULK
+    // Before copies in the background write beside them.
+    barriers_visible();
+#endif
     __syncthreads();
 #endif
 
-#if SPARSE
-    u32* chosen = (u32*)(memory + WARPS * STAGES * STAGE);
-    u64* page_bases = (u64*)(chosen + p.span);
-    {
-        // Tokens of a page are found by their place in the sequence, so spans start on whole pages or lie in one.
-        u32 in_page = first % PAGE;
-        u32 pages = (in_page + w.count + PAGE - 1) / PAGE;
-        for (u32 i = threadIdx.x; i < pages; i += THREADS) page_bases[i] = page_of(p, row.sequence, first + i * PAGE);
-        const u32 score_heads = SCORE_ROWS == 1 ? 1 : HEADS;
-        u64 score_row = ((u64)blockIdx.z * KV_HEADS + kv_head) * SCORE_ROWS + (SCORE_ROWS == 1 ? 0 : first_head);
-        u64 stride = ((u64)row.visible + 63) / 64 * 64;
-        const u16* scores = p.scores + (u64)row.score_base * 64 + (kv_head * SCORE_ROWS + (SCORE_ROWS == 1 ? 0 : first_head)) * stride;
-        u32 cuts[score_heads];
-#pragma unroll
-        for (u32 h = 0; h < score_heads; h++) cuts[h] = p.cuts[score_row + min_u32(h, heads - 1)];
-        u32 filled = 0;
-        // Eight tokens a thread: one load of levels per head.
-        for (u32 base = 0; base < w.count; base += THREADS * 8) {
-            u32 token = base + threadIdx.x * 8;
-            u32 masks[8] = {};
-            if (token < w.count) {
-#pragma unroll
-                for (u32 h = 0; h < score_heads; h++) {
-                    u32 all = score_heads == 1 ? (1u << HEADS) - 1u : 1u << h;
-                    if (cuts[h] == CUT_ALL) {
-#pragma unroll
-                        for (u32 i = 0; i < 8; i++) masks[i] |= all;
-                    } else if (cuts[h] != CUT_NONE) {
-                        uint4 levels = *(const uint4*)&scores[min_u32(h, heads - 1) * stride + first + token];
-                        u32 words[4] = {levels.x, levels.y, levels.z, levels.w};
-#pragma unroll
-                        for (u32 i = 0; i < 8; i++)
-                            if (is_selected(words[i / 2] >> (16 * (i % 2)) & 0xffffu, cuts[h])) masks[i] |= all;
-                    }
-                }
-#pragma unroll
-                for (u32 i = 0; i < 8; i++) {
-                    if (in_base(p, row, first + token + i)) masks[i] = (1u << HEADS) - 1u;
-                    if (token + i >= w.count) masks[i] = 0;
-                }
-            }
-            u32 own = 0, total;
-#pragma unroll
-            for (u32 i = 0; i < 8; i++) own += masks[i] != 0 ? 1 : 0;
-            u32 at = filled + block_scan<WARPS>(own, total) - own;
-#pragma unroll
-            for (u32 i = 0; i < 8; i++)
-                if (masks[i] != 0) chosen[at++] = (in_page + token + i) | masks[i] << 16;
-            filled += total;
-        }
-        w.chosen = chosen;
-        w.page_bases = page_bases;
-        w.count = filled;
-        __syncthreads();
-    }
+#if BULK
+    __shared__ u64 barriers[WARPS * STAGES];
+    u32 mine = shared_address(&barriers[warp * STAGES]);
+    if (lane < STAGES) barrier_init(mine + lane * 8, 1);
+    barriers_visible();
+    __syncwarp();
 #endif
-
-    u32 tiles = (w.count + TILE - 1) / TILE;
+    u32 stage = 0, round = 0;
+    auto start = [&](u32 tiles) {
 #pragma unroll
-    for (u32 s = 0; s < STAGES - 1; s++) {
-        if (warp + s * WARPS < tiles) copy_tile(w, stages + s * STAGE, warp + s * WARPS, lane);
-        copies_commit();
-    }
+        for (u32 s = 0; s < STAGES - 1; s++) {
+            u32 tile = warp + s * WARPS;
+#if BULK
+            u32 to = stage + s >= STAGES ? stage + s - STAGES : stage + s;
+            if (tile < tiles) copy_rows(w, stages + to * STAGE, mine + to * 8, tile, lane);
+#else
+            u32 to = stage + s >= STAGES ? stage + s - STAGES : stage + s;
+            if (tile < tiles) copy_tile(w, stages + to * STAGE, tile, lane);
+            copies_commit();
+#endif
+        }
+    };
+#if !SPARSE
+    const u32 tiles = (w.count + TILE - 1) / TILE;
+    start(tiles);
+#endif
 
     // Rows of the query: lane / 4 and that plus 8; columns lane % 4 · 2 and on.
     i64 q_at = (row_index / p.tq) * p.q_strides.batch + (row_index % p.tq) * p.q_strides.token
         + (i64)(kv_head * GROUP + first_head) * p.q_strides.head;
     u32 of_row = lane / 4, pair = lane % 4 * 2;
+#if QUERY_SHARED
+    __shared__ uint4 query[Q_PASSES][K_STEPS][32];
+    for (u32 step = warp; step < K_STEPS; step += WARPS) {
+#else
     u32 query[Q_PASSES][K_STEPS][4];
 #pragma unroll
     for (u32 step = 0; step < K_STEPS; step++) {
+#endif
+        u32 parts[Q_PASSES][4];
 #pragma unroll
         for (u32 side = 0; side < 2; side++) {
             u32 channel = step * 16 + side * 8 + pair;
@@ -206,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
                 for (u32 pass = 0; pass < Q_PASSES; pass++) {
                     // Parts that are not asked for are zero.
                     bool used = !PACKED || 2 * pass + r < Q_SPLITS;
-                    query[pass][step][side * 2 + r] = used ? pack_pair<KV_DTYPE>(a, b) : 0;
+                    parts[pass][side * 2 + r] = used ? pack_pair<KV_DTYPE>(a, b) : 0;
                     a = rest_of(a);
                     b = rest_of(b);
                     if (PACKED) {
@@ -216,7 +219,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
                 }
             }
         }
+#pragma unroll
+        for (u32 pass = 0; pass < Q_PASSES; pass++) {
+#if QUERY_SHARED
+            query[pass][step][lane] = uint4{parts[pass][0], parts[pass][1], parts[pass][2], parts[pass][3]};
+#else
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) query[pass][step][i] = parts[pass][i];
+#endif
+        }
     }
+#if QUERY_SHARED
+    __syncthreads();
+#endif
 
     float scale = p.scale * LOG2_E;
     float values[V_STEPS * 2][4];
@@ -231,18 +246,90 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
         sum[r] = 0.0f;
     }
 
-    u32 stage = 0;
+#if SPARSE
+    // Tokens of a page are found by their place in the sequence, so spans start on whole pages or lie in one.
+    u32* chosen = (u32*)(memory + TILES);
+    u64* page_bases = (u64*)(chosen + CHOSEN);
+    const u32 score_heads = SCORE_ROWS == 1 ? 1 : HEADS;
+    const u32 in_page = first % PAGE, span = w.count;
+    for (u32 i = threadIdx.x; i < (in_page + span + PAGE - 1) / PAGE; i += THREADS)
+        page_bases[i] = page_of(p, row.sequence, first + i * PAGE);
+    const u32 score_head = kv_head * SCORE_ROWS + (SCORE_ROWS == 1 ? 0 : first_head);
+    const u64 stride = ((u64)row.visible + 63) / 64 * 64;
+    const u16* scores = p.scores + (u64)row.score_base * 64 + score_head * stride + first;
+    u32 cuts[score_heads];
+    bool needed = false;
+#pragma unroll
+    for (u32 h = 0; h < score_heads; h++) {
+        cuts[h] = p.cuts[(u64)blockIdx.z * KV_HEADS * SCORE_ROWS + score_head + min_u32(h, heads - 1)];
+        needed = needed || (cuts[h] != CUT_ALL && cuts[h] != CUT_NONE);
+    }
+    // Eight tokens a thread: one load of levels per head, ahead of time.
+    const bool early = score_heads <= 4;
+    uint4 ahead[early ? score_heads : 1];
+    auto load_levels = [&](u32 token) {
+#pragma unroll
+        for (u32 h = 0; early && h < score_heads; h++)
+            if (needed && token < span) ahead[h] = *(const uint4*)&scores[min_u32(h, heads - 1) * stride + token];
+    };
+    load_levels(threadIdx.x * 8);
+    w.chosen = chosen;
+    w.page_bases = page_bases;
+    u32 scanned = 0;
+    do {
+    w.count = 0;
+    while (scanned < span && w.count + THREADS * 8 <= CHOSEN) {
+        u32 token = scanned + threadIdx.x * 8;
+        u32 masks[8] = {};
+#pragma unroll
+        for (u32 h = 0; h < score_heads; h++) {
+            u32 all = score_heads == 1 ? (1u << HEADS) - 1u : 1u << h;
+            uint4 levels = {0, 0, 0, 0};
+            if (early) levels = ahead[h];
+            else if (needed && token < span) levels = *(const uint4*)&scores[min_u32(h, heads - 1) * stride + token];
+            u32 words[4] = {levels.x, levels.y, levels.z, levels.w};
+#pragma unroll
+            for (u32 i = 0; i < 8; i++) {
+                bool selected = is_selected(words[i / 2] >> (16 * (i % 2)) & 0xffffu, cuts[h]);
+                if (cuts[h] == CUT_ALL || (cuts[h] != CUT_NONE && selected)) masks[i] |= all;
+            }
+        }
+        scanned += THREADS * 8;
+        load_levels(scanned + threadIdx.x * 8);
+        u32 own = 0, total;
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) {
+            if (in_base(p, row, first + token + i)) masks[i] = (1u << HEADS) - 1u;
+            if (token + i >= span) masks[i] = 0;
+            own += masks[i] != 0 ? 1 : 0;
+        }
+        u32 at = w.count + block_scan<WARPS>(own, total) - own;
+#pragma unroll
+        for (u32 i = 0; i < 8; i++)
+            if (masks[i] != 0) chosen[at++] = (in_page + token + i) | masks[i] << 16;
+        w.count += total;
+    }
+    __syncthreads();
+    const u32 tiles = (w.count + TILE - 1) / TILE;
+    start(tiles);
+#endif
+
     for (u32 tile = warp; tile < tiles; tile += WARPS) {
+        // The stage that was read in the round before is free: all lanes are past it.
+        u32 later = tile + (STAGES - 1) * WARPS, to = stage == 0 ? STAGES - 1 : stage - 1;
+#if BULK
+        __syncwarp();
+        if (later < tiles) copy_rows(w, stages + to * STAGE, mine + to * 8, later, lane);
+        barrier_wait(mine + stage * 8, round);
+#else
         copies_wait<STAGES - 2>();
         __syncwarp();
-        {
-            u32 ahead = tile + (STAGES - 1) * WARPS;
-            u32 to = stage == 0 ? STAGES - 1 : stage - 1;
-            if (ahead < tiles) copy_tile(w, stages + to * STAGE, ahead, lane);
-            copies_commit();
-        }
+        if (later < tiles) copy_tile(w, stages + to * STAGE, later, lane);
+        copies_commit();
+#endif
         u32 keys = stages + stage * STAGE, rows_of_values = keys + TILE * K_ROW;
         stage = stage + 1 == STAGES ? 0 : stage + 1;
+        if (stage == 0) round ^= 1;
         // Two products of 8 keys each.
         float logits[2][4] = {};
         {
@@ -254,8 +341,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
                 load_matrices(b, at + step * 32);
 #pragma unroll
                 for (u32 pass = 0; pass < Q_PASSES; pass++) {
-                    mma16<KV_DTYPE>(logits[0], query[pass][step], b[0], b[1]);
-                    mma16<KV_DTYPE>(logits[1], query[pass][step], b[2], b[3]);
+#if QUERY_SHARED
+                    uint4 loaded = query[pass][step][lane];
+                    u32 a[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+#else
+                    const u32(&a)[4] = query[pass][step];
+#endif
+                    mma16<KV_DTYPE>(logits[0], a, b[0], b[1]);
+                    mma16<KV_DTYPE>(logits[1], a, b[2], b[3]);
                 }
             }
         }
@@ -352,7 +445,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
             }
         }
     }
+#if !BULK
     copies_wait<0>();
+#endif
+#if SPARSE
+    // The list is read to its end before it is filled anew.
+    __syncthreads();
+    } while (scanned < span);
+#endif
 #pragma unroll
     for (u32 r = 0; r < ROWS; r++) {
         sum[r] += __shfl_xor_sync(FULL_WARP, sum[r], 1);

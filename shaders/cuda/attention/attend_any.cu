@@ -10,7 +10,7 @@
 #define K_OWN ((HEAD_DIM + 31) / 32)
 #define V_OWN ((VALUE_DIM + 31) / 32)
 
-extern "C" __global__ void __launch_bounds__(THREADS) attend_any(ARGUMENTS) {
+extern "C" __global__ void __launch_bounds__(THREADS, 4) attend_any(ARGUMENTS) {
     CALL;
     __shared__ float results[WARPS][VALUE_DIM + 2];
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;

@@ -129,32 +129,35 @@ __device__ __forceinline__ float table_value(const float* tables, u32 table, u32
 
 __device__ __forceinline__ bool is_selected(u32 level, u32 cut) { return level >= cut || level == LEVEL_SELECTED; }
 
-// The score of one key, by a whole warp.
-__device__ __forceinline__ float exact_score(const Call& p, u32 sequence, u32 kv_head, u64 table_row, u32 token, u32 lane) {
+#if MEAN_SCORE
+#define EXACT_HEADS SCORING_HEADS
+#else
+#define EXACT_HEADS 1
+#endif
+
+// The score of one key, by one thread, from the tables of EXACT_HEADS scoring heads.
+__device__ __forceinline__ float exact_score(const Call& p, const float* tables, u32 sequence, u32 kv_head, u32 token) {
     u64 page = page_of(p, sequence, token);
+    const u32* index = index_word(page, kv_head, 0, token);
     float gain = 1.0f, bias = 0.0f;
 #if GAIN
-    gain = bits_float(*index_word(page, kv_head, WORDS, token));
+    gain = bits_float(index[WORDS * PAGE]);
 #endif
 #if BIAS
-    bias = bits_float(*index_word(page, kv_head, WORDS + 1, token));
-#endif
-#if MEAN_SCORE
-    const u32 heads = SCORING_HEADS;
-#else
-    const u32 heads = 1;
+    bias = bits_float(index[(WORDS + 1) * PAGE]);
 #endif
     float score = 0.0f;
-    for (u32 h = 0; h < heads; h++) {
-        const float* tables = p.tables + (table_row + h) * TABLE_ROW;
+    for (u32 h = 0; h < EXACT_HEADS; h++, tables += TABLE_ROW) {
         float sum = 0.0f;
-        for (u32 t = lane; t < TABLES; t += 32) {
-            u32 word = *index_word(page, kv_head, t / TABLES_PER_WORD, token);
-            u32 code = word >> (t % TABLES_PER_WORD * PLANES) & ((1u << PLANES) - 1u);
-            sum += table_value(tables, t, code);
+#pragma unroll(WORDS < 16 ? WORDS : 8)
+        for (u32 w = 0; w < WORDS; w++) {
+            u32 codes = index[w * PAGE];
+#pragma unroll
+            for (u32 t = 0; t < TABLES_PER_WORD; t++)
+                if (w * TABLES_PER_WORD + t < TABLES)
+                    sum += table_value(tables, w * TABLES_PER_WORD + t, codes >> (t * PLANES) & ((1u << PLANES) - 1u));
         }
-        sum = warp_sum(sum);
         score += gain * sum + (bias + tables[AT_SHIFT]);
     }
-    return score * (1.0f / heads);
+    return score * (1.0f / EXACT_HEADS);
 }

@@ -6,7 +6,6 @@
 
 extern "C" __global__ void __launch_bounds__(THREADS) collect(ARGUMENTS) {
     CALL;
-    u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u32 score_row = blockIdx.x;
     u32 head = score_row % (KV_HEADS * SCORE_ROWS);
     u32 kv_head = head / SCORE_ROWS;
@@ -32,13 +31,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) collect(ARGUMENTS) {
     }
     filled = min_u32(filled, p.width);
     __syncthreads();
-    for (u32 i = warp; i < p.width; i += WARPS) {
+    const float* tables = p.tables + table_row * TABLE_ROW;
+    for (u32 i = threadIdx.x; i < p.width; i += THREADS) {
         float score = 0.0f;
-        if (i < filled && row.unindexed == 0)
-            score = exact_score(p, row.sequence, kv_head, table_row, (u32)p.indices[results_at + i], lane);
-        if (lane == 0) {
-            if (i >= filled) p.indices[results_at + i] = -1;
-            p.values[results_at + i] = score;
-        }
+        if (i >= filled) p.indices[results_at + i] = -1;
+        else if (row.unindexed == 0) score = exact_score(p, tables, row.sequence, kv_head, (u32)p.indices[results_at + i]);
+        p.values[results_at + i] = score;
     }
 }

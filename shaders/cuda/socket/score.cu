@@ -2,7 +2,14 @@
 // one block per (span of tokens, kv head, row).
 #include "scoring.cuh"
 
+// Registers set how many there are.
+#if FAST == 2
+#define THREADS 256
+#define BLOCKS_TOGETHER 3
+#else
 #define THREADS 512
+#define BLOCKS_TOGETHER 2
+#endif
 #define CODE_MASK ((1u << PLANES) - 1u)
 
 extern __shared__ u32 memory[];
@@ -33,6 +40,13 @@ __device__ __forceinline__ void flush(const Call& p, u64 score_row, const u32* c
 // point number, in two columns of b each. A lane holds the sums of one head for four neighbouring keys.
 #define HEAD_BLOCKS ((SCORING_HEADS + 3) / 4)
 #define B_WORDS (WORDS * 2 * 32)
+
+// Index words of 32 keys: a lane has those of four neighbours.
+__device__ __forceinline__ void load_index(const Call& p, const Row& row, u32 kv_head, u32 base, u32 lane, uint4 (&words)[INDEX_WORDS]) {
+    u64 page = page_of(p, row.sequence, base);
+#pragma unroll
+    for (u32 w = 0; w < INDEX_WORDS; w++) words[w] = __ldg((const uint4*)index_word(page, kv_head, w, base + lane / 4 * 4));
+}
 
 __device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block_row) {
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -96,13 +110,20 @@ __device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block
         float unit = mine ? units[head] : 0.0f, offset = mine ? offsets[head] : 0.0f;
         u32 score_head = mine ? head : 0;
         u16* scores = p.scores + ((u64)row.score_base + (kv_head * SCORE_ROWS + score_head) * stride) * 64;
-        for (u32 base = first + warp * 32; base < end; base += THREADS) {
-            u64 page = page_of(p, row.sequence, base);
+        u32 base = first + warp * 32;
+        uint4 next[INDEX_WORDS];
+        if (base < end) load_index(p, row, kv_head, base, lane, next);
+        for (; base < end; base += THREADS) {
             u32 token = base + lane / 4 * 4;
+            uint4 index[INDEX_WORDS];
+#pragma unroll
+            for (u32 w = 0; w < INDEX_WORDS; w++) index[w] = next[w];
+            // The next keys are on their way while these are scored.
+            if (base + THREADS < end) load_index(p, row, kv_head, base + THREADS, lane, next);
             int sums[2][4] = {};
 #pragma unroll
             for (u32 w = 0; w < WORDS; w++) {
-                uint4 words = *(const uint4*)index_word(page, kv_head, w, token);
+                uint4 words = index[w];
                 u32 b0 = fragments[block * B_WORDS + w * 64 + lane], b1 = fragments[block * B_WORDS + w * 64 + 32 + lane];
                 u32 of[4] = {words.x >> (lane % 4), words.y >> (lane % 4), words.z >> (lane % 4), words.w >> (lane % 4)};
 #pragma unroll
@@ -112,18 +133,15 @@ __device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block
                     mma_bytes(sums[t], a, b0, b1);
                 }
             }
-            float4 gain = *(const float4*)index_word(page, kv_head, WORDS, token);
-#if BIAS
-            float4 bias = *(const float4*)index_word(page, kv_head, WORDS + 1, token);
-#else
-            float4 bias = {0.0f, 0.0f, 0.0f, 0.0f};
-#endif
-            float gains[4] = {gain.x, gain.y, gain.z, gain.w}, biases[4] = {bias.x, bias.y, bias.z, bias.w};
+            uint4 gain = index[WORDS];
+            uint4 bias = index[INDEX_WORDS - 1];
+            u32 gains[4] = {gain.x, gain.y, gain.z, gain.w}, biases[4] = {bias.x, bias.y, bias.z, bias.w};
             u32 levels[4];
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
                 float sum = (float)(128 * sums[i / 2][i % 2 * 2] + sums[i / 2][i % 2 * 2 + 1]);
-                float score = gains[i] * ((2.0f * sum - offset) * unit) + (biases[i] + range.shift);
+                float score = bits_float(gains[i]) * ((2.0f * sum - offset) * unit) + range.shift;
+                if (BIAS) score += bits_float(biases[i]);
                 levels[i] = level_of(score, range);
             }
             if (mine) {
@@ -222,6 +240,65 @@ __device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block
         flush(p, (u64)(block_row * KV_HEADS + kv_head) * SCORE_ROWS + block * 4, counts, min_u32(4, SCORING_HEADS - block * 4));
     }
 }
+#elif FAST == 3
+// Look-ups of 8-bit codes in f32, one head at a time: an entry's place is cut out of the word as a byte.
+__device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block_row) {
+    u32 lane = threadIdx.x & 31;
+    const u32 entries = WORDS * 4 * 32;
+    float* lookup = (float*)memory;
+    u32* counts = memory + SCORING_HEADS * entries;
+    u64 table_row = (u64)(block_row * KV_HEADS + kv_head) * SCORING_HEADS;
+    u32 first = blockIdx.x * p.span;
+    u32 end = min_u32(row.visible, first + p.span);
+    u64 stride = ((u64)row.visible + 63) / 64 * 64;
+    for (u32 i = threadIdx.x; i < SCORING_HEADS * entries; i += THREADS) {
+        bool inside = i % entries < ENTRIES;
+        lookup[i] = inside ? p.tables[(table_row + i / entries) * TABLE_ROW + i % entries] : 0.0f;
+    }
+    for (u32 i = threadIdx.x; i < SCORE_ROWS * BINS; i += THREADS) counts[i] = 0;
+    __syncthreads();
+    u16* scores = p.scores + (u64)row.score_base * 64 + kv_head * SCORE_ROWS * stride;
+    for (u32 h = 0; h < SCORING_HEADS; h += MEAN_SCORE ? SCORING_HEADS : 1) {
+        Range range = range_of(p, row, kv_head, table_row + h, lane);
+        for (u32 token = first + threadIdx.x; token < end; token += THREADS) {
+            u64 page = page_of(p, row.sequence, token);
+            const u32* index = index_word(page, kv_head, 0, token);
+            u32 words[WORDS];
+#pragma unroll
+            for (u32 w = 0; w < WORDS; w++) words[w] = __ldg(&index[w * PAGE]);
+            float gain = 1.0f, bias = 0.0f;
+#if GAIN
+            gain = bits_float(__ldg(&index[WORDS * PAGE]));
+#endif
+#if BIAS
+            bias = bits_float(__ldg(&index[(WORDS + 1) * PAGE]));
+#endif
+            float score = 0.0f;
+            const u32 heads = MEAN_SCORE ? SCORING_HEADS : 1;
+            for (u32 m = 0; m < heads; m++) {
+                const u8* at = (const u8*)(lookup + (h + m) * entries);
+                float sums[2] = {0.0f, 0.0f};
+#pragma unroll
+                for (u32 w = 0; w < WORDS; w++) {
+                    // Byte offsets of the two digits of all four codes.
+                    u32 low = words[w] << 2 & 0x3c3c3c3cu, high = words[w] >> 2 & 0x3c3c3c3cu;
+#pragma unroll
+                    for (u32 t = 0; t < 4; t++) {
+                        float a = *(const float*)(at + w * 512 + t * 128 + (low >> (8 * t) & 255u));
+                        float b = *(const float*)(at + w * 512 + t * 128 + 64 + (high >> (8 * t) & 255u));
+                        if (PRODUCT) sums[t % 2] += a * b;
+                        else sums[t % 2] += a + b;
+                    }
+                }
+                score += gain * (sums[0] + sums[1]) + (bias + range.shift);
+            }
+            u32 of_row = MEAN_SCORE ? 0 : h;
+            put(level_of(score * (1.0f / heads), range), token, is_contested(p, row, token), scores + of_row * stride, counts + of_row * BINS);
+        }
+    }
+    __syncthreads();
+    flush(p, (u64)(block_row * KV_HEADS + kv_head) * SCORE_ROWS, counts, SCORE_ROWS);
+}
 #else
 // Any scoring, in f32: look-ups of HEADS_PER_PASS heads and BLOCK_TABLES tables at a time in shared memory.
 #define BLOCK_ENTRIES (BLOCK_TABLES * DIGITS * 16)
@@ -318,7 +395,7 @@ __device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS) score(ARGUMENTS) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) score(ARGUMENTS) {
     CALL;
     Row row = p.rows[p.first_row + blockIdx.z];
     wait_for_earlier();

@@ -75,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) select_keys(ARGUMENTS) 
     __shared__ u32 mine_count;
     __shared__ u32 digits[256];
     __shared__ u32 picked, picked_above, place;
-    u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    u32 lane = threadIdx.x & 31;
     u32 score_row = blockIdx.y;
     u32 head = score_row % (KV_HEADS * SCORE_ROWS);
     u32 kv_head = head / SCORE_ROWS;
@@ -103,6 +103,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) select_keys(ARGUMENTS) 
     u16* scores = p.scores + ((u64)row.score_base + head * stride) * 64;
     u32* candidates = p.candidates + (u64)score_row * CANDIDATES * 2;
     u32 first = blockIdx.x * p.span, end = min_u32(row.visible, first + p.span);
+    const float* tables = p.tables + table_row * TABLE_ROW;
+#if EXACT_HEADS * TABLE_ROW <= 5632
+    __shared__ __align__(16) float near_tables[EXACT_HEADS * TABLE_ROW];
+    for (u32 i = threadIdx.x; i < EXACT_HEADS * TABLE_ROW / 4; i += THREADS) ((float4*)near_tables)[i] = ((const float4*)tables)[i];
+    tables = near_tables;
+#endif
     u32 low_level = found.low << BIN_SHIFT, high_level = (found.high + 1) << BIN_SHIFT;
     for (u32 base = first; base < end; base += THREADS * 8) {
         __syncthreads();
@@ -132,12 +138,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) select_keys(ARGUMENTS) 
         __syncthreads();
         // A row with more candidates than a list holds is searched whole.
         if (count <= MINE && count > 0 && place + count <= CANDIDATES) {
-            for (u32 i = warp; i < count; i += WARPS) {
-                u32 key = order_key(exact_score(p, row.sequence, kv_head, table_row, mine[i], lane));
-                if (lane == 0) {
-                    candidates[(place + i) * 2] = key;
-                    candidates[(place + i) * 2 + 1] = mine[i];
-                }
+            for (u32 i = threadIdx.x; i < count; i += THREADS) {
+                u32 key = order_key(exact_score(p, tables, row.sequence, kv_head, mine[i]));
+                *(uint2*)&candidates[(place + i) * 2] = uint2{key, mine[i]};
             }
         } else if (count > 0 && threadIdx.x == 0) {
             atomicMax(&histogram[BINS], CANDIDATES + 1);
@@ -158,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) select_keys(ARGUMENTS) 
         __syncthreads();
         if (threadIdx.x < 256) digits[threadIdx.x] = 0;
         __syncthreads();
-        for (u32 i = whole ? warp : threadIdx.x; i < count; i += whole ? WARPS : THREADS) {
+        for (u32 i = threadIdx.x; i < count; i += THREADS) {
             u32 key, token;
             if (whole) {
                 u32 level = scores[i];
@@ -168,8 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) select_keys(ARGUMENTS) 
                 contested = contested && !in_base(p, row, token);
 #endif
                 if (!contested) continue;
-                key = order_key(exact_score(p, row.sequence, kv_head, table_row, token, lane));
-                if (lane > 0) continue;
+                key = order_key(exact_score(p, tables, row.sequence, kv_head, token));
             } else {
                 key = candidates[i * 2];
                 token = candidates[i * 2 + 1];
@@ -197,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) select_keys(ARGUMENTS) 
     }
     u32 last_token = exhausted ? 0xffffffffu : ~token_prefix;
     __syncthreads();
-    for (u32 i = whole ? warp : threadIdx.x; i < count; i += whole ? WARPS : THREADS) {
+    for (u32 i = threadIdx.x; i < count; i += THREADS) {
         u32 key, token;
         if (whole) {
             u32 level = scores[i];
@@ -207,8 +209,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) select_keys(ARGUMENTS) 
             contested = contested && !in_base(p, row, token);
 #endif
             if (!contested) continue;
-            key = order_key(exact_score(p, row.sequence, kv_head, table_row, token, lane));
-            if (lane > 0) continue;
+            key = order_key(exact_score(p, tables, row.sequence, kv_head, token));
         } else {
             key = candidates[i * 2];
             token = candidates[i * 2 + 1];

@@ -98,7 +98,7 @@ impl CudaExecutor {
                     let part = passes.part(items);
                     call.bind(Slot::Items, part);
                 }
-                let grid = Grid::xyz([x, y, items.len() as u64], kernel.threads()).shared(shared);
+                let grid = Grid::xyz([x, y, items.len() as u64], self.key(kernel).threads()).shared(shared);
                 // The first of the call waits for all before it.
                 let grid = if kernel == Kernel::StoreKv { grid } else { grid.overlap() };
                 passes.dispatch(self.key(kernel), call.params, grid, call.binds())

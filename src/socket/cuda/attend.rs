@@ -71,7 +71,7 @@ impl CudaExecutor {
         kernels.push(if s.hash_tiles_shared().is_some() { Kernel::HashTiles } else { Kernel::HashKeys });
         kernels.push(Kernel::Collect);
         kernels.extend([true, false].map(|sparse| self.attend_kernel(q, output, sparse)));
-        if s.prefill_on_matrix_unit(q) {
+        if s.prefill_on_matrix_unit(q, output) {
             kernels.push(Kernel::Prefill { q, output });
         }
         if s.g.center {
@@ -125,7 +125,7 @@ impl CudaExecutor {
                 call.bind(Slot::Indices, indices);
                 call.bind(Slot::Values, values);
             }
-            if problem.kind == Kind::Prefill && self.sizes.prefill_on_matrix_unit(q.dtype()) {
+            if problem.kind == Kind::Prefill && self.sizes.prefill_on_matrix_unit(q.dtype(), problem.output) {
                 self.prefill(&mut passes, q.dtype(), problem, call)?;
             } else {
                 self.decode(&mut passes, q.dtype(), problem, sparse, call)?;
@@ -269,7 +269,7 @@ impl CudaExecutor {
             let over = |span: usize| block.visible.div_ceil(span).max(1) as u64;
             let mut launch = |kernel: Kernel, span: usize, blocks: [u64; 3], shared: usize| {
                 call.params.numbers.span = span as u32;
-                let grid = Grid::xyz(blocks, kernel.threads()).shared(shared as u32);
+                let grid = Grid::xyz(blocks, self.key(kernel).threads()).shared(shared as u32);
                 // The first of the call waits for all before it.
                 let grid = if std::mem::take(&mut first) { grid } else { grid.overlap() };
                 passes.dispatch(self.key(kernel), call.params, grid, call.binds())
@@ -322,8 +322,8 @@ impl CudaExecutor {
             call.params.numbers.first_row = first as u32;
             let rows = (all.len() - first).min(MOST_ROWS) as u64;
             let tiles = (problem.tq * s.g.group).div_ceil(64) as u64;
-            let grid = Grid::xyz([tiles, s.g.num_kv_heads as u64, rows], kernel.threads());
-            let grid = grid.shared(s.prefill_shared(q) as u32);
+            let grid = Grid::xyz([tiles, s.g.num_kv_heads as u64, rows], self.key(kernel).threads());
+            let grid = grid.shared(s.prefill_shared(q, problem.output) as u32);
             passes.dispatch(self.key(kernel), call.params, grid, call.binds())?;
         }
         Ok(())

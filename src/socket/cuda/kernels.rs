@@ -64,15 +64,6 @@ impl Kernel {
         };
         (file, text, entry)
     }
-
-    /// Threads of a block.
-    pub fn threads(self) -> u32 {
-        match self {
-            Self::HashStep | Self::Score | Self::Select => 512,
-            Self::Attend { .. } | Self::Prefill { .. } => 128,
-            _ => 256,
-        }
-    }
 }
 
 fn dtype(dtype: DType) -> usize {
@@ -84,6 +75,16 @@ fn dtype(dtype: DType) -> usize {
 }
 
 impl Key {
+    /// Threads of a block.
+    pub fn threads(&self) -> u32 {
+        match self.kernel {
+            Kernel::Score => self.sizes.score_threads(),
+            Kernel::HashStep | Kernel::Select => 512,
+            Kernel::Attend { .. } | Kernel::Prefill { .. } => 128,
+            _ => 256,
+        }
+    }
+
     fn constants(&self) -> Vec<(&'static str, usize)> {
         let (s, g) = (&self.sizes, &self.sizes.g);
         let mut all = vec![
@@ -125,6 +126,7 @@ impl Key {
                     Fast::No => 0,
                     Fast::Halves => 1,
                     Fast::Bytes => 2,
+                    Fast::Codes => 3,
                 },
             ),
             ("CANDIDATES", CANDIDATES),
@@ -165,7 +167,7 @@ impl Key {
             }
             Kernel::Prefill { q, output } => {
                 all.extend(attention(q, output, false).into_iter().filter(|(name, _)| *name != "P_SPLITS"));
-                all.extend([("P_SPLITS", s.prefill_weight_parts(output)), ("KEYS", s.prefill_keys())]);
+                all.extend([("P_SPLITS", s.prefill_weight_parts(output)), ("KEYS", s.prefill_keys(output))]);
             }
         }
         all

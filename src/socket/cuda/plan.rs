@@ -14,8 +14,10 @@ const TABLE_ROOM: usize = 32 << 10;
 pub(crate) const MOST_ROWS: usize = 32768;
 /// Appends of at most this many tokens are hashed one by one, longer ones in tiles.
 pub(crate) const STEP_TOKENS: usize = 16;
-/// Tokens of one block of the attention over chosen keys at most: their list is in shared memory.
-const MOST_CHOSEN: usize = 8192;
+/// Chosen keys that a block of the attention lists at once, and most tokens that it looks through: it numbers them in 16
+/// bits.
+const CHOSEN: usize = 2048;
+const MOST_CHOSEN_SPAN: usize = 32768;
 
 /// How scores are stored first, see shaders/cuda/socket/score.cu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -26,6 +28,8 @@ pub(crate) enum Fast {
     Halves,
     /// Products of bytes on the matrix unit.
     Bytes,
+    /// In f32, of codes that are bytes.
+    Codes,
 }
 
 /// Sizes of one cache on one device.
@@ -49,8 +53,15 @@ impl Sizes {
                 Fast::Halves
             }
             Scoring::SignProjection if g.words <= 32 && g.score_rows() <= 8 => Fast::Bytes,
+            Scoring::SignProjection => Fast::No,
+            _ if g.planes == 8 && g.words <= 16 && g.scoring_heads() <= 4 => Fast::Codes,
             _ => Fast::No,
         }
+    }
+
+    /// Threads of the scorer's blocks.
+    pub fn score_threads(&self) -> u32 {
+        if self.fast() == Fast::Bytes { 256 } else { 512 }
     }
 
     /// Tables and heads that the scorer in f32 holds at once.
@@ -72,6 +83,7 @@ impl Sizes {
                 heads * (tables * g.digits() * 16 * 4 + BINS * 4)
             }
             Fast::Halves => g.tables.next_multiple_of(4) * 2 * 16 * 8 + 4 * BINS * 4,
+            Fast::Codes => g.scoring_heads() * g.words * 512 + g.score_rows() * BINS * 4,
             Fast::Bytes => g.score_rows() * BINS * 4 + g.scoring_heads().div_ceil(4) * g.words * 64 * 4,
         }
     }
@@ -95,7 +107,7 @@ impl Sizes {
     pub fn on_matrix_unit(&self, q: DType) -> bool {
         let g = &self.g;
         let dtypes = g.dtype != DType::F32 && (q == g.dtype || g.dtype == DType::Bf16);
-        dtypes && g.head_dim <= 256 && g.value_dim <= 256 && self.attend_shared(true, 256) <= self.shared
+        dtypes && g.head_dim <= 256 && g.value_dim <= 256 && self.attend_shared(true, 256) + self.attend_static(q) <= self.shared
     }
 
     /// Query heads of one block, and blocks of a kv head.
@@ -117,34 +129,40 @@ impl Sizes {
         if self.g.dtype == DType::F16 || output == DType::Bf16 { 2 } else { 3 }
     }
 
+    /// Static shared memory of the attention: large queries, and what a block counts with.
+    fn attend_static(&self, q: DType) -> usize {
+        let (heads, _) = self.head_tiles();
+        let passes = if heads <= 8 { self.query_parts(q).div_ceil(2) } else { self.query_parts(q) };
+        let steps = passes * self.g.head_dim.div_ceil(16);
+        256 + if steps > 8 { steps * 512 } else { 0 }
+    }
+
     fn stage(&self) -> usize {
         16 * (Self::padded(self.g.head_dim) + Self::padded(self.g.value_dim))
     }
 
     /// Tiles that a warp holds in shared memory, so that two blocks share a multiprocessor.
     pub fn stages(&self, sparse: bool) -> usize {
-        let list = if sparse { MOST_CHOSEN * 4 } else { 0 };
-        let room = (self.shared / 2).saturating_sub(list + 2048);
+        let list = if sparse { CHOSEN * 4 + 512 } else { 0 };
+        // A block takes a KiB more than it asks for.
+        let room = (self.shared / 2).saturating_sub(list + 1024);
         (room / (4 * self.stage())).clamp(2, 4)
-    }
-
-    /// Most tokens of a block of the attention over chosen keys.
-    pub fn most_chosen(&self) -> usize {
-        let pow2 = |x: usize| if x.is_power_of_two() { x } else { x.next_power_of_two() / 2 };
-        let room = self.shared.saturating_sub(4 * self.stages(true) * self.stage() + 4096);
-        pow2((room / 4).clamp(64, MOST_CHOSEN))
     }
 
     pub fn attend_shared(&self, sparse: bool, span: usize) -> usize {
         let (heads, _) = self.head_tiles();
         let results = 4 * heads * (self.g.value_dim.div_ceil(16) * 16 + 4) * 4;
         let tiles = (4 * self.stages(sparse) * self.stage()).max(results);
-        tiles + if sparse { span * 4 + (span / self.g.page + 2) * 8 } else { 0 }
+        tiles + if sparse { CHOSEN * 4 + (span / self.g.page + 2) * 8 } else { 0 }
     }
 
-    /// Keys of a tile of the prompt's attention.
-    pub fn prefill_keys(&self) -> usize {
-        if self.g.head_dim <= 128 && self.g.value_dim <= 128 { 64 } else { 32 }
+    /// Keys of a tile of the prompt's attention, as far as registers go.
+    pub fn prefill_keys(&self, output: DType) -> usize {
+        match (self.g.head_dim.max(self.g.value_dim), self.prefill_weight_parts(output)) {
+            (0..=128, _) => 64,
+            (_, 1) => 32,
+            _ => 16,
+        }
     }
 
     pub fn prefill_weight_parts(&self, output: DType) -> usize {
@@ -155,13 +173,13 @@ impl Sizes {
         }
     }
 
-    pub fn prefill_shared(&self, q: DType) -> usize {
+    pub fn prefill_shared(&self, q: DType, output: DType) -> usize {
         let (k_row, v_row) = (Self::padded(self.g.head_dim), Self::padded(self.g.value_dim));
-        self.query_parts(q) * 64 * k_row + 2 * self.prefill_keys() * (k_row + v_row)
+        self.query_parts(q) * 64 * k_row + 2 * self.prefill_keys(output) * (k_row + v_row)
     }
 
-    pub fn prefill_on_matrix_unit(&self, q: DType) -> bool {
-        self.on_matrix_unit(q) && self.prefill_shared(q) <= self.shared
+    pub fn prefill_on_matrix_unit(&self, q: DType, output: DType) -> bool {
+        self.on_matrix_unit(q) && self.prefill_shared(q, output) <= self.shared
     }
 
     /// Whether keys are hashed on the matrix unit, and the shared memory of it.
@@ -198,6 +216,6 @@ impl Sizes {
     pub fn attend_span(&self, tokens: usize, sparse: bool) -> usize {
         let (_, tiles) = self.head_tiles();
         let span = self.span(tokens * self.g.num_kv_heads * tiles, 2, 16);
-        if sparse { span.next_power_of_two().clamp(64, self.most_chosen()) } else { span.max(64) }
+        if sparse { span.next_power_of_two().clamp(64, MOST_CHOSEN_SPAN) } else { span.max(64) }
     }
 }

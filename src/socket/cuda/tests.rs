@@ -57,7 +57,7 @@ pub(crate) fn test_keys() -> Vec<Box<dyn KernelKey>> {
                 Kernel::AttendAny { q, output, sparse }
             });
         }
-        if s.prefill_on_matrix_unit(q) {
+        if s.prefill_on_matrix_unit(q, output) {
             kernels.push(Kernel::Prefill { q, output });
         }
         keys.extend(kernels.into_iter().map(|kernel| Box::new(Key { kernel, sizes: s }) as Box<dyn KernelKey>));
