@@ -8,6 +8,10 @@ pub(crate) mod cuda;
 pub(crate) mod executor;
 #[cfg(feature = "wgpu")]
 pub(crate) mod gpu;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod image;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub(crate) mod pages;
 mod persist;
 pub(crate) mod plan;
 pub(crate) mod problem;

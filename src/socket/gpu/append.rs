@@ -1,25 +1,17 @@
 //! Appending: pages for the new tokens, copies of shared tails, then storing and hashing.
 
 use super::kernels::Kernel;
-use super::pages::{Page, local_of, slab_of};
 use super::params::{Item, Params};
-use super::{GpuExecutor, Sequence};
+use super::{GpuExecutor, pages};
 use crate::engine::Recording;
 use crate::engine::gpu::{Bind, Passes, stage, staged_bytes};
 use crate::error::Result;
+use crate::socket::pages::{Growth, Page, local_of, slab_of};
 use crate::socket::plan::{APPEND_TOKENS, STEP_TOKENS};
 use crate::socket::problem::AppendRow;
 use crate::tensor::TensorView;
 use std::collections::BTreeSet;
 use std::ops::Range;
-
-/// Page lists that an append will leave behind once everything else has succeeded.
-struct Growth {
-    lists: Vec<(usize, Vec<Page>)>,
-    taken: Vec<Page>,
-    /// Shared tail pages that were replaced by copies.
-    replaced: Vec<Page>,
-}
 
 /// Tokens of several sequences, with the pages they lie in.
 struct Items {
@@ -63,7 +55,7 @@ impl GpuExecutor {
         for (seq, list) in growth.lists {
             self.sequences[seq].pages = list;
         }
-        growth.replaced.into_iter().for_each(|page| self.pool.release(page));
+        growth.replaced.into_iter().for_each(|(old, _)| self.pool.release(old));
         if changed {
             self.workspace.pages_changed();
         }
@@ -73,39 +65,10 @@ impl GpuExecutor {
     /// Takes the pages that `rows` need, or none.
     fn grow(&mut self, op: &'static str, rows: &[AppendRow]) -> Result<Growth> {
         let page = self.geometry.page;
-        let shared_tail = |s: &Sequence, row: &AppendRow| {
-            let tail = s.pages.get(row.start / page).copied();
-            tail.filter(|&tail| !row.start.is_multiple_of(page) && self.pool.is_shared(tail))
-        };
-        let wanted: usize = rows
-            .iter()
-            .map(|row| {
-                let sequence = &self.sequences[row.seq];
-                let more = (row.start + row.count).div_ceil(page).saturating_sub(sequence.pages.len());
-                more + usize::from(shared_tail(sequence, row).is_some())
-            })
-            .sum();
-        self.pool.grow(&self.ctx, op, &self.geometry, wanted)?;
-        let mut growth = Growth { lists: Vec::new(), taken: Vec::new(), replaced: Vec::new() };
-        for row in rows {
-            let mut list = self.sequences[row.seq].pages.clone();
-            if let Some(tail) = list.get(row.start / page).copied()
-                && !row.start.is_multiple_of(page)
-                && self.pool.is_shared(tail)
-            {
-                let copy = self.pool.take(op)?;
-                growth.taken.push(copy);
-                growth.replaced.push(tail);
-                list[row.start / page] = copy;
-            }
-            while list.len() < (row.start + row.count).div_ceil(page) {
-                let fresh = self.pool.take(op)?;
-                growth.taken.push(fresh);
-                list.push(fresh);
-            }
-            growth.lists.push((row.seq, list));
-        }
-        Ok(growth)
+        let lists = |seq: usize| self.sequences[seq].pages.as_slice();
+        let wanted = self.pool.wanted(rows, page, lists);
+        pages::grow(&mut self.pool, &self.ctx, op, &self.geometry, wanted)?;
+        self.pool.extend(op, rows, page, lists)
     }
 
     fn append_passes(
@@ -117,13 +80,8 @@ impl GpuExecutor {
         growth: &Growth,
     ) -> Result<Passes<'_>> {
         let mut passes = Passes::new(&self.ctx, op);
-        for (row, (_, list)) in rows.iter().zip(&growth.lists) {
-            let at = row.start / self.geometry.page;
-            if let (Some(&old), Some(&new)) = (self.sequences[row.seq].pages.get(at), list.get(at))
-                && old != new
-            {
-                self.copy_page(&mut passes, old, new);
-            }
+        for &(old, new) in &growth.replaced {
+            self.copy_page(&mut passes, old, new);
         }
         let longest = rows.iter().map(|r| r.count).max().unwrap_or(0);
         let limit = self.ctx.caps().max_storage_binding;

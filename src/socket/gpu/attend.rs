@@ -2,12 +2,12 @@
 
 use super::blocks::{Block, Blocks, Scratch};
 use super::kernels::Kernel;
-use super::pages::{local_of, slab_of};
 use super::params::{Entry, Params, Row};
 use super::{GpuExecutor, STORAGE};
 use crate::engine::gpu::{self as engine, Bind, Input, Passes, Ready, Strides, Timer, stage};
 use crate::error::{Error, Result};
 use crate::socket::executor::{Attended, Selection, StageTime};
+use crate::socket::pages::{local_of, slab_of};
 use crate::socket::plan::{BINS, SPAN};
 use crate::socket::problem::{AttendProblem, Kind};
 use crate::tensor::{DType, Tensor, TensorView};

@@ -18,7 +18,8 @@ use crate::error::Result;
 use crate::lsh::Planes;
 use crate::socket::executor::{Attended, Executor, Memory, SequenceData, StageTime};
 use crate::socket::gpu::kernels::{Kernel, Key};
-use crate::socket::gpu::pages::{Page, Pool};
+use crate::socket::gpu::pages::{Pool, Slab};
+use crate::socket::pages::Page;
 use crate::socket::plan::Geometry;
 use crate::socket::problem::{AppendRow, AttendProblem, CacheSpec, SeqState};
 use crate::tensor::{DType, TensorView};
@@ -64,7 +65,7 @@ impl GpuExecutor {
         // The checked twin is also the one that needs no feature, so that both are tested where subgroups are offered.
         let subgroups = caps.subgroups && caps.subgroup_min >= 4 && caps.unchecked;
         let geometry = Geometry { subgroups, ..Geometry::new(spec) };
-        Pool::check(&ctx, &geometry)?;
+        Slab::check(&ctx, &geometry)?;
         let bits = spec.config.layout().bits();
         let planes = Planes::new(&spec.config.hyperplanes, bits, geometry.head_dim, geometry.num_kv_heads)?;
         let mut transposed = vec![0f32; planes.rows.len()];
@@ -151,7 +152,7 @@ impl Executor for GpuExecutor {
         let pages = tokens.div_ceil(self.geometry.page);
         let missing = |s: &Sequence| pages.saturating_sub(s.pages.len());
         let wanted = self.sequences.iter().map(missing).fold(0usize, usize::saturating_add);
-        self.pool.grow(&self.ctx, op, &self.geometry, wanted)
+        pages::grow(&mut self.pool, &self.ctx, op, &self.geometry, wanted)
     }
 
     fn append(&mut self, rec: Recording<'_>, k: &TensorView<'_>, v: &TensorView<'_>, rows: &[AppendRow]) -> Result<()> {
@@ -224,7 +225,7 @@ impl Executor for GpuExecutor {
     }
 
     fn memory(&self) -> Memory {
-        let [keys, values, index] = self.pool.bytes();
+        let [keys, values, index] = pages::bytes(&self.pool);
         let g = &self.geometry;
         let bits = index / g.index_words() as u64 * g.words as u64;
         let workspace = self.workspace.bytes() + self.planes.size() + self.state.size() + self.counters.size();
