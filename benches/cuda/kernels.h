@@ -25,12 +25,9 @@
 #ifndef FORWARD_BLOCKS
 #define FORWARD_BLOCKS 1
 #endif
-#include "../../shaders/cuda/race/machine.cu"
-#include "../../shaders/cuda/race/params.cu"
-#include "../../shaders/cuda/race/tiles.cu"
-#include "../../shaders/cuda/race/hash.cu"
 #include "../../shaders/cuda/race/sums.cu"
 #include "../../shaders/cuda/race/forward.cu"
 #include "../../shaders/cuda/race/backward_query.cu"
 #include "../../shaders/cuda/race/backward_key.cu"
 #include "../../shaders/cuda/race/scan.cu"
+#include "../../shaders/cuda/race/add_parameters.cu"

@@ -102,20 +102,20 @@ struct Run {
     }
     void sums(bool keep) { LAUNCH(race_sums, batch * spans() * kv_heads, THREADS, SUMS_SHARED, w); scan(keep); }
     void scan(bool keep) {
-        Scan s = {w.matrices, w.matrices, heads, state, spans(), 1, (u32)kv_heads, keep};
+        Scan s = {w.matrices, w.matrices, heads, state, (i64)(kv_heads * unit()), (i64)unit(), spans(), spans(), 1, (u32)kv_heads, keep};
         LAUNCH(race_scan, batch * kv_heads * ((COLUMNS + 7) / 8), SCAN_THREADS, 0, s);
     }
     void forward() { LAUNCH(race_forward, batch * spans() * q_heads(), THREADS, FORWARD_SHARED, w); }
     void add(u32 h) {
-        Shares s = {w.shares, totals, batch * spans(), h, h, (u32)(BITS * (HEAD_DIM + 1))};
+        Shares s = {w.shares, totals, batch * spans(), h, h, (u32)(BITS * (HEAD_DIM + 1)), 0};
         LAUNCH(race_add_parameters, (s.elements + 31) / 32, 256, 0, s);
     }
     void query() { LAUNCH(race_backward_query, batch * spans() * q_heads(), THREADS, BACKWARD_SHARED, w); }
     void scan_back() {
-        Scan s = {w.of_queries, w.after, heads, gradient, spans(), GROUP, (u32)kv_heads, 0};
+        Scan s = {w.of_queries, w.after, heads, gradient, (i64)(kv_heads * unit()), (i64)unit(), spans(), spans(), GROUP, (u32)kv_heads, 0};
         LAUNCH(race_scan_back, batch * kv_heads * ((COLUMNS + 7) / 8), SCAN_THREADS, 0, s);
     }
-    void key() { LAUNCH(race_backward_key, batch * spans() * kv_heads, THREADS, KEY_SHARED, w); }
+    void key() { LAUNCH(race_backward_key, batch * spans() * kv_heads, THREADS, BACKWARD_SHARED, w); }
     void backward() { sums(true); query(); add(q_heads()); scan_back(); key(); add(kv_heads); }
 };
 
@@ -283,7 +283,7 @@ static void prepare() {
     CHECK(cudaFuncSetAttribute(race_sums, cudaFuncAttributeMaxDynamicSharedMemorySize, SUMS_SHARED));
     CHECK(cudaFuncSetAttribute(race_forward, cudaFuncAttributeMaxDynamicSharedMemorySize, FORWARD_SHARED));
     CHECK(cudaFuncSetAttribute(race_backward_query, cudaFuncAttributeMaxDynamicSharedMemorySize, BACKWARD_SHARED));
-    CHECK(cudaFuncSetAttribute(race_backward_key, cudaFuncAttributeMaxDynamicSharedMemorySize, KEY_SHARED));
+    CHECK(cudaFuncSetAttribute(race_backward_key, cudaFuncAttributeMaxDynamicSharedMemorySize, BACKWARD_SHARED));
 }
 #endif
 

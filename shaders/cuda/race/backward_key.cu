@@ -1,7 +1,7 @@
 // Backward against the order of time, under the ratio: dk and dv from the gradient of the sums after each tile and the
 // tile's own later queries, of all heads of the group; shares of the gradients of hyperplanes and β. One block per
 // (sequence, span, kv head).
-constexpr int KEY_SHARED = BACKWARD_SHARED;
+#include "hash.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_key(const Walk p) {
     SHARED_BYTES;

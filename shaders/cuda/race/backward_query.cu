@@ -4,9 +4,7 @@
 //
 // With Z = tril(G·Vᵀ): values = G·Mᵀ + Z·α and masses = A + tril(1)·α give D = Ψ·masses, G·o = Ψ·values / D and
 // dα = (values − G·o·masses) / D.
-constexpr int BACKWARD_SHARED = 3 * ROWS * (HEAD_DIM + 8) * 2 + 4 * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes + 2 * Weights::bytes +
-                                Entry::bytes + Corners::bytes + HashGradient::bytes + 2 * ROWS * BITS * 8 + BUCKETS_UP * 4 +
-                                VALUE_DIM * 4 + 3 * ROWS * 4 + 4 * BITS_UP * 4 + 2560;
+#include "hash.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_query(const Walk p) {
     SHARED_BYTES;

@@ -1,22 +1,10 @@
 // Outputs of the queries of each span, under the ratio: one block per (sequence, span, q head).
 //
 // o = (Ψ·M + tril(Ψ·αᵀ + c·S)·V + c·S·m) / D over the sums M before the tile, and the tile's own keys.
+#include "hash.cuh"
+
 constexpr int FORWARD_SHARED = 2 * ROWS * (HEAD_DIM + 8) * 2 + 2 * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes + 2 * Weights::bytes +
                                Entry::bytes + 2 * ROWS * BITS * 8 + BUCKETS_UP * 4 + VALUE_DIM * 4 + ROWS * 4 + 1536;
-
-// Left side of a product with ones, or `value`, where a key is seen: of 16 queries and keys of the same sixteen.
-__device__ __forceinline__ Left<1> seen(float value, bool diagonal) {
-    u32 lane = threadIdx.x & 31;
-    int row = lane >> 2, column = (lane & 3) * 2;
-    u32 one = bf16_pair(value, 0.0f) & 0xffffu;
-    Left<1> a;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        int r = row + (i & 1) * 8, c = column + (i >> 1) * 8;
-        a.r[0][i] = (!diagonal || c <= r ? one : 0u) | (!diagonal || c + 1 <= r ? one << 16 : 0u);
-    }
-    return a;
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forward(const Walk p) {
     SHARED_BYTES;

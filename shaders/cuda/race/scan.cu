@@ -5,6 +5,8 @@
 // |---|---|---|---|
 // | forward | R·x_s − c·m | m = Σ x / L | (c·m + M_s) / R |
 // | reverse | x_s / R − c·m / S | m = Σ x / R | R·M_s + (M_S − c·Σ M) / L |
+#include "machine.cuh"
+
 #define SCAN_THREADS 512
 #define SCAN_COLUMNS 8
 struct Scan {
@@ -12,9 +14,11 @@ struct Scan {
     const float *sums;
     float *before;
     const float2 *heads;
+    // Of the first unit, and elements from a sequence's, a head's to the next's.
     double *state;
-    // Spans; matrices of `sums` that add up in each; whether the state moves on.
-    u32 spans, group, kv_heads, keep;
+    i64 state_batch, state_head;
+    // Spans, and room for them; matrices of `sums` that add up in each; heads of a sequence; whether the state stays.
+    u32 spans, slots, group, heads_of_sequence, keep;
 };
 
 __device__ __forceinline__ double column_sum(double *parts, double x) {
@@ -36,11 +40,11 @@ template <bool REVERSE> __device__ __forceinline__ void scan(const Scan &p) {
     constexpr double radix = RADIX;
     int unit = blockIdx.x / blocks, column = blockIdx.x % blocks * SCAN_COLUMNS + threadIdx.x % SCAN_COLUMNS;
     int first_row = threadIdx.x / SCAN_COLUMNS;
-    double centre = p.heads[unit % p.kv_heads].y;
+    double centre = p.heads[unit % p.heads_of_sequence].y;
     bool inside = column < COLUMNS;
-    double *state = p.state + (i64)unit * BUCKETS * COLUMNS + column;
-    const float *sums = p.sums + (i64)unit * p.group * p.spans * MATRIX + column;
-    float *before = p.before + (i64)unit * p.spans * MATRIX + column;
+    double *state = p.state + unit / p.heads_of_sequence * p.state_batch + unit % p.heads_of_sequence * p.state_head + column;
+    const float *sums = p.sums + (i64)unit * p.group * p.slots * MATRIX + column;
+    float *before = p.before + (i64)unit * p.slots * MATRIX + column;
     double total = 0.0;
     for (int s = first_row; inside && s < BUCKETS; s += step) total += state[s * COLUMNS];
     total = column_sum(parts, total);
@@ -61,7 +65,7 @@ template <bool REVERSE> __device__ __forceinline__ void scan(const Scan &p) {
                 int at = base + i < (int)p.spans ? base + i : (int)p.spans - 1;
                 at = REVERSE ? p.spans - 1 - at : at;
                 x[i] = 0.0f;
-                for (int g = 0; g < (int)p.group; g++) x[i] += sums[((i64)g * p.spans + at) * MATRIX + s * COLUMNS];
+                for (int g = 0; g < (int)p.group; g++) x[i] += sums[((i64)g * p.slots + at) * MATRIX + s * COLUMNS];
             }
 #pragma unroll
             for (int i = 0; i < 8; i++) {
@@ -87,31 +91,3 @@ template <bool REVERSE> __device__ __forceinline__ void scan(const Scan &p) {
 
 extern "C" __global__ void __launch_bounds__(SCAN_THREADS) race_scan(const Scan p) { scan<false>(p); }
 extern "C" __global__ void __launch_bounds__(SCAN_THREADS) race_scan_back(const Scan p) { scan<true>(p); }
-
-// Adds shares of the gradients of hyperplanes and β, `[sequence and span, head, bits, head_dim + 1]`, to sums in doubles
-// `[set, bits, head_dim + 1]`: one block per 32 elements of a set, eight threads each.
-struct Shares {
-    const float *shares;
-    double *totals;
-    // Blocks of a head, heads of the shares, of a set.
-    u32 parts, heads, heads_of_set, elements;
-};
-
-extern "C" __global__ void __launch_bounds__(256) race_add_parameters(const Shares p) {
-    __shared__ double parts[256];
-    u32 blocks = (p.elements + 31) / 32;
-    u32 set = blockIdx.x / blocks, element = blockIdx.x % blocks * 32 + threadIdx.x % 32;
-    double sum = 0.0;
-    if (element < p.elements) {
-        for (u32 i = threadIdx.x / 32; i < p.parts * p.heads_of_set; i += 8) {
-            u32 part = i / p.heads_of_set, head = set * p.heads_of_set + i % p.heads_of_set;
-            sum += p.shares[((i64)part * p.heads + head) * p.elements + element];
-        }
-    }
-    parts[threadIdx.x] = sum;
-    barrier();
-    if (threadIdx.x < 32 && element < p.elements) {
-        for (int i = 1; i < 8; i++) sum += parts[threadIdx.x + 32 * i];
-        p.totals[(i64)set * p.elements + element] += sum;
-    }
-}

@@ -1,4 +1,6 @@
 // [α, 1]ᵀ[v, 1] over the keys of each span: one block per (sequence, span, kv head).
+#include "hash.cuh"
+
 constexpr int SUMS_SHARED = 2 * ROWS * (HEAD_DIM + 8) * 2 + 2 * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes + Weights::bytes + ROWS * BITS * 8 + 1024;
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) race_sums(const Walk p) {

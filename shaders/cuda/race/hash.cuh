@@ -1,4 +1,8 @@
 // Hashes of a tile: t = tanh(W·x), and from it α = R·φ − c of every bucket.
+#pragma once
+#include "tiles.cuh"
+#include "walk.cuh"
+
 typedef Input<HEAD_DIM + 8> Keys;
 typedef Input<VALUE_DIM + 8> Values;
 typedef Parts<BUCKETS_UP + 8, ROWS, TERMS> Weights;
@@ -398,3 +402,22 @@ __device__ __forceinline__ void write_of_beta(float *to, float *room, float (&of
         to[bit * (HEAD_DIM + 1) + HEAD_DIM] = room[bit] + room[BITS_UP + bit] + room[2 * BITS_UP + bit] + room[3 * BITS_UP + bit];
     }
 }
+
+// Left side of a product with ones, or `value`, where a key is seen: of 16 queries and keys of the same sixteen.
+__device__ __forceinline__ Left<1> seen(float value, bool diagonal) {
+    u32 lane = threadIdx.x & 31;
+    int row = lane >> 2, column = (lane & 3) * 2;
+    u32 one = bf16_pair(value, 0.0f) & 0xffffu;
+    Left<1> a;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int r = row + (i & 1) * 8, c = column + (i >> 1) * 8;
+        a.r[0][i] = (!diagonal || c <= r ? one : 0u) | (!diagonal || c + 1 <= r ? one << 16 : 0u);
+    }
+    return a;
+}
+
+// Shared memory of both backward kernels.
+constexpr int BACKWARD_SHARED = 3 * ROWS * (HEAD_DIM + 8) * 2 + 4 * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes + 2 * Weights::bytes +
+                                Entry::bytes + Corners::bytes + HashGradient::bytes + 2 * ROWS * BITS * 8 + BUCKETS_UP * 4 +
+                                VALUE_DIM * 4 + 3 * ROWS * 4 + 4 * BITS_UP * 4 + 2560;

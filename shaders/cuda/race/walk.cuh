@@ -2,6 +2,8 @@
 //
 // A sequence is cut into spans of `span` tokens; one block walks through one span of one head, tile by tile. Pointers are
 // those of the tensors' first elements, strides in elements.
+#pragma once
+
 struct Walk {
     const void *q;
     const void *k;

@@ -3,15 +3,13 @@
 //
 // What is computed is kept as a sum of TERMS bf16 parts, each the rounding of what the ones before it leave; a product
 // takes the pairs of parts that count. Inputs of 16 bits are exact in one part (bf16) or two (f16).
+#pragma once
+#include "machine.cuh"
+
 #define THREADS 256
 #define ROWS 64
-constexpr int RADIX = 1 << PLANES;
-constexpr int BUCKETS = TABLES * RADIX;
-constexpr int BITS = TABLES * PLANES;
 constexpr int BUCKETS_UP = BUCKETS <= 16 ? 16 : BUCKETS <= 32 ? 32 : BUCKETS <= 64 ? 64 : 128;
 constexpr int BITS_UP = (BITS + 15) / 16 * 16;
-constexpr int COLUMNS = VALUE_DIM + 1;
-constexpr int MATRIX = (BUCKETS + 1) * COLUMNS;
 constexpr int PLANE_TERMS = TERMS < 2 ? 2 : TERMS;
 
 template <int T> struct Left { u32 r[T][4]; };

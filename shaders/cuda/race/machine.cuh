@@ -1,4 +1,6 @@
 // Types and instructions, in one place: kernels see PTX through these alone. No header of the toolkit is needed.
+#pragma once
+
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -83,3 +85,10 @@ __device__ __forceinline__ float2 bf16_floats(u32 pair) {
     r.y = float_of(pair & 0xffff0000u);
     return r;
 }
+
+// Sizes of what is hashed: of one ensemble.
+constexpr int RADIX = 1 << PLANES;
+constexpr int BUCKETS = TABLES * RADIX;
+constexpr int BITS = TABLES * PLANES;
+constexpr int COLUMNS = VALUE_DIM + 1;
+constexpr int MATRIX = (BUCKETS + 1) * COLUMNS;
