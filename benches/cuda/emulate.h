@@ -191,3 +191,4 @@ static float2 f16_floats(unsigned pair) {
     return {(float)a, (float)b};
 }
 static float exp2_fast(float x) { return exp2f(x); }
+static unsigned count_up(unsigned *counter) { return (*counter)++; }

@@ -25,9 +25,34 @@
 #ifndef FORWARD_BLOCKS
 #define FORWARD_BLOCKS 1
 #endif
+#ifdef ANY_SHAPE
+#include "../../shaders/cuda/race/machine.cuh"
+#include "../../shaders/cuda/race/walk.cuh"
+#if GRADIENT_TYPE == 0
+typedef float Gradient;
+#else
+typedef u16 Gradient;
+#endif
+#define SUMS_SHARED 0
+#define FORWARD_SHARED 0
+#define BACKWARD_SHARED 0
+#else
 #include "../../shaders/cuda/race/sums.cu"
 #include "../../shaders/cuda/race/forward.cu"
 #include "../../shaders/cuda/race/backward_query.cu"
 #include "../../shaders/cuda/race/backward_key.cu"
+#endif
 #include "../../shaders/cuda/race/scan.cu"
+#undef SCAN_NAME
+#undef SCAN_REVERSED
+#define REVERSED
+#define scan scan_again
+#define column_sum column_sum_again
+#define Scan ScanAgain
+#undef SCAN_THREADS
+#undef SCAN_COLUMNS
+#include "../../shaders/cuda/race/scan.cu"
+#undef scan
+#undef column_sum
+#undef Scan
 #include "../../shaders/cuda/race/add_parameters.cu"

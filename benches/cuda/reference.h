@@ -8,7 +8,9 @@ struct Problem {
     double beta;
     const double *w;             // [bits, dim]
     V q, k, v, g;                // q: [group][tokens][dim]
-    V a0, b0, da, db;            // state before; gradient of the state after
+    V a0, b0, da, db;
+    // Of a bucket normalisation: 1 / L; 0 under the ratio.
+    double share = 0;            // state before; gradient of the state after
 };
 struct Answer { V o, a, b, dq, dk, dv, dw, da, db; double dbeta = 0; };
 struct Hash { V t, phi; };
@@ -58,7 +60,7 @@ inline Answer reference(const Problem &p, bool backward) {
     out.a = p.a0;
     out.b = p.b0;
     std::vector<Hash> kh(T), qh((size_t)G * T);
-    V dens((size_t)G * T);
+    V dens((size_t)G * T), sent_a, sent_b;
     for (int i = 0; i < T; i++) {
         kh[i] = hash(p, &p.k[(size_t)i * D]);
         for (int s = 0; s < S; s++) {
@@ -69,6 +71,21 @@ inline Answer reference(const Problem &p, bool backward) {
             size_t r = (size_t)g * T + i;
             qh[r] = hash(p, &p.q[r * D]);
             double d = 0;
+            if (p.share > 0) {
+                V dphi(S);
+                for (int s = 0; s < S; s++) {
+                    double weight = p.share / (out.a[s] + 1e-6), dy = 0;
+                    for (int c = 0; c < E; c++) {
+                        out.o[r * E + c] += qh[r].phi[s] * weight * out.b[s * E + c];
+                        if (backward) dy += p.g[r * E + c] * out.b[s * E + c];
+                    }
+                    dphi[s] = dy * weight;
+                    sent_a.push_back(-dy * qh[r].phi[s] * weight / (out.a[s] + 1e-6));
+                    sent_b.push_back(qh[r].phi[s] * weight);
+                }
+                if (backward) unhash(p, &p.q[r * D], qh[r], dphi, &out.dq[r * D], out);
+                continue;
+            }
             for (int s = 0; s < S; s++) {
                 d += qh[r].phi[s] * out.a[s];
                 for (int c = 0; c < E; c++) out.o[r * E + c] += qh[r].phi[s] * out.b[s * E + c];
@@ -93,6 +110,14 @@ inline Answer reference(const Problem &p, bool backward) {
     for (int j = T - 1; j >= 0; j--) {
         for (int g = 0; g < G; g++) {
             size_t r = (size_t)g * T + j;
+            if (p.share > 0) {
+                for (int s = 0; s < S; s++) {
+                    size_t at = ((size_t)j * G + g) * S + s;
+                    out.da[s] += sent_a[at];
+                    for (int c = 0; c < E; c++) out.db[s * E + c] += sent_b[at] * p.g[r * E + c];
+                }
+                continue;
+            }
             double gd = 0;
             for (int c = 0; c < E; c++) gd -= p.g[r * E + c] * out.o[r * E + c];
             for (int s = 0; s < S; s++) {

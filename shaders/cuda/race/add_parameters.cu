@@ -3,14 +3,12 @@
 #include "machine.cuh"
 
 struct Shares {
-    const float *shares;
-    double *totals;
     // Parts of a head; heads of the shares, and of them in a set; elements of a share, and from one set's to the next's.
     u32 parts, heads, heads_of_set, elements;
     i64 set_step;
 };
 
-extern "C" __global__ void __launch_bounds__(256) race_add_parameters(const Shares p) {
+extern "C" __global__ void __launch_bounds__(256) race_add_parameters(const Shares p, const float *shares, double *totals) {
     __shared__ double parts[256];
     u32 blocks = (p.elements + 31) / 32;
     u32 set = blockIdx.x / blocks, element = blockIdx.x % blocks * 32 + threadIdx.x % 32;
@@ -18,13 +16,13 @@ extern "C" __global__ void __launch_bounds__(256) race_add_parameters(const Shar
     if (element < p.elements) {
         for (u32 i = threadIdx.x / 32; i < p.parts * p.heads_of_set; i += 8) {
             u32 part = i / p.heads_of_set, head = set * p.heads_of_set + i % p.heads_of_set;
-            sum += p.shares[((i64)part * p.heads + head) * p.elements + element];
+            sum += shares[((i64)part * p.heads + head) * p.elements + element];
         }
     }
     parts[threadIdx.x] = sum;
     barrier();
     if (threadIdx.x < 32 && element < p.elements) {
         for (int i = 1; i < 8; i++) sum += parts[threadIdx.x + 32 * i];
-        p.totals[set * p.set_step + element] += sum;
+        totals[set * p.set_step + element] += sum;
     }
 }

@@ -3,7 +3,7 @@
 // (sequence, span, kv head).
 #include "hash.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_key(const Walk p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_key(const Walk p, const void *all_q, const void *all_k, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_after, const float2 *all_readings, void *all_dk, void *all_dv, float *all_shares) {
     SHARED_BYTES;
     Carve carve = {shared_bytes};
     u16 *q_tile = carve.take<u16>(ROWS * (HEAD_DIM + 8) * 2);
@@ -27,19 +27,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_key(const
 
     int head = blockIdx.x % p.kv_heads, span = blockIdx.x / p.kv_heads % p.spans, b = blockIdx.x / (p.kv_heads * p.spans);
     int first = span * p.span;
-    int count = (int)p.lengths[b] - first;
+    int count = (int)all_lengths[b] - first;
     count = count < 0 ? 0 : count > (int)p.span ? (int)p.span : count;
     int rows = (int)p.tokens - first < (int)p.span ? (int)p.tokens - first : (int)p.span;
-    const u16 *q = (const u16 *)p.q + b * p.q_batch + first * p.q_token + head * GROUP * p.q_head;
-    const u16 *k = (const u16 *)p.k + b * p.k_batch + first * p.k_token + head * p.k_head;
-    const u16 *v = (const u16 *)p.v + b * p.v_batch + first * p.v_token + head * p.v_head;
-    const u16 *g = (const u16 *)p.grad_o + b * p.g_batch + first * p.g_token + head * GROUP * p.g_head;
+    const u16 *q = (const u16 *)all_q + b * p.q_batch + first * p.q_token + head * GROUP * p.q_head;
+    const u16 *k = (const u16 *)all_k + b * p.k_batch + first * p.k_token + head * p.k_head;
+    const u16 *v = (const u16 *)all_v + b * p.v_batch + first * p.v_token + head * p.v_head;
+    const u16 *g = (const u16 *)all_grad_o + b * p.g_batch + first * p.g_token + head * GROUP * p.g_head;
     i64 dk_token = (i64)p.kv_heads * HEAD_DIM, dv_token = (i64)p.kv_heads * VALUE_DIM;
-    Gradient *dk = (Gradient *)p.dk + ((i64)b * p.tokens + first) * dk_token + head * HEAD_DIM;
-    Gradient *dv = (Gradient *)p.dv + ((i64)b * p.tokens + first) * dv_token + head * VALUE_DIM;
-    const float2 *readings = p.readings + ((i64)b * p.q_heads + head * GROUP) * p.tokens + first;
-    float beta = p.heads[head].x, centre = p.heads[head].y;
-    const float *matrix = p.after + ((i64)(b * p.kv_heads + head) * p.spans + span) * MATRIX;
+    Gradient *dk = (Gradient *)all_dk + ((i64)b * p.tokens + first) * dk_token + head * HEAD_DIM;
+    Gradient *dv = (Gradient *)all_dv + ((i64)b * p.tokens + first) * dv_token + head * VALUE_DIM;
+    const float2 *readings = all_readings + ((i64)b * p.q_heads + head * GROUP) * p.tokens + first;
+    float beta = all_heads[head].x, centre = all_heads[head].y;
+    const float *matrix = all_after + ((i64)(b * p.kv_heads + head) * p.spans + span) * MATRIX;
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     int role = warp >> 2, row0 = (warp & 3) * 16;
 
@@ -48,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_key(const
     fetch<HEAD_DIM>(k_tiles, k + tile * ROWS * p.k_token, p.k_token, count - tile * ROWS);
     fetch<VALUE_DIM>(v_tiles, v + tile * ROWS * p.v_token, p.v_token, count - tile * ROWS);
     fetch<VALUE_DIM>(g_tiles, g + tile * ROWS * p.g_token, p.g_token, count - tile * ROWS);
-    load_planes(planes, p.planes + head * p.planes_stride);
+    load_planes(planes, all_planes + head * p.planes_stride);
     load_corners(corners);
     clear_weights(queries);
     clear_weights(keys);
@@ -216,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_key(const
         plane_sums.add(du, keys_in);
         store_hash_inputs(dk + tile * ROWS * dk_token, dk_token, du, planes, row0, rows - tile * ROWS, role);
     }
-    float *share = p.shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1);
+    float *share = all_shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1);
     plane_sums.write(share);
     write_of_beta(share, room, of_beta, warp & 3, role == 1);
 }

@@ -6,7 +6,7 @@
 // dα = (values − G·o·masses) / D.
 #include "hash.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_query(const Walk p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_query(const Walk p, const void *all_q, const void *all_k, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_matrices, void *all_dq, float *all_of_queries, float2 *all_readings, float *all_shares) {
     SHARED_BYTES;
     Carve carve = {shared_bytes};
     u16 *q_tiles = carve.take<u16>(2 * ROWS * (HEAD_DIM + 8) * 2);
@@ -31,18 +31,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_query(con
     int q_head = blockIdx.x % p.q_heads, span = blockIdx.x / p.q_heads % p.spans, b = blockIdx.x / (p.q_heads * p.spans);
     int head = q_head / GROUP;
     int first = span * p.span;
-    int count = (int)p.lengths[b] - first;
+    int count = (int)all_lengths[b] - first;
     count = count < 0 ? 0 : count > (int)p.span ? (int)p.span : count;
     int rows = (int)p.tokens - first < (int)p.span ? (int)p.tokens - first : (int)p.span;
-    const u16 *q = (const u16 *)p.q + b * p.q_batch + first * p.q_token + q_head * p.q_head;
-    const u16 *k = (const u16 *)p.k + b * p.k_batch + first * p.k_token + head * p.k_head;
-    const u16 *v = (const u16 *)p.v + b * p.v_batch + first * p.v_token + head * p.v_head;
-    const u16 *g = (const u16 *)p.grad_o + b * p.g_batch + first * p.g_token + q_head * p.g_head;
+    const u16 *q = (const u16 *)all_q + b * p.q_batch + first * p.q_token + q_head * p.q_head;
+    const u16 *k = (const u16 *)all_k + b * p.k_batch + first * p.k_token + head * p.k_head;
+    const u16 *v = (const u16 *)all_v + b * p.v_batch + first * p.v_token + head * p.v_head;
+    const u16 *g = (const u16 *)all_grad_o + b * p.g_batch + first * p.g_token + q_head * p.g_head;
     i64 dq_token = (i64)p.q_heads * HEAD_DIM;
-    Gradient *dq = (Gradient *)p.dq + ((i64)b * p.tokens + first) * dq_token + q_head * HEAD_DIM;
-    float2 *readings = p.readings + ((i64)b * p.q_heads + q_head) * p.tokens + first;
-    float beta = p.heads[head].x, centre = p.heads[head].y;
-    const float *matrix = p.matrices + ((i64)(b * p.kv_heads + head) * p.spans + span) * MATRIX;
+    Gradient *dq = (Gradient *)all_dq + ((i64)b * p.tokens + first) * dq_token + q_head * HEAD_DIM;
+    float2 *readings = all_readings + ((i64)b * p.q_heads + q_head) * p.tokens + first;
+    float beta = all_heads[head].x, centre = all_heads[head].y;
+    const float *matrix = all_matrices + ((i64)(b * p.kv_heads + head) * p.spans + span) * MATRIX;
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     int role = warp >> 2, row0 = (warp & 3) * 16;
 
@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_query(con
     fetch<HEAD_DIM>(k_tile, k, p.k_token, count);
     fetch<VALUE_DIM>(v_tiles, v, p.v_token, count);
     fetch<VALUE_DIM>(g_tiles, g, p.g_token, count);
-    load_planes(planes, p.planes + head * p.planes_stride);
+    load_planes(planes, all_planes + head * p.planes_stride);
     load_corners(corners);
     clear_weights(queries);
     clear_weights(keys);
@@ -194,11 +194,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_query(con
         plane_sums.add(du, queries_in);
         store_hash_inputs(dq + tile * ROWS * dq_token, dq_token, du, planes, row0, rows - tile * ROWS, role);
     }
-    float *out = p.of_queries + ((i64)(b * p.q_heads + q_head) * p.spans + span) * MATRIX;
+    float *out = all_of_queries + ((i64)(b * p.q_heads + q_head) * p.spans + span) * MATRIX;
     of_queries.write(out);
     if (threadIdx.x < VALUE_DIM) out[BUCKETS * COLUMNS + threadIdx.x] = centre * BUCKETS * sums_row;
     if (threadIdx.x == THREADS - 1) out[BUCKETS * COLUMNS + VALUE_DIM] = centre * BUCKETS * sums_row;
-    float *share = p.shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1);
+    float *share = all_shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1);
     plane_sums.write(share);
     write_of_beta(share, room, of_beta, warp & 3, role == 1);
 }

@@ -6,7 +6,7 @@
 constexpr int FORWARD_SHARED = 2 * ROWS * (HEAD_DIM + 8) * 2 + 2 * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes + 2 * Weights::bytes +
                                Entry::bytes + 2 * ROWS * BITS * 8 + BUCKETS_UP * 4 + VALUE_DIM * 4 + ROWS * 4 + 1536;
 
-extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forward(const Walk p) {
+extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forward(const Walk p, const void *all_q, const void *all_k, const void *all_v, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_matrices, void *all_o) {
     SHARED_BYTES;
     Carve carve = {shared_bytes};
     u16 *q_tile = carve.take<u16>(ROWS * (HEAD_DIM + 8) * 2);
@@ -25,16 +25,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
     int q_head = blockIdx.x % p.q_heads, span = blockIdx.x / p.q_heads % p.spans, b = blockIdx.x / (p.q_heads * p.spans);
     int head = q_head / GROUP;
     int first = span * p.span;
-    int count = (int)p.lengths[b] - first;
+    int count = (int)all_lengths[b] - first;
     count = count < 0 ? 0 : count > (int)p.span ? (int)p.span : count;
     int rows = (int)p.tokens - first < (int)p.span ? (int)p.tokens - first : (int)p.span;
-    const u16 *q = (const u16 *)p.q + b * p.q_batch + first * p.q_token + q_head * p.q_head;
-    const u16 *k = (const u16 *)p.k + b * p.k_batch + first * p.k_token + head * p.k_head;
-    const u16 *v = (const u16 *)p.v + b * p.v_batch + first * p.v_token + head * p.v_head;
+    const u16 *q = (const u16 *)all_q + b * p.q_batch + first * p.q_token + q_head * p.q_head;
+    const u16 *k = (const u16 *)all_k + b * p.k_batch + first * p.k_token + head * p.k_head;
+    const u16 *v = (const u16 *)all_v + b * p.v_batch + first * p.v_token + head * p.v_head;
     i64 o_token = (i64)p.q_heads * VALUE_DIM;
     i64 o_at = ((i64)b * p.tokens + first) * o_token + q_head * VALUE_DIM;
-    float beta = p.heads[head].x, centre = p.heads[head].y;
-    const float *matrix = p.matrices + ((i64)(b * p.kv_heads + head) * p.spans + span) * MATRIX;
+    float beta = all_heads[head].x, centre = all_heads[head].y;
+    const float *matrix = all_matrices + ((i64)(b * p.kv_heads + head) * p.spans + span) * MATRIX;
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     int role = warp >> 2, row0 = (warp & 3) * 16;
     constexpr int HALF = VALUE_DIM / 2;
@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
     fetch<HEAD_DIM>(q_tile, q, p.q_token, count);
     fetch<HEAD_DIM>(k_tile, k, p.k_token, count);
     fetch<VALUE_DIM>(v_tiles, v, p.v_token, count);
-    load_planes(planes, p.planes + head * p.planes_stride);
+    load_planes(planes, all_planes + head * p.planes_stride);
     clear_weights(queries);
     clear_weights(keys);
     Carried<8> carried;
@@ -134,9 +134,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
             }
         }
 #if OUT_TYPE == F32
-        float *to = (float *)p.o + o_at + tile * ROWS * o_token;
+        float *to = (float *)all_o + o_at + tile * ROWS * o_token;
 #else
-        u16 *to = (u16 *)p.o + o_at + tile * ROWS * o_token;
+        u16 *to = (u16 *)all_o + o_at + tile * ROWS * o_token;
 #endif
         store_tile<OUT_TYPE, HALF / 8>(to, o_token, o, row0, role * HALF, rows - tile * ROWS);
         carried.add(keys, values);

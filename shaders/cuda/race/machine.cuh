@@ -75,6 +75,11 @@ __device__ __forceinline__ float exp2_fast(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
+// Adds one after all that the block did before; gives the count before.
+__device__ __forceinline__ u32 count_up(u32 *counter) {
+    __threadfence();
+    return atomicAdd(counter, 1u);
+}
 __device__ __forceinline__ u32 bits_of(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float float_of(u32 x) { return __uint_as_float(x); }
 #endif

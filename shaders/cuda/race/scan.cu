@@ -10,12 +10,7 @@
 #define SCAN_THREADS 512
 #define SCAN_COLUMNS 8
 struct Scan {
-    // Sums of each span; `before` becomes what precedes (reverse: follows) it. They may be the same.
-    const float *sums;
-    float *before;
-    const float2 *heads;
-    // Of the first unit, and elements from a sequence's, a head's to the next's.
-    double *state;
+    // Elements of the state from a sequence's, a head's to the next's.
     i64 state_batch, state_head;
     // Spans, and room for them; matrices of `sums` that add up in each; heads of a sequence; whether the state stays.
     u32 spans, slots, group, heads_of_sequence, keep;
@@ -32,7 +27,9 @@ __device__ __forceinline__ double column_sum(double *parts, double x) {
     return parts[threadIdx.x % SCAN_COLUMNS];
 }
 
-template <bool REVERSE> __device__ __forceinline__ void scan(const Scan &p) {
+// `all_before` becomes what precedes each span (reverse: follows it), of `all_sums`. They may be the same.
+template <bool REVERSE>
+__device__ __forceinline__ void scan(const Scan &p, const float *all_sums, float *all_before, const float2 *heads, double *all_states) {
     __shared__ double parts[SCAN_THREADS];
     __shared__ double lasts[SCAN_COLUMNS];
     constexpr int blocks = (COLUMNS + SCAN_COLUMNS - 1) / SCAN_COLUMNS;
@@ -40,11 +37,11 @@ template <bool REVERSE> __device__ __forceinline__ void scan(const Scan &p) {
     constexpr double radix = RADIX;
     int unit = blockIdx.x / blocks, column = blockIdx.x % blocks * SCAN_COLUMNS + threadIdx.x % SCAN_COLUMNS;
     int first_row = threadIdx.x / SCAN_COLUMNS;
-    double centre = p.heads[unit % p.heads_of_sequence].y;
+    double centre = heads[unit % p.heads_of_sequence].y;
     bool inside = column < COLUMNS;
-    double *state = p.state + unit / p.heads_of_sequence * p.state_batch + unit % p.heads_of_sequence * p.state_head + column;
-    const float *sums = p.sums + (i64)unit * p.group * p.slots * MATRIX + column;
-    float *before = p.before + (i64)unit * p.slots * MATRIX + column;
+    double *state = all_states + unit / p.heads_of_sequence * p.state_batch + unit % p.heads_of_sequence * p.state_head + column;
+    const float *sums = all_sums + (i64)unit * p.group * p.slots * MATRIX + column;
+    float *before = all_before + (i64)unit * p.slots * MATRIX + column;
     double total = 0.0;
     for (int s = first_row; inside && s < BUCKETS; s += step) total += state[s * COLUMNS];
     total = column_sum(parts, total);
@@ -89,5 +86,13 @@ template <bool REVERSE> __device__ __forceinline__ void scan(const Scan &p) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(SCAN_THREADS) race_scan(const Scan p) { scan<false>(p); }
-extern "C" __global__ void __launch_bounds__(SCAN_THREADS) race_scan_back(const Scan p) { scan<true>(p); }
+#ifdef REVERSED
+#define SCAN_NAME race_scan_back
+#define SCAN_REVERSED true
+#else
+#define SCAN_NAME race_scan
+#define SCAN_REVERSED false
+#endif
+extern "C" __global__ void __launch_bounds__(SCAN_THREADS) SCAN_NAME(const Scan p, const float *all_sums, float *all_before, const float2 *heads, double *all_states) {
+    scan<SCAN_REVERSED>(p, all_sums, all_before, heads, all_states);
+}

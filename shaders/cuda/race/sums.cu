@@ -3,7 +3,7 @@
 
 constexpr int SUMS_SHARED = 2 * ROWS * (HEAD_DIM + 8) * 2 + 2 * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes + Weights::bytes + ROWS * BITS * 8 + 1024;
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) race_sums(const Walk p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 2) race_sums(const Walk p, const void *all_k, const void *all_v, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, float *all_matrices) {
     SHARED_BYTES;
     Carve carve = {shared_bytes};
     u16 *k_tiles = carve.take<u16>(2 * ROWS * (HEAD_DIM + 8) * 2);
@@ -14,16 +14,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) race_sums(const Walk p)
 
     int head = blockIdx.x % p.kv_heads, span = blockIdx.x / p.kv_heads % p.spans, b = blockIdx.x / (p.kv_heads * p.spans);
     int first = span * p.span;
-    int count = (int)p.lengths[b] - first;
+    int count = (int)all_lengths[b] - first;
     count = count < 0 ? 0 : count > (int)p.span ? (int)p.span : count;
-    const u16 *k = (const u16 *)p.k + b * p.k_batch + first * p.k_token + head * p.k_head;
-    const u16 *v = (const u16 *)p.v + b * p.v_batch + first * p.v_token + head * p.v_head;
-    float beta = p.heads[head].x, centre = p.heads[head].y;
+    const u16 *k = (const u16 *)all_k + b * p.k_batch + first * p.k_token + head * p.k_head;
+    const u16 *v = (const u16 *)all_v + b * p.v_batch + first * p.v_token + head * p.v_head;
+    float beta = all_heads[head].x, centre = all_heads[head].y;
     int warp = threadIdx.x >> 5;
 
     fetch<HEAD_DIM>(k_tiles, k, p.k_token, count);
     fetch<VALUE_DIM>(v_tiles, v, p.v_token, count);
-    load_planes(planes, p.planes + head * p.planes_stride);
+    load_planes(planes, all_planes + head * p.planes_stride);
     clear_weights(weights);
     Carried<8> carried;
     carried.place();
@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) race_sums(const Walk p)
         barrier();
         carried.add(weights, values);
     }
-    float *matrix = p.matrices + ((i64)(b * p.kv_heads + head) * p.spans + span) * MATRIX;
+    float *matrix = all_matrices + ((i64)(b * p.kv_heads + head) * p.spans + span) * MATRIX;
     carried.write(matrix);
     if (threadIdx.x >= 128 && threadIdx.x < 128 + VALUE_DIM) matrix[BUCKETS * COLUMNS + threadIdx.x - 128] = row;
     if (threadIdx.x == 0) matrix[BUCKETS * COLUMNS + VALUE_DIM] = (float)count;
