@@ -1,8 +1,12 @@
 //! Choosing what runs the work, and saying what was chosen.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod report;
 
-pub use report::{AdapterSummary, GpuReport, KernelReport, Report};
+#[cfg(feature = "cuda")]
+pub use report::CudaReport;
+pub use report::{AdapterSummary, GpuReport, KernelReport, KernelResources, Report};
 
 #[cfg(feature = "wgpu")]
 use crate::engine::gpu::{self, Context, Setup, Timer};
@@ -41,6 +45,8 @@ enum Kind {
     Cpu,
     #[cfg(feature = "wgpu")]
     Gpu(Arc<Context>),
+    #[cfg(feature = "cuda")]
+    Cuda(Arc<crate::engine::cuda::Context>),
 }
 
 /// How to open a [`Device`].
@@ -49,6 +55,8 @@ pub struct DeviceOptions {
     name: Option<String>,
     checked: Option<bool>,
     pipeline_cache: Option<Vec<u8>>,
+    #[cfg(feature = "cuda")]
+    kernel_cache: crate::engine::cuda::Place,
 }
 
 impl DeviceOptions {
@@ -57,7 +65,8 @@ impl DeviceOptions {
         Self::default()
     }
 
-    /// The adapter whose name contains `part`, in any case of letters; `"cpu"` is the CPU path.
+    /// The adapter whose name contains `part`, in any case of letters; `"cpu"` is the CPU path, and with the feature
+    /// `cuda` `"cuda"` or `"cuda:1"` an NVIDIA GPU through CUDA.
     #[must_use]
     pub fn name(mut self, part: impl Into<String>) -> Self {
         self.name = Some(part.into());
@@ -81,6 +90,20 @@ impl DeviceOptions {
     #[must_use]
     pub fn pipeline_cache(mut self, data: Vec<u8>) -> Self {
         self.pipeline_cache = Some(data);
+        self
+    }
+
+    /// Where kernels compiled for CUDA are kept, so that the next start need not compile them; `None`: nowhere.
+    ///
+    /// Where this is not called, the environment variable `SOFTHASH_KERNEL_CACHE` decides (a folder, or `0`), else it is
+    /// `softhash/kernels` in the user's cache directory. Entries are named after all that decides about them (text,
+    /// options, GPU, versions of compiler and driver) and damaged ones are made anew. Keep it where only trusted
+    /// programs write, as you would a shared library.
+    #[cfg(feature = "cuda")]
+    #[must_use]
+    pub fn kernel_cache(mut self, folder: Option<std::path::PathBuf>) -> Self {
+        use crate::engine::cuda::Place;
+        self.kernel_cache = folder.map_or(Place::Off, Place::Folder);
         self
     }
 
@@ -144,7 +167,7 @@ impl Device {
     /// The best GPU (discrete, then integrated, then virtual), else the CPU; [`Device::report`] says why.
     ///
     /// Adapters that compute in software (llvmpipe, SwiftShader, WARP) are passed over: the CPU path is faster. The
-    /// environment variable `SOFTHASH_DEVICE` overrides the choice: `cpu`, or a part of any adapter's name.
+    /// environment variable `SOFTHASH_DEVICE` overrides the choice: `cpu`, `cuda`, or a part of any adapter's name.
     ///
     /// # Errors
     /// [`Error::NoAdapter`] where `SOFTHASH_DEVICE` names what does not exist, and that adapter's own error where it
@@ -163,7 +186,7 @@ impl Device {
     }
 
     /// The device whose name contains `part`, in any case of letters, software adapters included; the best kind where
-    /// several do. `"cpu"` is the CPU path.
+    /// several do. `"cpu"` is the CPU path; with the feature `cuda`, `"cuda"` and `"cuda:1"` are NVIDIA GPUs through CUDA.
     ///
     /// # Errors
     /// [`Error::NoAdapter`], listing what was found; [`Error::Requirement`] and [`Error::Gpu`] where it is there but
@@ -202,8 +225,22 @@ impl Device {
         };
         match name {
             Some(name) if name.eq_ignore_ascii_case(CPU) => Ok(Self::on_cpu(source)),
-            Some(name) => Self::open_named(&name, source, options).await,
-            None => Ok(Self::open_best(options).await),
+            Some(name) => {
+                #[cfg(feature = "cuda")]
+                if let Some(device) = Self::named_cuda(&name, source, &options) {
+                    return device;
+                }
+                Self::open_named(&name, source, options).await
+            }
+            None => {
+                #[cfg_attr(not(feature = "cuda"), allow(unused_mut))]
+                let mut passed_over = Vec::new();
+                #[cfg(feature = "cuda")]
+                if let Some(device) = Self::best_cuda(&options, &mut passed_over) {
+                    return Ok(device);
+                }
+                Ok(Self::open_best(options, passed_over).await)
+            }
         }
     }
 
@@ -220,6 +257,8 @@ impl Device {
     pub async fn enumerate_async() -> Vec<AdapterSummary> {
         let adapters = gpu::adapters_best_first().await;
         let mut all: Vec<_> = adapters.iter().map(|adapter| AdapterSummary::gpu(&adapter.get_info())).collect();
+        #[cfg(feature = "cuda")]
+        Self::list_cuda(&mut all);
         all.push(AdapterSummary::cpu());
         all
     }
@@ -228,16 +267,15 @@ impl Device {
         let part = name.to_lowercase();
         let adapters = gpu::adapters_best_first().await;
         let Some(adapter) = adapters.iter().find(|a| a.get_info().name.to_lowercase().contains(&part)) else {
-            let names: Vec<_> = adapters.iter().map(|a| a.get_info().name).chain([CPU.to_string()]).collect();
-            return Err(Error::NoAdapter { wanted: format!("{name:?}, {why}"), found: names.join(", ") });
+            let found: Vec<_> = Self::enumerate_async().await.into_iter().map(|adapter| adapter.name).collect();
+            return Err(Error::NoAdapter { wanted: format!("{name:?}, {why}"), found: found.join(", ") });
         };
         let unchecked = options.unchecked(true);
         let context = gpu::open(adapter, unchecked, options.pipeline_cache).await?;
         Ok(Self { kind: Kind::Gpu(context), why: why.into() })
     }
 
-    async fn open_best(options: DeviceOptions) -> Self {
-        let mut passed_over = Vec::new();
+    async fn open_best(options: DeviceOptions, mut passed_over: Vec<String>) -> Self {
         for adapter in gpu::adapters_best_first().await {
             let info = adapter.get_info();
             if gpu::is_software(&info) {
@@ -305,8 +343,8 @@ impl Device {
 
     pub(crate) fn context(&self) -> Option<&Arc<Context>> {
         match &self.kind {
-            Kind::Cpu => None,
             Kind::Gpu(context) => Some(context),
+            _ => None,
         }
     }
 }
@@ -315,16 +353,25 @@ impl Device {
 impl Device {
     /// As [`Device::enumerate`], without blocking.
     pub async fn enumerate_async() -> Vec<AdapterSummary> {
-        vec![AdapterSummary::cpu()]
+        #[cfg_attr(not(feature = "cuda"), allow(unused_mut))]
+        let mut all = Vec::new();
+        #[cfg(feature = "cuda")]
+        Self::list_cuda(&mut all);
+        all.push(AdapterSummary::cpu());
+        all
     }
 
     async fn open_named(name: &str, why: &str, _: DeviceOptions) -> Result<Self> {
-        let found = format!("{CPU} (built without the feature `wgpu`)");
+        let found: Vec<_> = Self::enumerate_async().await.into_iter().map(|adapter| adapter.name).collect();
+        let found = format!("{} (built without the feature `wgpu`)", found.join(", "));
         Err(Error::NoAdapter { wanted: format!("{name:?}, {why}"), found })
     }
 
-    async fn open_best(_: DeviceOptions) -> Self {
-        Self::on_cpu("built without the feature `wgpu`")
+    async fn open_best(_: DeviceOptions, passed_over: Vec<String>) -> Self {
+        match passed_over.is_empty() {
+            true => Self::on_cpu("built without the feature `wgpu`"),
+            false => Self::on_cpu(format!("no GPU that can be used: {}", passed_over.join("; "))),
+        }
     }
 }
 
@@ -335,29 +382,41 @@ impl Device {
         matches!(self.kind, Kind::Cpu)
     }
 
-    /// `"cpu"` or `"gpu"`.
+    /// `"cpu"`, `"gpu"` or `"cuda"`.
     pub fn path_name(&self) -> &'static str {
         match &self.kind {
             Kind::Cpu => CPU,
             #[cfg(feature = "wgpu")]
             Kind::Gpu(_) => "gpu",
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(_) => "cuda",
         }
     }
 
     /// What runs, why, and with which kernels.
     pub fn report(&self) -> Report {
-        let (gpu, kernels) = match &self.kind {
-            Kind::Cpu => (None, Vec::new()),
-            #[cfg(feature = "wgpu")]
-            Kind::Gpu(context) => (Some(GpuReport::new(context)), KernelReport::all(context)),
-        };
-        Report {
+        #[cfg_attr(not(any(feature = "wgpu", feature = "cuda")), allow(unused_mut))]
+        let mut report = Report {
             path: self.path_name(),
             why: self.why.to_string(),
             threads: rayon::current_num_threads(),
-            gpu,
-            kernels,
+            gpu: None,
+            #[cfg(feature = "cuda")]
+            cuda: None,
+            kernels: Vec::new(),
+        };
+        match &self.kind {
+            Kind::Cpu => {}
+            #[cfg(feature = "wgpu")]
+            Kind::Gpu(context) => {
+                (report.gpu, report.kernels) = (Some(GpuReport::new(context)), KernelReport::all(context));
+            }
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(context) => {
+                (report.cuda, report.kernels) = (Some(CudaReport::new(context)), KernelReport::all_cuda(context));
+            }
         }
+        report
     }
 
     /// The pipelines compiled so far in a form that [`DeviceOptions::pipeline_cache`] takes at the next start; `None`
@@ -367,6 +426,8 @@ impl Device {
             Kind::Cpu => None,
             #[cfg(feature = "wgpu")]
             Kind::Gpu(context) => context.pipeline_cache_data(),
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(_) => None,
         }
     }
 
@@ -378,6 +439,8 @@ impl Device {
             Kind::Gpu(context) if !context.caps().pipeline_cache => None,
             #[cfg(feature = "wgpu")]
             Kind::Gpu(context) => wgpu::util::pipeline_cache_key(context.info()),
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(_) => None,
         }
     }
 
@@ -386,17 +449,21 @@ impl Device {
             Kind::Cpu => Ok(Box::new(CpuExecutor::new(spec)?)),
             #[cfg(feature = "wgpu")]
             Kind::Gpu(context) => Ok(Box::new(crate::socket::gpu::GpuExecutor::new(context.clone(), spec)?)),
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(context) => crate::socket::cuda::CudaExecutor::new(context.clone(), spec),
         }
     }
 
     /// Waits until the work submitted so far is done, so that a stream does not run ahead of the device and fill its
     /// memory. Nothing to wait for on the CPU path, and no way to in browsers.
-    #[cfg_attr(not(feature = "wgpu"), allow(unused_variables))]
+    #[cfg_attr(not(any(feature = "wgpu", feature = "cuda")), allow(unused_variables))]
     pub(crate) fn settle(&self, op: &'static str) -> Result<()> {
         match &self.kind {
             Kind::Cpu => Ok(()),
             #[cfg(feature = "wgpu")]
             Kind::Gpu(context) => context.settle(op),
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(context) => context.settle(op),
         }
     }
 
@@ -412,6 +479,8 @@ impl Device {
             Kind::Gpu(context) => {
                 Ok(Box::new(crate::race::gpu::GpuRace::new(context.clone(), config, shape, parameters)?))
             }
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(context) => crate::race::cuda::CudaRace::new(context.clone(), config, shape, parameters),
         }
     }
 }

@@ -11,6 +11,8 @@
 
 #![deny(missing_docs)]
 
+#[cfg(all(test, feature = "cuda"))]
+mod cuda_kernels;
 mod device;
 mod engine;
 mod error;
@@ -21,9 +23,13 @@ pub mod race;
 pub mod socket;
 mod tensor;
 
+#[cfg(feature = "cuda")]
+pub use device::CudaReport;
 #[cfg(feature = "wgpu")]
 pub use device::Requirements;
-pub use device::{AdapterSummary, Device, DeviceOptions, GpuReport, KernelReport, Report};
+pub use device::{AdapterSummary, Device, DeviceOptions, GpuReport, KernelReport, KernelResources, Report};
+#[cfg(feature = "cuda")]
+pub use engine::cuda::CudaGraph;
 pub use error::{Error, Result};
 pub use lsh::{Hyperplanes, MAX_PLANES, MAX_TABLES};
 pub use merge::merge_state;
@@ -43,6 +49,9 @@ pub use socket::config::{Budget, CacheShape, Rule, Scoring, SelectionScope, Sock
 pub use socket::executor::{Attended, Memory, Selection, StageTime};
 pub use tensor::{DType, HostTensor, Tensor, TensorView};
 
+#[cfg(feature = "cuda")]
+#[doc(hidden)]
+pub use engine::cuda::CudaTimer;
 #[cfg(feature = "wgpu")]
 #[doc(hidden)]
 pub use engine::gpu::Timer;
@@ -50,3 +59,7 @@ pub use engine::gpu::Timer;
 /// The wgpu that the public API speaks; a lent device must come from it.
 #[cfg(feature = "wgpu")]
 pub use wgpu;
+
+/// The cudarc that the public API speaks; a lent stream must come from it.
+#[cfg(feature = "cuda")]
+pub use cudarc;

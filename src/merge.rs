@@ -39,6 +39,12 @@ pub fn merge_state(
     {
         return crate::socket::gpu::merge::merge_state(context, [o1, o2], [lse1, lse2]);
     }
+    #[cfg(feature = "cuda")]
+    if let Some(context) = device.cuda_context()
+        && [o1, o2, lse1, lse2].iter().any(|view| view.is_cuda())
+    {
+        return crate::socket::cuda::merge::merge_state(context, [o1, o2], [lse1, lse2]);
+    }
     let _ = device;
     merge_host(shape, o1.dtype(), [o1, o2], [lse1, lse2])
 }

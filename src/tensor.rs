@@ -3,9 +3,14 @@
 //! Layout is NHD, `[batch, token, head, channel]`, row-major unless strides are given.
 
 pub(crate) mod convert;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use crate::error::{Error, Result};
 use half::{bf16, f16};
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+use std::borrow::Cow;
+use std::ops::Range;
 
 /// Element type of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -46,9 +51,11 @@ pub(crate) enum Storage<'a> {
         buffer: &'a wgpu::Buffer,
         offset: u64,
     },
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::Memory<'a>),
 }
 
-/// A borrowed `[batch, token, head, channel]` tensor: a host slice, or a range of a GPU buffer.
+/// A borrowed `[batch, token, head, channel]` tensor: a host slice, or a range of a GPU's memory.
 #[derive(Clone, Copy, Debug)]
 pub struct TensorView<'a> {
     storage: Storage<'a>,
@@ -99,35 +106,60 @@ impl<'a> TensorView<'a> {
     }
 
     /// A range of tokens of a view of host memory, packed into a tensor of its own.
-    // Without the GPU path no view can be elsewhere, and there is nothing to name.
-    #[cfg_attr(not(feature = "wgpu"), allow(unused_variables))]
-    pub(crate) fn copy_tokens(
-        &self,
-        op: &'static str,
-        name: &'static str,
-        tokens: std::ops::Range<usize>,
-    ) -> Result<Tensor> {
-        fn pack<T: Copy>(view: &TensorView<'_>, data: &[T], tokens: std::ops::Range<usize>) -> Vec<T> {
-            let [batch, _, heads, channels] = view.shape;
-            let mut packed = Vec::with_capacity(batch * tokens.len() * heads * channels);
-            for b in 0..batch {
-                for t in tokens.clone() {
-                    for h in 0..heads {
-                        let at = view.row_offset(b, t, h);
-                        packed.extend_from_slice(&data[at..at + channels]);
-                    }
-                }
-            }
-            packed
-        }
+    // Without a GPU path no view can be elsewhere, and there is nothing to name.
+    #[cfg_attr(not(any(feature = "wgpu", feature = "cuda")), allow(unused_variables))]
+    pub(crate) fn copy_tokens(&self, op: &'static str, name: &'static str, tokens: Range<usize>) -> Result<Tensor> {
         let [batch, _, heads, channels] = self.shape;
         let shape = [batch, tokens.len(), heads, channels];
         match self.storage {
-            Storage::F32(data) => Tensor::from_f32(pack(self, data, tokens), shape),
-            Storage::F16(data) => Tensor::from_f16(pack(self, data, tokens), shape),
-            Storage::Bf16(data) => Tensor::from_bf16(pack(self, data, tokens), shape),
+            Storage::F32(data) => Tensor::from_f32(self.pack(data, 0..batch, tokens), shape),
+            Storage::F16(data) => Tensor::from_f16(self.pack(data, 0..batch, tokens), shape),
+            Storage::Bf16(data) => Tensor::from_bf16(self.pack(data, 0..batch, tokens), shape),
             #[cfg(feature = "wgpu")]
             Storage::Buffer { .. } => Err(convert::on_gpu(op, name)),
+            #[cfg(feature = "cuda")]
+            Storage::Cuda(_) => Err(convert::on_gpu(op, name)),
+        }
+    }
+
+    /// Rows `batch` and tokens `tokens`, without gaps.
+    fn pack<T: Copy>(&self, data: &[T], batch: Range<usize>, tokens: Range<usize>) -> Vec<T> {
+        let [_, _, heads, channels] = self.shape;
+        let mut packed = Vec::with_capacity(batch.len() * tokens.len() * heads * channels);
+        for b in batch {
+            for t in tokens.clone() {
+                for h in 0..heads {
+                    let at = self.row_offset(b, t, h);
+                    packed.extend_from_slice(&data[at..at + channels]);
+                }
+            }
+        }
+        packed
+    }
+
+    /// The bytes of rows `batch` and tokens `tokens` without gaps, copied only where there are some; `None` where they
+    /// are not in host memory.
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    pub(crate) fn host_bytes(&self, batch: Range<usize>, tokens: Range<usize>) -> Option<Cow<'a, [u8]>> {
+        let [all_rows, all_tokens, ..] = self.shape;
+        let whole = batch == (0..all_rows) && tokens == (0..all_tokens) && self.is_contiguous();
+        let length = self.extent() as usize;
+        macro_rules! bytes {
+            ($data:ident) => {
+                match whole {
+                    true => Cow::Borrowed(bytemuck::cast_slice(&$data[..length])),
+                    false => Cow::Owned(bytemuck::pod_collect_to_vec(&self.pack($data, batch, tokens))),
+                }
+            };
+        }
+        match self.storage {
+            Storage::F32(data) => Some(bytes!(data)),
+            Storage::F16(data) => Some(bytes!(data)),
+            Storage::Bf16(data) => Some(bytes!(data)),
+            #[cfg(feature = "wgpu")]
+            Storage::Buffer { .. } => None,
+            #[cfg(feature = "cuda")]
+            Storage::Cuda(_) => None,
         }
     }
 
@@ -162,7 +194,7 @@ impl<'a> TensorView<'a> {
         matches!(self.storage, Storage::Buffer { .. })
     }
 
-    #[cfg(feature = "wgpu")]
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
     pub(crate) fn is_contiguous(&self) -> bool {
         self.strides == row_major(self.shape)
     }
@@ -228,6 +260,8 @@ impl<'a> TensorView<'a> {
                 }
                 buffer.size().saturating_sub(offset) / size
             }
+            #[cfg(feature = "cuda")]
+            Storage::Cuda(memory) => memory.elements(op, tensor, self)?,
         };
         if self.extent() > available {
             return Err(Error::OutOfBounds { op, tensor, needed: self.extent(), available });
@@ -272,6 +306,8 @@ impl<'a> TensorView<'a> {
             Storage::Bf16(data) => first_bad(self, data, bf16::is_finite),
             #[cfg(feature = "wgpu")]
             Storage::Buffer { .. } => None,
+            #[cfg(feature = "cuda")]
+            Storage::Cuda(_) => None,
         };
         bad.map_or(Ok(()), |index| Err(Error::NonFinite { op, tensor, index }))
     }
@@ -355,6 +391,8 @@ pub(crate) enum Resident {
         buffer: wgpu::Buffer,
         bytes: u64,
     },
+    #[cfg(feature = "cuda")]
+    Cuda(crate::engine::cuda::Buffer),
 }
 
 /// A result. It stays where it was computed until it is read.
@@ -458,8 +496,8 @@ impl Tensor {
     #[cfg(feature = "wgpu")]
     pub fn as_buffer(&self) -> Option<&wgpu::Buffer> {
         match &self.resident {
-            Resident::Host(_) => None,
             Resident::Gpu { buffer, .. } => Some(buffer),
+            _ => None,
         }
     }
 
@@ -473,6 +511,11 @@ impl Tensor {
             #[cfg(feature = "wgpu")]
             Resident::Gpu { context, buffer, bytes } => {
                 let data = context.read_buffer("read", buffer, 0, *bytes).await?;
+                Ok(HostTensor::new(self.dtype, self.shape.clone(), data))
+            }
+            #[cfg(feature = "cuda")]
+            Resident::Cuda(buffer) => {
+                let data = buffer.context().read_buffer("read", buffer, 0, self.bytes()).await?;
                 Ok(HostTensor::new(self.dtype, self.shape.clone(), data))
             }
         }
@@ -489,6 +532,11 @@ impl Tensor {
             #[cfg(feature = "wgpu")]
             Resident::Gpu { context, buffer, bytes } => {
                 let data = context.read_buffer_blocking("read", buffer, 0, *bytes)?;
+                Ok(HostTensor::new(self.dtype, self.shape.clone(), data))
+            }
+            #[cfg(feature = "cuda")]
+            Resident::Cuda(buffer) => {
+                let data = buffer.context().read_buffer_blocking("read", buffer, 0, self.bytes())?;
                 Ok(HostTensor::new(self.dtype, self.shape.clone(), data))
             }
         }
@@ -509,6 +557,8 @@ impl Tensor {
             Resident::Gpu { buffer, .. } => {
                 self.dtype.is_float().then(|| TensorView::buffer(buffer, 0, self.dtype, shape))
             }
+            #[cfg(feature = "cuda")]
+            Resident::Cuda(buffer) => self.dtype.is_float().then(|| TensorView::of_cuda(buffer, self.dtype, shape)),
         }
     }
 }

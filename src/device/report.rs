@@ -10,7 +10,7 @@ use std::fmt;
 pub struct AdapterSummary {
     /// What [`crate::Device::by_name`] finds it under.
     pub name: String,
-    /// Vulkan, Metal, Dx12 or BrowserWebGpu; `cpu` for the CPU path.
+    /// Vulkan, Metal, Dx12, BrowserWebGpu or Cuda; `cpu` for the CPU path.
     pub backend: String,
     /// DiscreteGpu, IntegratedGpu, VirtualGpu, Cpu or Other.
     pub device_type: String,
@@ -43,6 +43,14 @@ impl AdapterSummary {
     }
 }
 
+impl AdapterSummary {
+    #[cfg(feature = "cuda")]
+    pub(super) fn cuda(name: String, driver: &str) -> Self {
+        let (backend, device_type) = ("Cuda".into(), "DiscreteGpu".into());
+        Self { name, backend, device_type, driver: driver.into(), software: false }
+    }
+}
+
 impl fmt::Display for AdapterSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} ({}, {}", self.name, self.backend, self.device_type)?;
@@ -57,14 +65,17 @@ impl fmt::Display for AdapterSummary {
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Report {
-    /// `"cpu"` or `"gpu"`.
+    /// `"cpu"`, `"gpu"` or `"cuda"`.
     pub path: &'static str,
     /// Why this path.
     pub why: String,
     /// Threads that the CPU's share of the work runs on.
     pub threads: usize,
-    /// The adapter; `None` on the CPU path.
+    /// The adapter; `None` but on the wgpu path.
     pub gpu: Option<GpuReport>,
+    /// The device; `None` but on the CUDA path.
+    #[cfg(feature = "cuda")]
+    pub cuda: Option<CudaReport>,
     /// The kernels compiled so far, sorted by label; empty on the CPU path.
     pub kernels: Vec<KernelReport>,
 }
@@ -129,6 +140,63 @@ impl GpuReport {
     }
 }
 
+/// The CUDA part of a [`Report`].
+#[cfg(feature = "cuda")]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CudaReport {
+    /// The device's name, as [`crate::Device::enumerate`] lists it.
+    pub adapter: String,
+    /// CUDA version of the driver.
+    pub driver: String,
+    /// Version of the kernel compiler, NVRTC.
+    pub nvrtc: String,
+    /// What kernels are compiled for.
+    pub arch: String,
+    /// Streaming multiprocessors.
+    pub multiprocessors: u32,
+    /// Bytes of shared memory that a block can have.
+    pub shared_memory: u32,
+    /// Bytes of the L2 cache.
+    pub l2_cache: u64,
+    /// Bytes of device memory.
+    pub memory: u64,
+    /// Where compiled kernels are kept, if they are.
+    pub kernel_cache: Option<std::path::PathBuf>,
+}
+
+#[cfg(feature = "cuda")]
+impl CudaReport {
+    pub(super) fn new(context: &crate::engine::cuda::Context) -> Self {
+        let caps = context.caps();
+        Self {
+            adapter: format!("cuda:{} {}", caps.ordinal, caps.name),
+            driver: caps.driver.to_string(),
+            nvrtc: caps.nvrtc.to_string(),
+            arch: context.arch(),
+            multiprocessors: caps.multiprocessors,
+            shared_memory: caps.shared_memory,
+            l2_cache: caps.l2_cache,
+            memory: caps.memory,
+            kernel_cache: context.cache_folder().map(Into::into),
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl fmt::Display for CudaReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "adapter: {} ({})", self.adapter, self.arch)?;
+        write!(f, "\ndriver: CUDA {}, NVRTC {}", self.driver, self.nvrtc)?;
+        write!(f, "\nmultiprocessors: {} with {} bytes a block", self.multiprocessors, self.shared_memory)?;
+        write!(f, "\nmemory: {}, L2 cache {}", mib(self.memory), mib(self.l2_cache))?;
+        match &self.kernel_cache {
+            Some(folder) => write!(f, "\nkernel cache: {}", folder.display()),
+            None => write!(f, "\nkernel cache: off"),
+        }
+    }
+}
+
 /// One compiled kernel of a [`Report`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -139,6 +207,22 @@ pub struct KernelReport {
     pub f16: bool,
     /// Whether this variant uses subgroups.
     pub subgroups: bool,
+    /// What it takes of a multiprocessor; `None` where the API does not say.
+    pub resources: Option<KernelResources>,
+}
+
+/// What one compiled kernel takes of a multiprocessor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct KernelResources {
+    /// Registers of a thread.
+    pub registers: u32,
+    /// Bytes of local memory of a thread, spilled registers among them.
+    pub local: u32,
+    /// Bytes of static shared memory of a block.
+    pub shared: u32,
+    /// Whether its code was found in the kernel cache.
+    pub from_disk: bool,
 }
 
 #[cfg(feature = "wgpu")]
@@ -148,8 +232,21 @@ impl KernelReport {
             label: p.label.clone(),
             f16: p.uses_f16,
             subgroups: p.uses_subgroups,
+            resources: None,
         };
         context.compiled().iter().map(|pipeline| report(pipeline)).collect()
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl KernelReport {
+    pub(super) fn all_cuda(context: &crate::engine::cuda::Context) -> Vec<Self> {
+        let report = |kernel: &crate::engine::cuda::Kernel| {
+            let (registers, local, shared) = (kernel.registers, kernel.local, kernel.shared);
+            let resources = KernelResources { registers, local, shared, from_disk: kernel.from_disk };
+            Self { label: kernel.label.clone(), f16: false, subgroups: false, resources: Some(resources) }
+        };
+        context.compiled().iter().map(|kernel| report(kernel)).collect()
     }
 }
 
@@ -161,35 +258,55 @@ fn mib(bytes: u64) -> String {
     format!("{} MiB", bytes >> 20)
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for GpuReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "path: {} ({})", self.path, self.why)?;
-        let Some(gpu) = &self.gpu else {
-            return write!(f, "\nthreads: {}", self.threads);
-        };
-        let software = if gpu.software { ", software" } else { "" };
-        write!(f, "\nadapter: {} ({}{software})", gpu.adapter, gpu.backend)?;
-        write!(f, "\ndriver: {}", gpu.driver)?;
-        write!(f, "\nshaders: {}", if gpu.checked { "checked" } else { "unchecked" })?;
-        write!(f, "\nf16: {}", yes(gpu.f16))?;
-        match gpu.subgroups {
+        let software = if self.software { ", software" } else { "" };
+        write!(f, "adapter: {} ({}{software})", self.adapter, self.backend)?;
+        write!(f, "\ndriver: {}", self.driver)?;
+        write!(f, "\nshaders: {}", if self.checked { "checked" } else { "unchecked" })?;
+        write!(f, "\nf16: {}", yes(self.f16))?;
+        match self.subgroups {
             Some((min, max)) => write!(f, "\nsubgroups: {min} to {max}")?,
             None => write!(f, "\nsubgroups: no")?,
         }
-        write!(f, "\ntimestamps: {}, pipeline cache: {}", yes(gpu.timestamps), yes(gpu.pipeline_cache))?;
-        write!(f, "\nworkgroups: {} bytes of memory, {} invocations", gpu.workgroup_memory, gpu.max_invocations)?;
-        write!(f, "\ndispatch: {} workgroups per dimension", gpu.max_groups_per_dim)?;
-        write!(f, "\nstorage: {} bindings of {}", gpu.max_storage_buffers, mib(gpu.max_storage_binding))?;
-        write!(f, ", buffers of {}", mib(gpu.max_buffer))?;
+        write!(f, "\ntimestamps: {}, pipeline cache: {}", yes(self.timestamps), yes(self.pipeline_cache))?;
+        write!(f, "\nworkgroups: {} bytes of memory, {} invocations", self.workgroup_memory, self.max_invocations)?;
+        write!(f, "\ndispatch: {} workgroups per dimension", self.max_groups_per_dim)?;
+        write!(f, "\nstorage: {} bindings of {}", self.max_storage_buffers, mib(self.max_storage_binding))?;
+        write!(f, ", buffers of {}", mib(self.max_buffer))
+    }
+}
+
+impl fmt::Display for KernelReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.label)?;
+        if self.f16 {
+            f.write_str(" [f16]")?;
+        }
+        if self.subgroups {
+            f.write_str(" [subgroups]")?;
+        }
+        let Some(resources) = &self.resources else { return Ok(()) };
+        write!(f, " [{} registers, {} bytes local", resources.registers, resources.local)?;
+        write!(f, ", {} bytes shared", resources.shared)?;
+        f.write_str(if resources.from_disk { ", cached]" } else { "]" })
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "path: {} ({})", self.path, self.why)?;
+        let gpu = self.gpu.as_ref().map(ToString::to_string);
+        #[cfg(feature = "cuda")]
+        let gpu = gpu.or_else(|| self.cuda.as_ref().map(ToString::to_string));
+        let Some(gpu) = gpu else {
+            return write!(f, "\nthreads: {}", self.threads);
+        };
+        write!(f, "\n{gpu}")?;
         if self.kernels.is_empty() {
             return write!(f, "\nkernels: none compiled yet");
         }
         write!(f, "\nkernels:")?;
-        for kernel in &self.kernels {
-            let f16 = if kernel.f16 { " [f16]" } else { "" };
-            let subgroups = if kernel.subgroups { " [subgroups]" } else { "" };
-            write!(f, "\n  {}{f16}{subgroups}", kernel.label)?;
-        }
-        Ok(())
+        self.kernels.iter().try_for_each(|kernel| write!(f, "\n  {kernel}"))
     }
 }

@@ -1,43 +1,83 @@
 //! What the executors stand on: nothing here knows about attention.
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 #[cfg(feature = "wgpu")]
 pub(crate) mod gpu;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub(crate) mod lost;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub(crate) mod seal;
+#[cfg(feature = "cuda")]
+pub(crate) mod waiter;
 
+#[cfg(feature = "cuda")]
+use crate::error::Error;
 use crate::error::Result;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+use std::sync::Arc;
 
-#[cfg(feature = "wgpu")]
-type Kernels = (std::sync::Arc<gpu::Context>, Vec<Box<dyn gpu::KernelKey>>);
+/// Locks a mutex; a panic of another holder leaves nothing half-written in the engines, so its mark is ignored.
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub(crate) fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Element offset and strides of an input as kernels read them.
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
+pub(crate) struct Strides {
+    pub offset: u32,
+    pub batch: u32,
+    pub token: u32,
+    pub head: u32,
+}
 
 /// Kernels to compile ahead; none where there is no compiler. Nothing happens until it is run.
 #[derive(Default)]
-pub(crate) struct WarmUp {
+pub(crate) enum WarmUp {
+    #[default]
+    Nothing,
     #[cfg(feature = "wgpu")]
-    kernels: Option<Kernels>,
+    Gpu(Arc<gpu::Context>, Vec<Box<dyn gpu::KernelKey>>),
+    #[cfg(feature = "cuda")]
+    Cuda(Arc<cuda::Context>, Vec<Box<dyn cuda::KernelKey>>),
 }
 
 impl WarmUp {
     #[cfg(feature = "wgpu")]
-    pub fn new(ctx: std::sync::Arc<gpu::Context>, keys: Vec<Box<dyn gpu::KernelKey>>) -> Self {
-        Self { kernels: Some((ctx, keys)) }
+    pub fn new(ctx: Arc<gpu::Context>, keys: Vec<Box<dyn gpu::KernelKey>>) -> Self {
+        Self::Gpu(ctx, keys)
+    }
+
+    #[cfg(feature = "cuda")]
+    #[allow(dead_code, reason = "the executors' word")]
+    pub fn cuda(ctx: Arc<cuda::Context>, keys: Vec<Box<dyn cuda::KernelKey>>) -> Self {
+        Self::Cuda(ctx, keys)
     }
 
     /// Compiles, and waits for it.
     pub fn run(self) -> Result<()> {
-        #[cfg(feature = "wgpu")]
-        if let Some((ctx, keys)) = self.kernels {
-            return ctx.warm_up(&keys);
+        match self {
+            Self::Nothing => Ok(()),
+            #[cfg(feature = "wgpu")]
+            Self::Gpu(ctx, keys) => ctx.warm_up(&keys),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(ctx, keys) => ctx.warm_up(&keys),
         }
-        Ok(())
     }
 
     /// Compiles without holding the polling thread.
     pub async fn run_async(self) -> Result<()> {
-        #[cfg(feature = "wgpu")]
-        if let Some((ctx, keys)) = self.kernels {
-            return ctx.warm_up_async(keys).await;
+        match self {
+            Self::Nothing => Ok(()),
+            #[cfg(feature = "wgpu")]
+            Self::Gpu(ctx, keys) => ctx.warm_up_async(keys).await,
+            #[cfg(feature = "cuda")]
+            Self::Cuda(ctx, keys) => ctx.warm_up_async(keys).await,
         }
-        Ok(())
     }
 }
 
@@ -52,4 +92,22 @@ pub(crate) enum Recording<'a> {
     #[cfg(not(feature = "wgpu"))]
     #[allow(dead_code)]
     Never(std::marker::PhantomData<&'a ()>),
+}
+
+#[cfg(feature = "cuda")]
+impl Recording<'_> {
+    /// On CUDA the stream is what commands are recorded into: work is submitted at once, and graphs are captured.
+    #[allow(dead_code, reason = "the executors' word")]
+    pub fn only_run(&self, op: &'static str) -> Result<()> {
+        match self {
+            Self::Run => Ok(()),
+            #[cfg(feature = "wgpu")]
+            Self::Into(_) => {
+                let why = "a wgpu encoder takes no CUDA work; call it without one, or capture it (Device::capture)";
+                Err(Error::Unsupported { op, why: why.into() })
+            }
+            #[cfg(not(feature = "wgpu"))]
+            Self::Never(_) => Err(Error::Unsupported { op, why: "there is nothing to record into".into() }),
+        }
+    }
 }

@@ -16,6 +16,8 @@ use crate::engine::{Recording, WarmUp};
 use crate::error::{Error, Result};
 use crate::race::config::Parameters;
 use crate::race::cpu::{CpuParameterSums, CpuState};
+#[cfg(feature = "cuda")]
+use crate::race::cuda::{CudaParameterSums, CudaState};
 #[cfg(feature = "wgpu")]
 use crate::race::gpu::{GpuParameterSums, GpuState};
 use crate::tensor::{DType, Tensor, TensorView};
@@ -81,6 +83,9 @@ pub(crate) enum StateStorage {
     Cpu(CpuState),
     #[cfg(feature = "wgpu")]
     Gpu(GpuState),
+    #[cfg(feature = "cuda")]
+    #[allow(dead_code, reason = "until the executor is there")]
+    Cuda(CudaState),
 }
 
 /// Sums of the gradients of β and hyperplanes over all passes of a backward.
@@ -89,89 +94,80 @@ pub(crate) enum ParameterSums {
     Cpu(CpuParameterSums),
     #[cfg(feature = "wgpu")]
     Gpu(GpuParameterSums),
+    #[cfg(feature = "cuda")]
+    #[allow(dead_code, reason = "until the executor is there")]
+    Cuda(CudaParameterSums),
 }
 
+/// Access to what is here; what is elsewhere is refused.
+macro_rules! access {
+    ($storage:ident, $tensor:literal, $variant:ident, $kept:ty, $by:ident, $by_mut:ident, $here:literal) => {
+        // Without a GPU path nothing can be elsewhere.
+        #[allow(
+            unreachable_patterns,
+            unused_variables,
+            dead_code,
+            reason = "where there is one path only, or one to come"
+        )]
+        impl $storage {
+            pub fn $by(&self, op: &'static str) -> Result<&$kept> {
+                match self {
+                    Self::$variant(kept) => Ok(kept),
+                    other => Err(elsewhere(op, $tensor, other.place(), $here)),
+                }
+            }
+
+            pub fn $by_mut(&mut self, op: &'static str) -> Result<&mut $kept> {
+                match self {
+                    Self::$variant(kept) => Ok(kept),
+                    other => Err(elsewhere(op, $tensor, other.place(), $here)),
+                }
+            }
+        }
+    };
+}
+
+macro_rules! place {
+    ($storage:ident) => {
+        impl $storage {
+            fn place(&self) -> &'static str {
+                match self {
+                    Self::Cpu(_) => "the CPU",
+                    #[cfg(feature = "wgpu")]
+                    Self::Gpu(_) => "a GPU",
+                    #[cfg(feature = "cuda")]
+                    Self::Cuda(_) => "a CUDA device",
+                }
+            }
+        }
+    };
+}
+
+place!(StateStorage);
+place!(ParameterSums);
+access!(StateStorage, "state", Cpu, CpuState, cpu, cpu_mut, "the CPU");
+access!(ParameterSums, "parameter sums", Cpu, CpuParameterSums, cpu, cpu_mut, "the CPU");
 #[cfg(feature = "wgpu")]
-fn elsewhere(op: &'static str, tensor: &'static str, is_cpu: bool) -> Error {
-    let (here, there) = if is_cpu { ("the CPU", "a GPU") } else { ("a GPU", "the CPU") };
-    Error::WrongDevice { op, tensor, got: here, expected: there }
+access!(StateStorage, "state", Gpu, GpuState, gpu, gpu_mut, "a GPU");
+#[cfg(feature = "wgpu")]
+access!(ParameterSums, "parameter sums", Gpu, GpuParameterSums, gpu, gpu_mut, "a GPU");
+#[cfg(feature = "cuda")]
+access!(StateStorage, "state", Cuda, CudaState, cuda, cuda_mut, "a CUDA device");
+#[cfg(feature = "cuda")]
+access!(ParameterSums, "parameter sums", Cuda, CudaParameterSums, cuda, cuda_mut, "a CUDA device");
+
+fn elsewhere(op: &'static str, tensor: &'static str, got: &'static str, expected: &'static str) -> Error {
+    Error::WrongDevice { op, tensor, got, expected }
 }
 
-// Without the GPU path nothing can be elsewhere, and `op` has nothing to name.
-#[cfg_attr(not(feature = "wgpu"), allow(unused_variables))]
 impl StateStorage {
     pub fn bytes(&self) -> u64 {
         match self {
             Self::Cpu(state) => state.bytes(),
             #[cfg(feature = "wgpu")]
             Self::Gpu(state) => state.bytes(),
-        }
-    }
-
-    pub fn cpu(&self, op: &'static str) -> Result<&CpuState> {
-        match self {
-            Self::Cpu(state) => Ok(state),
-            #[cfg(feature = "wgpu")]
-            Self::Gpu(_) => Err(elsewhere(op, "state", false)),
-        }
-    }
-
-    pub fn cpu_mut(&mut self, op: &'static str) -> Result<&mut CpuState> {
-        match self {
-            Self::Cpu(state) => Ok(state),
-            #[cfg(feature = "wgpu")]
-            Self::Gpu(_) => Err(elsewhere(op, "state", false)),
-        }
-    }
-
-    #[cfg(feature = "wgpu")]
-    pub fn gpu(&self, op: &'static str) -> Result<&GpuState> {
-        match self {
-            Self::Cpu(_) => Err(elsewhere(op, "state", true)),
-            Self::Gpu(state) => Ok(state),
-        }
-    }
-
-    #[cfg(feature = "wgpu")]
-    pub fn gpu_mut(&mut self, op: &'static str) -> Result<&mut GpuState> {
-        match self {
-            Self::Cpu(_) => Err(elsewhere(op, "state", true)),
-            Self::Gpu(state) => Ok(state),
-        }
-    }
-}
-
-#[cfg_attr(not(feature = "wgpu"), allow(unused_variables))]
-impl ParameterSums {
-    pub fn cpu(self, op: &'static str) -> Result<CpuParameterSums> {
-        match self {
-            Self::Cpu(sums) => Ok(sums),
-            #[cfg(feature = "wgpu")]
-            Self::Gpu(_) => Err(elsewhere(op, "parameter sums", false)),
-        }
-    }
-
-    pub fn cpu_mut(&mut self, op: &'static str) -> Result<&mut CpuParameterSums> {
-        match self {
-            Self::Cpu(sums) => Ok(sums),
-            #[cfg(feature = "wgpu")]
-            Self::Gpu(_) => Err(elsewhere(op, "parameter sums", false)),
-        }
-    }
-
-    #[cfg(feature = "wgpu")]
-    pub fn gpu(self, op: &'static str) -> Result<GpuParameterSums> {
-        match self {
-            Self::Cpu(_) => Err(elsewhere(op, "parameter sums", true)),
-            Self::Gpu(sums) => Ok(sums),
-        }
-    }
-
-    #[cfg(feature = "wgpu")]
-    pub fn gpu_mut(&mut self, op: &'static str) -> Result<&mut GpuParameterSums> {
-        match self {
-            Self::Cpu(_) => Err(elsewhere(op, "parameter sums", true)),
-            Self::Gpu(sums) => Ok(sums),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(state) => state.bytes(),
         }
     }
 }

@@ -20,11 +20,13 @@
 pub(crate) mod attention;
 pub(crate) mod config;
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 pub(crate) mod executor;
 #[cfg(feature = "wgpu")]
 pub(crate) mod gpu;
 mod persist;
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub(crate) mod plan;
 pub mod reference;
 pub(crate) mod source;

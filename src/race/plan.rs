@@ -1,4 +1,5 @@
 //! Sizes, and how a call is cut into pieces: arithmetic without a device.
+#![cfg_attr(not(feature = "wgpu"), allow(dead_code))]
 
 use crate::race::config::{RaceConfig, RaceShape};
 use crate::tensor::DType;

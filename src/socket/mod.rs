@@ -3,6 +3,8 @@
 pub(crate) mod cache;
 pub(crate) mod config;
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 pub(crate) mod executor;
 #[cfg(feature = "wgpu")]
 pub(crate) mod gpu;

@@ -11,8 +11,8 @@ pub(crate) fn on_gpu(op: &'static str, tensor: &'static str) -> Error {
 }
 
 /// A host tensor as f32, row-major, each row of channels padded with zeros to `stride`.
-// Without the GPU path no view can be elsewhere, and `tensor` has nothing to name.
-#[cfg_attr(not(feature = "wgpu"), allow(unused_variables))]
+// Without a GPU path no view can be elsewhere, and `tensor` has nothing to name.
+#[cfg_attr(not(any(feature = "wgpu", feature = "cuda")), allow(unused_variables))]
 pub(crate) fn padded_rows(
     op: &'static str,
     tensor: &'static str,
@@ -32,6 +32,8 @@ pub(crate) fn padded_rows(
             Storage::Bf16(s) => row.iter_mut().zip(&s[at..at + dim]).for_each(|(o, x)| *o = x.to_f32()),
             #[cfg(feature = "wgpu")]
             Storage::Buffer { .. } => return Err(on_gpu(op, tensor)),
+            #[cfg(feature = "cuda")]
+            Storage::Cuda(_) => return Err(on_gpu(op, tensor)),
         }
     }
     Ok(out)

@@ -2,7 +2,7 @@
 
 use super::caps::Caps;
 use super::context::Context;
-use super::lock;
+use crate::engine::lock;
 use crate::error::Result;
 use std::sync::Mutex;
 

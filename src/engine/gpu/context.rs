@@ -5,27 +5,10 @@ use super::arena::Arena;
 use super::caps::{Caps, verify};
 use super::pipeline::{self, KernelKey, Pipeline, Pipelines};
 use super::readback::Readback;
+use crate::engine::lost::Lost;
 use crate::error::{Error, Result};
 use futures::FutureExt;
-use std::sync::{Arc, OnceLock};
-
-/// The reason why a device is gone, once it is.
-#[derive(Debug, Default)]
-pub(super) struct Lost(OnceLock<String>);
-
-impl Lost {
-    pub fn set(&self, reason: String) {
-        // The first reason is the cause; later ones follow from it.
-        let _ = self.0.set(reason);
-    }
-
-    pub fn check(&self, op: &'static str) -> Result<()> {
-        match self.0.get() {
-            None => Ok(()),
-            Some(reason) => Err(Error::DeviceLost { op, reason: reason.clone() }),
-        }
-    }
-}
+use std::sync::Arc;
 
 /// What a context is made of.
 pub(crate) struct Setup {

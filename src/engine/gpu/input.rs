@@ -2,20 +2,10 @@
 
 use super::context::Context;
 use super::passes::Bind;
+use crate::engine::Strides;
 use crate::error::{Error, Result};
 use crate::tensor::{Storage, TensorView};
-use bytemuck::{Pod, Zeroable};
 use std::ops::Range;
-
-/// Element offset and strides of an input as bound.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
-pub(crate) struct Strides {
-    pub offset: u32,
-    pub batch: u32,
-    pub token: u32,
-    pub head: u32,
-}
 
 /// An input as kernels see it.
 pub(crate) struct Input {
@@ -28,6 +18,8 @@ pub(crate) fn staged_bytes(view: &TensorView<'_>, batch: usize, tokens: usize) -
     let [_, _, h, d] = view.shape();
     match view.storage() {
         Storage::F32(_) | Storage::F16(_) | Storage::Bf16(_) => (batch * tokens * h * d * view.dtype().size()) as u64,
+        #[cfg(feature = "cuda")]
+        Storage::Cuda(_) => 0,
         Storage::Buffer { .. } => {
             let reach = TensorView::extent(&sub_view(view, 0..batch, 0..tokens));
             reach * view.dtype().size() as u64 + 512
@@ -48,10 +40,15 @@ pub(crate) fn stage(
     batch: Range<usize>,
     tokens: Range<usize>,
 ) -> Result<Input> {
-    let [all_rows, all_tokens, heads, channels] = view.shape();
+    let [_, _, heads, channels] = view.shape();
     let limit = ctx.caps().max_storage_binding;
     let size = view.dtype().size();
     let too_large = |value| Error::Limit { op, what: "bytes of one input binding", value, limit };
+    #[cfg(feature = "cuda")]
+    if let Storage::Cuda(_) = view.storage() {
+        let (got, expected) = ("CUDA memory", "this wgpu device");
+        return Err(Error::WrongDevice { op, tensor: "input", got, expected });
+    }
     if let Storage::Buffer { buffer, offset } = view.storage() {
         if !buffer.usage().contains(wgpu::BufferUsages::STORAGE) {
             return Err(Error::Unsupported { op, why: "input buffers must have STORAGE usage".into() });
@@ -78,37 +75,8 @@ pub(crate) fn stage(
     if bytes > limit {
         return Err(too_large(bytes));
     }
-    let whole = batch == (0..all_rows) && tokens == (0..all_tokens) && view.is_contiguous();
-    let usage = wgpu::BufferUsages::STORAGE;
-    let upload = |data: &[u8]| ctx.buffer_with(op, "input", data, usage);
-    fn pack<T: bytemuck::NoUninit>(
-        data: &[T],
-        view: &TensorView<'_>,
-        batch: Range<usize>,
-        tokens: Range<usize>,
-    ) -> Vec<u8> {
-        let [_, _, heads, channels] = view.shape();
-        let mut packed = Vec::with_capacity(batch.len() * tokens.len() * heads * channels * size_of::<T>());
-        for b in batch {
-            for t in tokens.clone() {
-                for h in 0..heads {
-                    let at = view.row_offset(b, t, h);
-                    packed.extend_from_slice(bytemuck::cast_slice(&data[at..at + channels]));
-                }
-            }
-        }
-        packed
-    }
-    let length = view.extent() as usize;
-    let buffer = match view.storage() {
-        Storage::F32(data) if whole => upload(bytemuck::cast_slice(&data[..length]))?,
-        Storage::F16(data) if whole => upload(bytemuck::cast_slice(&data[..length]))?,
-        Storage::Bf16(data) if whole => upload(bytemuck::cast_slice(&data[..length]))?,
-        Storage::F32(data) => upload(&pack(data, view, batch, tokens.clone()))?,
-        Storage::F16(data) => upload(&pack(data, view, batch, tokens.clone()))?,
-        Storage::Bf16(data) => upload(&pack(data, view, batch, tokens.clone()))?,
-        Storage::Buffer { .. } => return Err(too_large(bytes)),
-    };
+    let data = view.host_bytes(batch, tokens.clone()).ok_or_else(|| too_large(bytes))?;
+    let buffer = ctx.buffer_with(op, "input", &data, wgpu::BufferUsages::STORAGE)?;
     let token = heads * channels;
     let strides =
         Strides { offset: 0, batch: (tokens.len() * token) as u32, token: token as u32, head: channels as u32 };

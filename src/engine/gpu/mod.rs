@@ -20,14 +20,11 @@ mod tests;
 pub(crate) use assemble::Assembler;
 pub(crate) use caps::{is_software, requirements};
 pub(crate) use context::{Context, Setup};
-pub(crate) use input::{Input, Strides, stage, staged_bytes};
+pub(crate) use input::{Input, stage, staged_bytes};
 pub(crate) use open::{adapters_best_first, open};
 pub(crate) use passes::{Bind, GridParams, Passes, Ready, Stage};
 pub(crate) use pipeline::{Binding, KernelKey, KernelSource, Pipeline};
 pub(crate) use scratch::Scratch;
 pub use timing::Timer;
 
-/// Locks a mutex; a panic of another holder leaves nothing half-written in this engine, so its mark is ignored.
-fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
+pub(crate) use super::Strides;

@@ -2,9 +2,9 @@
 
 use super::caps::Caps;
 use super::context::{Context, scoped};
-use super::lock;
+use crate::engine::lock;
+use crate::engine::seal::{sealed, unsealed};
 use crate::error::{Error, Result};
-use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex};
@@ -103,7 +103,7 @@ impl Pipelines {
     }
 
     pub fn cache_data(&self) -> Option<Vec<u8>> {
-        self.cache.as_ref()?.get_data().map(sealed)
+        self.cache.as_ref()?.get_data().map(|data| sealed(&data))
     }
 
     fn compile(&self, ctx: &Context, op: &'static str, label: String, source: &KernelSource) -> Result<Pipeline> {
@@ -231,17 +231,4 @@ fn layout_entry(binding: u32, what: Binding) -> wgpu::BindGroupLayoutEntry {
         },
         count: None,
     }
-}
-
-/// Puts a checksum before pipeline-cache data: drivers trust such data, and files get torn.
-fn sealed(data: Vec<u8>) -> Vec<u8> {
-    let mut out = Sha256::digest(&data).to_vec();
-    out.extend_from_slice(&data);
-    out
-}
-
-/// The data behind its checksum; `None` where they do not agree.
-fn unsealed(sealed: &[u8]) -> Option<&[u8]> {
-    let (sum, data) = sealed.split_at_checked(32)?;
-    (sum == Sha256::digest(data).as_slice()).then_some(data)
 }

@@ -1,6 +1,7 @@
 //! Reading buffers back, without ever waiting on a device that is gone.
 
-use super::context::{Context, Lost};
+use super::context::Context;
+use crate::engine::lost::Lost;
 use crate::error::{Error, Result};
 use futures::channel::oneshot;
 use std::sync::Arc;
@@ -121,8 +122,8 @@ fn finish(
 
 #[cfg(not(target_arch = "wasm32"))]
 mod poller {
-    use super::super::lock;
     use super::{Lost, PATIENCE};
+    use crate::engine::lock;
     use futures::channel::oneshot;
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::sync::{Arc, Mutex, mpsc};

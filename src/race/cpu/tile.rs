@@ -3,7 +3,7 @@
 use crate::engine::cpu::memory::zeros;
 use crate::engine::cpu::simd::{Element, Kernel, Lanes, Level, ROW, prefetch_far};
 use crate::error::Result;
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
 use crate::tensor::convert::on_gpu;
 use crate::tensor::{DType, Storage, Tensor, TensorView};
 use half::slice::HalfFloatSliceExt;
@@ -25,8 +25,8 @@ pub(super) struct Source<'a> {
 }
 
 impl<'a> Source<'a> {
-    // Without the GPU path no view can be elsewhere, and nothing needs a name.
-    #[cfg_attr(not(feature = "wgpu"), allow(unused_variables, clippy::unnecessary_wraps))]
+    // Without a GPU path no view can be elsewhere, and nothing needs a name.
+    #[cfg_attr(not(any(feature = "wgpu", feature = "cuda")), allow(unused_variables, clippy::unnecessary_wraps))]
     pub fn new(op: &'static str, tensor: &'static str, view: TensorView<'a>) -> Result<Self> {
         let slice = match view.storage() {
             Storage::F32(s) => Slice::F32(s),
@@ -34,6 +34,8 @@ impl<'a> Source<'a> {
             Storage::Bf16(s) => Slice::Bf16(s),
             #[cfg(feature = "wgpu")]
             Storage::Buffer { .. } => return Err(on_gpu(op, tensor)),
+            #[cfg(feature = "cuda")]
+            Storage::Cuda(_) => return Err(on_gpu(op, tensor)),
         };
         Ok(Self { slice, view })
     }

@@ -166,7 +166,7 @@ impl RaceExecutor for GpuRace {
     }
 
     fn finish_sums(&self, op: &'static str, sums: ParameterSums) -> Result<(Tensor, Tensor)> {
-        self.total(op, &sums.gpu(op)?)
+        self.total(op, sums.gpu(op)?)
     }
 
     fn export(&self, op: &'static str, state: &StateStorage) -> Result<StateData> {

@@ -1,0 +1,262 @@
+//! Device memory that frees itself.
+//!
+//! All of it comes from a pool of the context's own, in the order of its stream: memory that is dropped is free for
+//! what is submitted later, whatever still runs, and neither taking nor giving it back waits for the device. While a
+//! graph is captured, memory is taken on a second stream that is no part of the capture, so that the graph holds no
+//! allocations and the memory is there before its first replay; it stays until the graph is gone.
+
+use super::context::Context;
+use crate::engine::lock;
+use crate::error::{Error, Result};
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys::{self, CUdeviceptr, CUresult};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+/// Sizes are multiples of it, so that kernels may read whole vectors at the end.
+const GRAIN: u64 = 256;
+/// The pool keeps free memory up to this part of the device's.
+const KEPT_PART: u64 = 16;
+
+/// Where a context's memory comes from.
+#[derive(Debug)]
+pub(super) struct Pool {
+    pool: sys::CUmemoryPool,
+    /// The stream of allocations during captures.
+    aside: sys::CUstream,
+    /// Memory that graphs of the host may refer to: kept until the context ends.
+    retired: Mutex<Vec<CUdeviceptr>>,
+    /// Memory dropped during a capture: freed after it.
+    deferred: Mutex<Vec<CUdeviceptr>>,
+}
+
+// SAFETY: pools and streams are handles that the driver lets any thread use.
+unsafe impl Send for Pool {}
+// SAFETY: as above.
+unsafe impl Sync for Pool {}
+
+impl Pool {
+    /// Of a device with `memory` bytes, whose context is current.
+    pub fn new(ordinal: usize, memory: u64) -> Result<Self, DriverError> {
+        // SAFETY: a struct of numbers and a pointer that may be null; zero is "none" in each of its enums.
+        let mut props: sys::CUmemPoolProps = unsafe { std::mem::zeroed() };
+        props.allocType = sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED;
+        props.location.type_ = sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE;
+        // The number follows the type in every version of the struct, as a field or as part of a union.
+        let place = (&raw mut props.location).cast::<i32>();
+        // SAFETY: the location is two integers.
+        unsafe { place.add(1).write(ordinal as i32) };
+        // SAFETY: the properties are set; the driver copies them.
+        let pool = unsafe { result::mem_pool::create(&raw const props) }?;
+        let mut kept = memory / KEPT_PART;
+        let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        // SAFETY: the pool was made above, and the attribute is a 64-bit number.
+        unsafe { result::mem_pool::set_attribute(pool, threshold, (&raw mut kept).cast()) }?;
+        let aside = result::stream::create(result::stream::StreamKind::NonBlocking)?;
+        Ok(Self { pool, aside, retired: Mutex::default(), deferred: Mutex::default() })
+    }
+
+    /// Gives everything back; the context is current and its work done.
+    pub fn close(&self) {
+        for pointer in lock(&self.retired).drain(..).chain(lock(&self.deferred).drain(..)) {
+            // SAFETY: memory of this pool, and no work is under way.
+            let _ = unsafe { result::free_async(pointer, self.aside) };
+        }
+        // SAFETY: nothing is taken from either any more; the pool itself goes once its last memory is back.
+        let _ = unsafe { result::stream::destroy(self.aside) };
+        // SAFETY: as above.
+        let _ = unsafe { result::mem_pool::destroy(self.pool) };
+    }
+}
+
+#[derive(Debug)]
+struct Memory {
+    ctx: Arc<Context>,
+    pointer: CUdeviceptr,
+    bytes: u64,
+    /// Whether a graph of the host refers to it.
+    captured: AtomicBool,
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if self.pointer == 0 {
+            return;
+        }
+        if self.captured.load(Ordering::Relaxed) {
+            lock(&self.ctx.pool.retired).push(self.pointer);
+            return;
+        }
+        if !self.ctx.bind_quietly() {
+            return;
+        }
+        // A free that is captured would be part of the graph, and one on another stream might overtake work.
+        if self.ctx.is_capturing() {
+            lock(&self.ctx.pool.deferred).push(self.pointer);
+            return;
+        }
+        // SAFETY: allocated once, freed here, after all submitted work that uses it, in the stream's order.
+        let freed = unsafe { result::free_async(self.pointer, self.ctx.cu_stream()) };
+        if let Err(error) = freed {
+            tracing::debug!(error = super::driver::words(error), "device memory is not freed");
+        }
+    }
+}
+
+/// Device memory, shared by those who need it to stay.
+#[derive(Clone, Debug)]
+pub(crate) struct Buffer(Arc<Memory>);
+
+impl Buffer {
+    pub fn pointer(&self) -> CUdeviceptr {
+        self.0.pointer
+    }
+
+    /// Bytes asked for.
+    pub fn size(&self) -> u64 {
+        self.0.bytes
+    }
+
+    pub fn context(&self) -> &Arc<Context> {
+        &self.0.ctx
+    }
+
+    /// Keeps the memory for graphs that this crate does not know.
+    pub(super) fn retire(&self) {
+        self.0.captured.store(true, Ordering::Relaxed);
+    }
+
+    /// The bare memory, which the caller frees; `None` where others hold it too.
+    pub fn into_pointer(self) -> Option<(CUdeviceptr, u64)> {
+        let mut memory = Arc::into_inner(self.0)?;
+        if memory.captured.load(Ordering::Relaxed) {
+            return None;
+        }
+        let pointer = std::mem::take(&mut memory.pointer);
+        Some((pointer, memory.bytes))
+    }
+
+    /// Takes over memory that was allocated in the context's order.
+    ///
+    /// # Safety
+    /// `pointer` is `bytes` of memory of `ctx`'s context that `cuMemFreeAsync` frees, and nobody else does.
+    pub unsafe fn from_pointer(ctx: &Arc<Context>, pointer: CUdeviceptr, bytes: u64) -> Self {
+        Self(Arc::new(Memory { ctx: ctx.clone(), pointer, bytes, captured: AtomicBool::new(false) }))
+    }
+}
+
+impl Context {
+    /// Device memory that holds anything.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], [`Error::DeviceLost`].
+    pub fn uninit(self: &Arc<Self>, op: &'static str, bytes: u64) -> Result<Buffer> {
+        self.bind(op)?;
+        let refused = || Error::OutOfMemory { op, bytes };
+        let size = bytes.max(1).checked_next_multiple_of(GRAIN).ok_or_else(refused)?;
+        let size = usize::try_from(size).map_err(|_| refused())?;
+        let pointer = match self.take(size) {
+            Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) if !self.is_capturing() => {
+                // What the pool keeps may be in pieces; what is done by now may come back.
+                self.settle(op)?;
+                // SAFETY: the pool lives as long as `self`.
+                let _ = unsafe { result::mem_pool::trim_to(self.pool.pool, 0) };
+                self.take(size)
+            }
+            other => other,
+        };
+        match pointer {
+            // SAFETY: taken a line above, from the pool that `cuMemFreeAsync` gives it back to.
+            Ok(pointer) => Ok(unsafe { Buffer::from_pointer(self, pointer, bytes) }),
+            Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => Err(refused()),
+            Err(error) => Err(self.error(op, error)),
+        }
+    }
+
+    fn take(&self, size: usize) -> Result<CUdeviceptr, DriverError> {
+        let pool = &self.pool;
+        if !self.is_capturing() {
+            for pointer in lock(&pool.deferred).drain(..) {
+                // SAFETY: dropped during a capture that has ended; nothing submitted later uses it.
+                let _ = unsafe { result::free_async(pointer, self.cu_stream()) };
+            }
+            // SAFETY: pool and stream live as long as `self`; the memory is given out as holding anything.
+            return unsafe { result::mem_pool::alloc_async(pool.pool, size, self.cu_stream()) };
+        }
+        self.outside_capture(|| {
+            // SAFETY: as above.
+            let pointer = unsafe { result::mem_pool::alloc_async(pool.pool, size, pool.aside) }?;
+            // SAFETY: as above. After it the memory is there for every stream.
+            unsafe { result::stream::synchronize(pool.aside) }?;
+            Ok(pointer)
+        })
+    }
+
+    /// Device memory of zeros.
+    ///
+    /// # Errors
+    /// As [`Context::uninit`].
+    pub fn buffer(self: &Arc<Self>, op: &'static str, bytes: u64) -> Result<Buffer> {
+        let buffer = self.uninit(op, bytes)?;
+        self.clear(op, &buffer)?;
+        Ok(buffer)
+    }
+
+    /// Fills with zeros.
+    pub fn clear(&self, op: &'static str, buffer: &Buffer) -> Result<()> {
+        self.bind(op)?;
+        self.pin(buffer);
+        // SAFETY: inside the buffer, whose memory is freed only after this, in the stream's order.
+        let cleared = unsafe { result::memset_d8_async(buffer.pointer(), 0, buffer.size() as usize, self.cu_stream()) };
+        self.check(op, cleared)
+    }
+
+    /// Device memory that holds `data`.
+    ///
+    /// # Errors
+    /// As [`Context::uninit`]; [`Error::Unsupported`] while a graph is captured.
+    pub fn buffer_with(self: &Arc<Self>, op: &'static str, data: &[u8]) -> Result<Buffer> {
+        let buffer = self.uninit(op, data.len() as u64)?;
+        self.write(op, &buffer, 0, data)?;
+        Ok(buffer)
+    }
+
+    /// Writes `data` at `offset`, in the stream's order; `data` may be dropped at once.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] beyond the buffer's end, [`Error::Unsupported`] while a graph is captured: a replay would read
+    /// host memory that is gone.
+    pub fn write(&self, op: &'static str, buffer: &Buffer, offset: u64, data: &[u8]) -> Result<()> {
+        self.bind(op)?;
+        let end = offset.saturating_add(data.len() as u64);
+        if end > buffer.size() {
+            return Err(Error::Limit { op, what: "end of the write in bytes", value: end, limit: buffer.size() });
+        }
+        if data.is_empty() {
+            return Ok(());
+        }
+        self.refuse_capture(op, "host memory cannot be read (give device memory)")?;
+        // SAFETY: inside the buffer; from pageable memory the driver has read everything when the call returns.
+        let copied = unsafe { result::memcpy_htod_async(buffer.pointer() + offset, data, self.cu_stream()) };
+        self.check(op, copied)
+    }
+
+    /// Copies between buffers, in the stream's order; within one buffer the ranges must not meet.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] beyond either buffer's end.
+    pub fn copy(&self, op: &'static str, from: (&Buffer, u64), to: (&Buffer, u64), bytes: u64) -> Result<()> {
+        self.bind(op)?;
+        for (buffer, offset) in [from, to] {
+            let end = offset.saturating_add(bytes);
+            if end > buffer.size() {
+                return Err(Error::Limit { op, what: "end of the copy in bytes", value: end, limit: buffer.size() });
+            }
+            self.pin(buffer);
+        }
+        let (source, target) = (from.0.pointer() + from.1, to.0.pointer() + to.1);
+        // SAFETY: inside both buffers, whose memory is freed only after this, in the stream's order.
+        let copied = unsafe { result::memcpy_dtod_async(target, source, bytes as usize, self.cu_stream()) };
+        self.check(op, copied)
+    }
+}
