@@ -47,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) any_step(const Step p, const
     __shared__ u32 turn;
     int block = blockIdx.x % CHANNEL_BLOCKS, unit = blockIdx.x / CHANNEL_BLOCKS, head = unit % p.kv_heads, b = unit / p.kv_heads;
     int lane = threadIdx.x & 31, row8 = threadIdx.x >> 5, channel = block * CHANNELS + lane;
-    bool inside = channel < VALUE_DIM, live = lengths[b] > 0;
+    bool inside = channel < VALUE_DIM, live = !lengths || lengths[b] > 0;
     float beta = heads[head].x;
     double value = inside && live ? (double)load<IN_TYPE>(v, b * p.v_batch + head * p.v_head + channel) : 0.0;
 
