@@ -22,6 +22,15 @@
 #ifndef GRADIENT_TYPE
 #define GRADIENT_TYPE 0
 #endif
+#ifndef STAGES
+#define STAGES 2
+#endif
+#ifndef BACKWARD_BLOCKS
+#define BACKWARD_BLOCKS 1
+#endif
+#ifndef FORWARD_STAGES
+#define FORWARD_STAGES 2
+#endif
 #ifndef FORWARD_BLOCKS
 #define FORWARD_BLOCKS 1
 #endif

@@ -3,13 +3,16 @@
 // (sequence, span, kv head).
 #include "hash.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_key(const Walk p, const void *all_q, const void *all_k, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_after, const float2 *all_readings, void *all_dk, void *all_dv, float *all_shares) {
+// Channels of dv at a time: fewer registers, where nothing is kept from one head of the group to the next.
+constexpr int WIDTH = GROUP == 1 && VALUE_DIM > 64 ? 64 : VALUE_DIM;
+
+extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_backward_key(const Walk p, const void *all_q, const void *all_k, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_after, const float2 *all_readings, void *all_dk, void *all_dv, float *all_shares) {
     SHARED_BYTES;
     Carve carve = {shared_bytes};
     u16 *q_tile = carve.take<u16>(ROWS * (HEAD_DIM + 8) * 2);
-    u16 *k_tiles = carve.take<u16>(2 * ROWS * (HEAD_DIM + 8) * 2);
-    u16 *v_tiles = carve.take<u16>(2 * ROWS * (VALUE_DIM + 8) * 2);
-    u16 *g_tiles = carve.take<u16>(2 * ROWS * (VALUE_DIM + 8) * 2);
+    u16 *k_tiles = carve.take<u16>(STAGES * ROWS * (HEAD_DIM + 8) * 2);
+    u16 *v_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
+    u16 *g_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
     Planes planes = {carve.take<u16>(Planes::bytes)};
     // Of queries over their D.
     Weights queries = {carve.take<u16>(Weights::bytes)};
@@ -17,8 +20,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_key(const
     Entry entry = {carve.take<u16>(Entry::bytes)};
     Corners corners = {carve.take<u16>(Corners::bytes)};
     HashGradient du = {carve.take<u16>(HashGradient::bytes)};
-    float2 *q_odds = carve.take<float2>(ROWS * BITS * 8);
-    float2 *k_odds = carve.take<float2>(ROWS * BITS * 8);
+    float *q_logits = carve.take<float>(ROWS * BITS * 4);
+    float *k_logits = carve.take<float>(ROWS * BITS * 4);
     float *masses = carve.take<float>(BUCKETS_UP * 4);
     float *later = carve.take<float>(VALUE_DIM * 4);
     float *inverses = carve.take<float>(ROWS * 4);
@@ -50,8 +53,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_key(const
     fetch<VALUE_DIM>(g_tiles, g + tile * ROWS * p.g_token, p.g_token, count - tile * ROWS);
     load_planes(planes, all_planes + head * p.planes_stride);
     load_corners(corners);
-    clear_weights(queries);
-    clear_weights(keys);
+    clear_tile(queries);
+    clear_tile(du);
+    clear_tile(keys);
     Carried<4> carried;
     carried.place();
     if (role == 0) carried.read(matrix);
@@ -62,26 +66,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_key(const
     for (int j = 0; j < BITS_UP / 8; j++) of_beta[j][0] = of_beta[j][1] = 0.0f;
     if (threadIdx.x < VALUE_DIM) later[threadIdx.x] = centre != 0.0f ? matrix[BUCKETS * COLUMNS + threadIdx.x] : 0.0f;
 
+    // What the stage's number changes by.
+    constexpr int OTHER = STAGES - 1;
     int step = 0, turn = 0;
-    for (; tile >= 0; tile--, turn ^= 1) {
+    for (; tile >= 0; tile--, turn ^= OTHER) {
         int here = count - tile * ROWS;
-        Keys queries_in = {q_tile}, keys_in = {k_tiles + (turn) * ROWS * (HEAD_DIM + 8)};
-        Values values = {v_tiles + (turn) * ROWS * (VALUE_DIM + 8)};
+        Keys queries_in = {q_tile}, keys_in = {k_tiles + turn * ROWS * (HEAD_DIM + 8)};
+        Values values = {v_tiles + turn * ROWS * (VALUE_DIM + 8)};
         float t[BITS_UP / 8][4];
-        float dalpha[BUCKETS_UP / 8][4], dvalue[VALUE_DIM / 8][4];
+        float dalpha[BUCKETS_UP / 8][4], dvalue[WIDTH / 8][4];
         float added = 0.0f;
-        for (int in_group = 0; in_group < GROUP; in_group++, step ^= 1) {
-            Values gradients = {g_tiles + (step) * ROWS * (VALUE_DIM + 8)};
+        for (int in_group = 0; in_group < GROUP; in_group++, step ^= OTHER) {
+            Values gradients = {g_tiles + step * ROWS * (VALUE_DIM + 8)};
             copies_done();
             barrier();
             if (role == 0) {
                 float u[BITS_UP / 8][4];
                 project(u, queries_in, planes, row0);
-                store_odds(q_odds, u, row0, beta);
+                store_logits(q_logits, u, row0, beta);
                 if (in_group == 0) carried.show(entry, masses);
             } else if (in_group == 0) {
                 project(t, keys_in, planes, row0);
-                store_odds(k_odds, t, row0, beta);
+                store_logits(k_logits, t, row0, beta);
             }
             if (threadIdx.x < ROWS) {
                 int row = threadIdx.x;
@@ -93,74 +99,77 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_key(const
             barrier();
             bool same = in_group + 1 < GROUP;
             int next = same ? tile : tile - 1, next_head = same ? in_group + 1 : 0;
-            if (next >= 0) {
-                i64 at = next * ROWS;
-                fetch<HEAD_DIM>(q_tile, q + next_head * p.q_head + at * p.q_token, p.q_token, count - (int)at);
-                fetch<VALUE_DIM>(g_tiles + (step ^ 1) * ROWS * (VALUE_DIM + 8), g + next_head * p.g_head + at * p.g_token, p.g_token, count - (int)at);
+            i64 at = next * ROWS;
+            auto fetch_late = [&] {
+                fetch<VALUE_DIM>(g_tiles + (step ^ OTHER) * ROWS * (VALUE_DIM + 8), g + next_head * p.g_head + at * p.g_token, p.g_token, count - (int)at);
                 if (!same) {
-                    fetch<HEAD_DIM>(k_tiles + (turn ^ 1) * ROWS * (HEAD_DIM + 8), k + at * p.k_token, p.k_token, count - (int)at);
-                    fetch<VALUE_DIM>(v_tiles + (turn ^ 1) * ROWS * (VALUE_DIM + 8), v + at * p.v_token, p.v_token, count - (int)at);
+                    fetch<HEAD_DIM>(k_tiles + (turn ^ OTHER) * ROWS * (HEAD_DIM + 8), k + at * p.k_token, p.k_token, count - (int)at);
+                    fetch<VALUE_DIM>(v_tiles + (turn ^ OTHER) * ROWS * (VALUE_DIM + 8), v + at * p.v_token, p.v_token, count - (int)at);
                 }
+            };
+            if (next >= 0) {
+                fetch<HEAD_DIM>(q_tile, q + next_head * p.q_head + at * p.q_token, p.q_token, count - (int)at);
+                if (STAGES > 1) fetch_late();
             }
-            store_weights(queries, q_odds, threadIdx.x, THREADS, here, centre, inverses);
-            if (in_group == 0) store_weights(keys, k_odds, threadIdx.x, THREADS, here, centre, nullptr);
+            store_weights(queries, q_logits, here, centre, inverses);
+            if (in_group == 0) store_weights(keys, k_logits, here, centre, nullptr);
             barrier();
             if (role == 0) {
                 Left<TERMS> alpha[BUCKETS_UP / 16];
 #pragma unroll
                 for (int s = 0; s < BUCKETS_UP; s += 16) alpha[s / 16] = left(keys, row0, s);
-                if (in_group == 0) {
-                    clear(dvalue);
+#pragma unroll 1
+                for (int channel = 0; channel < VALUE_DIM; channel += WIDTH) {
+                    if (in_group == 0) {
+                        clear(dvalue);
 #pragma unroll
-                    for (int s = 0; s < BUCKETS_UP; s += 16) {
+                        for (int s = 0; s < BUCKETS_UP; s += 16) {
 #pragma unroll
-                        for (int c = 0; c < VALUE_DIM; c += 16) multiply(dvalue[c / 8], dvalue[c / 8 + 1], alpha[s / 16], right_turned(entry, s, c));
-                    }
-                }
-                for (int other = row0; other < ROWS; other += 16) {
-                    float product[2][4];
-                    clear(product);
-#pragma unroll
-                    for (int s = 0; s < BUCKETS_UP; s += 16) multiply(product[0], product[1], alpha[s / 16], right(queries, other, s));
-                    bool diagonal = other == row0;
-                    float all[2][4];
-#pragma unroll
-                    for (int j = 0; j < 2; j++) {
-#pragma unroll
-                        for (int i = 0; i < 4; i++) {
-                            int column = j * 8 + (lane & 3) * 2 + (i & 1), row = (lane >> 2) + (i >> 1) * 8;
-                            bool sees = !diagonal || column >= row;
-                            if (!sees) product[j][i] = 0.0f;
-                            all[j][i] = sees ? centre * BUCKETS * inverses[other + column] : 0.0f;
+                            for (int c = 0; c < WIDTH; c += 16) multiply(dvalue[c / 8], dvalue[c / 8 + 1], alpha[s / 16], right_turned(entry, s, channel + c));
                         }
                     }
-                    auto a = as_left<TERMS>(product[0], product[1]);
-                    auto of_all = as_left<PLANE_TERMS>(all[0], all[1]);
+                    for (int other = row0; other < ROWS; other += 16) {
+                        float product[2][4];
+                        clear(product);
 #pragma unroll
-                    for (int c = 0; c < VALUE_DIM; c += 16) {
-                        auto x = right_turned(gradients, other, c);
-                        multiply(dvalue[c / 8], dvalue[c / 8 + 1], a, x);
-                        if (centre != 0.0f) multiply(dvalue[c / 8], dvalue[c / 8 + 1], of_all, x);
+                        for (int s = 0; s < BUCKETS_UP; s += 16) multiply(product[0], product[1], alpha[s / 16], right(queries, other, s));
+                        bool diagonal = other == row0;
+                        float all[2][4];
+#pragma unroll
+                        for (int j = 0; j < 2; j++) {
+#pragma unroll
+                            for (int i = 0; i < 4; i++) {
+                                int column = j * 8 + (lane & 3) * 2 + (i & 1), row = (lane >> 2) + (i >> 1) * 8;
+                                bool sees = !diagonal || column >= row;
+                                if (!sees) product[j][i] = 0.0f;
+                                all[j][i] = sees ? centre * BUCKETS * inverses[other + column] : 0.0f;
+                            }
+                        }
+                        auto a = as_left<TERMS>(product[0], product[1]);
+                        auto of_all = as_left<PLANE_TERMS>(all[0], all[1]);
+#pragma unroll
+                        for (int c = 0; c < WIDTH; c += 16) {
+                            auto x = right_turned(gradients, other, channel + c);
+                            multiply(dvalue[c / 8], dvalue[c / 8 + 1], a, x);
+                            if (centre != 0.0f) multiply(dvalue[c / 8], dvalue[c / 8 + 1], of_all, x);
+                        }
+                    }
+                    if (in_group + 1 == GROUP) {
+#pragma unroll
+                        for (int j = 0; j < WIDTH / 8; j++) {
+#pragma unroll
+                            for (int i = 0; i < 4; i++) {
+                                if (row0 + (lane >> 2) + (i >> 1) * 8 < here) dvalue[j][i] += later[channel + j * 8 + (lane & 3) * 2 + (i & 1)];
+                            }
+                        }
+                        store_tile<GRADIENT_TYPE, WIDTH / 8>(dv + tile * ROWS * dv_token, dv_token, dvalue, row0, channel, rows - tile * ROWS);
                     }
                 }
                 carried.add_scaled(queries, gradients, factors);
                 if (centre != 0.0f && threadIdx.x < VALUE_DIM) {
                     for (int r = 0; r < ROWS; r++) added += inverses[r] * input_at(gradients.at, VALUE_DIM + 8, r, threadIdx.x);
                 }
-                if (in_group + 1 == GROUP) {
-#pragma unroll
-                    for (int j = 0; j < VALUE_DIM / 8; j++) {
-#pragma unroll
-                        for (int i = 0; i < 4; i++) {
-                            if (row0 + (lane >> 2) + (i >> 1) * 8 < here) dvalue[j][i] += later[j * 8 + (lane & 3) * 2 + (i & 1)];
-                        }
-                    }
-                    store_tile<GRADIENT_TYPE, VALUE_DIM / 8>(dv + tile * ROWS * dv_token, dv_token, dvalue, row0, 0, rows - tile * ROWS);
-                }
             } else {
-                Left<Values::terms> value[VALUE_DIM / 16];
-#pragma unroll
-                for (int c = 0; c < VALUE_DIM; c += 16) value[c / 16] = left(values, row0, c);
                 if (in_group == 0) {
 #pragma unroll
                     for (int j = 0; j < BUCKETS_UP / 8; j++) {
@@ -169,8 +178,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_key(const
                     }
 #pragma unroll
                     for (int c = 0; c < VALUE_DIM; c += 16) {
+                        auto value = left(values, row0, c);
 #pragma unroll
-                        for (int s = 0; s < BUCKETS_UP; s += 16) multiply(dalpha[s / 8], dalpha[s / 8 + 1], value[c / 16], right(entry, s, c));
+                        for (int s = 0; s < BUCKETS_UP; s += 16) multiply(dalpha[s / 8], dalpha[s / 8 + 1], value, right(entry, s, c));
                     }
                 }
                 for (int other = row0; other < ROWS; other += 16) {
@@ -181,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_key(const
                         for (int i = 0; i < 4; i++) z[j][i] = factors[other + j * 8 + (lane & 3) * 2 + (i & 1)];
                     }
 #pragma unroll
-                    for (int c = 0; c < VALUE_DIM; c += 16) multiply(z[0], z[1], value[c / 16], right(gradients, other, c));
+                    for (int c = 0; c < VALUE_DIM; c += 16) multiply(z[0], z[1], left(values, row0, c), right(gradients, other, c));
                     if (other == row0) {
 #pragma unroll
                         for (int j = 0; j < 2; j++) {
@@ -210,11 +220,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_key(const
                     through_hash(dalpha, t, corners, du, of_beta, row0, beta);
                 }
             }
+            if (same && STAGES == 1) {
+                barrier();
+                fetch_late();
+            }
+            if (!same) {
+                barrier();
+                plane_sums.add(du, keys_in);
+                store_hash_inputs(dk + tile * ROWS * dk_token, dk_token, du, planes, row0, rows - tile * ROWS, role);
+                if (next >= 0 && STAGES == 1) {
+                    barrier();
+                    fetch_late();
+                }
+            }
         }
-        barrier();
         if (centre != 0.0f && threadIdx.x < VALUE_DIM) later[threadIdx.x] += centre * BUCKETS * added;
-        plane_sums.add(du, keys_in);
-        store_hash_inputs(dk + tile * ROWS * dk_token, dk_token, du, planes, row0, rows - tile * ROWS, role);
     }
     float *share = all_shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1);
     plane_sums.write(share);

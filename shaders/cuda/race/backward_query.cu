@@ -6,21 +6,21 @@
 // dα = (values − G·o·masses) / D.
 #include "hash.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_query(const Walk p, const void *all_q, const void *all_k, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_matrices, void *all_dq, float *all_of_queries, float2 *all_readings, float *all_shares) {
+extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_backward_query(const Walk p, const void *all_q, const void *all_k, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_matrices, void *all_dq, float *all_of_queries, float2 *all_readings, float *all_shares) {
     SHARED_BYTES;
     Carve carve = {shared_bytes};
-    u16 *q_tiles = carve.take<u16>(2 * ROWS * (HEAD_DIM + 8) * 2);
+    u16 *q_tiles = carve.take<u16>(STAGES * ROWS * (HEAD_DIM + 8) * 2);
     u16 *k_tile = carve.take<u16>(ROWS * (HEAD_DIM + 8) * 2);
-    u16 *v_tiles = carve.take<u16>(2 * ROWS * (VALUE_DIM + 8) * 2);
-    u16 *g_tiles = carve.take<u16>(2 * ROWS * (VALUE_DIM + 8) * 2);
+    u16 *v_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
+    u16 *g_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
     Planes planes = {carve.take<u16>(Planes::bytes)};
     Weights queries = {carve.take<u16>(Weights::bytes)};
     Weights keys = {carve.take<u16>(Weights::bytes)};
     Entry entry = {carve.take<u16>(Entry::bytes)};
     Corners corners = {carve.take<u16>(Corners::bytes)};
     HashGradient du = {carve.take<u16>(HashGradient::bytes)};
-    float2 *q_odds = carve.take<float2>(ROWS * BITS * 8);
-    float2 *k_odds = carve.take<float2>(ROWS * BITS * 8);
+    float *q_logits = carve.take<float>(ROWS * BITS * 4);
+    float *k_logits = carve.take<float>(ROWS * BITS * 4);
     float *masses = carve.take<float>(BUCKETS_UP * 4);
     float *means = carve.take<float>(VALUE_DIM * 4);
     float *gains = carve.take<float>(ROWS * 4);
@@ -52,8 +52,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_query(con
     fetch<VALUE_DIM>(g_tiles, g, p.g_token, count);
     load_planes(planes, all_planes + head * p.planes_stride);
     load_corners(corners);
-    clear_weights(queries);
-    clear_weights(keys);
+    clear_tile(queries);
+    clear_tile(du);
+    clear_tile(keys);
     // The first four warps carry the sums of keys, all of them those of queries.
     Carried<4> carried;
     carried.place();
@@ -73,11 +74,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_query(con
         int here = count - tile * ROWS;
         copies_done();
         barrier();
-        Keys queries_in = {q_tiles + (tile & 1) * ROWS * (HEAD_DIM + 8)}, keys_in = {k_tile};
-        Values values = {v_tiles + (tile & 1) * ROWS * (VALUE_DIM + 8)}, gradients = {g_tiles + (tile & 1) * ROWS * (VALUE_DIM + 8)};
+        Keys queries_in = {q_tiles + tile % STAGES * ROWS * (HEAD_DIM + 8)}, keys_in = {k_tile};
+        Values values = {v_tiles + tile % STAGES * ROWS * (VALUE_DIM + 8)}, gradients = {g_tiles + tile % STAGES * ROWS * (VALUE_DIM + 8)};
         float t[BITS_UP / 8][4];
         project(t, role == 1 ? queries_in : keys_in, planes, row0);
-        store_odds(role == 1 ? q_odds : k_odds, t, row0, beta);
+        store_logits(role == 1 ? q_logits : k_logits, t, row0, beta);
         if (role == 0) carried.show(entry, masses);
         if (centre != 0.0f) {
             int row = threadIdx.x >> 2;
@@ -87,15 +88,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_query(con
             if ((threadIdx.x & 3) == 0) gains[row] = sum;
         }
         barrier();
-        if ((tile + 1) * ROWS < rows) {
-            i64 next = (tile + 1) * ROWS;
-            fetch<HEAD_DIM>(q_tiles + ((tile + 1) & 1) * ROWS * (HEAD_DIM + 8), q + next * p.q_token, p.q_token, here - ROWS);
-            fetch<HEAD_DIM>(k_tile, k + next * p.k_token, p.k_token, here - ROWS);
-            fetch<VALUE_DIM>(v_tiles + ((tile + 1) & 1) * ROWS * (VALUE_DIM + 8), v + next * p.v_token, p.v_token, here - ROWS);
-            fetch<VALUE_DIM>(g_tiles + ((tile + 1) & 1) * ROWS * (VALUE_DIM + 8), g + next * p.g_token, p.g_token, here - ROWS);
+        bool more = (tile + 1) * ROWS < rows;
+        i64 next = (tile + 1) * ROWS;
+        if (more) fetch<HEAD_DIM>(k_tile, k + next * p.k_token, p.k_token, here - ROWS);
+        if (more && STAGES > 1) {
+            int stage = (tile + 1) % STAGES;
+            fetch<HEAD_DIM>(q_tiles + stage * ROWS * (HEAD_DIM + 8), q + next * p.q_token, p.q_token, here - ROWS);
+            fetch<VALUE_DIM>(v_tiles + stage * ROWS * (VALUE_DIM + 8), v + next * p.v_token, p.v_token, here - ROWS);
+            fetch<VALUE_DIM>(g_tiles + stage * ROWS * (VALUE_DIM + 8), g + next * p.g_token, p.g_token, here - ROWS);
         }
-        store_weights(queries, q_odds, threadIdx.x, THREADS, here, centre, nullptr);
-        store_weights(keys, k_odds, threadIdx.x, THREADS, here, centre, nullptr);
+        store_weights(queries, q_logits, here, centre, nullptr);
+        store_weights(keys, k_logits, here, centre, nullptr);
         barrier();
 
         float of_mean = 0.0f;
@@ -193,6 +196,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) race_backward_query(con
         of_queries.add_scaled(queries, gradients, factors);
         plane_sums.add(du, queries_in);
         store_hash_inputs(dq + tile * ROWS * dq_token, dq_token, du, planes, row0, rows - tile * ROWS, role);
+        if (more && STAGES == 1) {
+            barrier();
+            fetch<HEAD_DIM>(q_tiles, q + next * p.q_token, p.q_token, here - ROWS);
+            fetch<VALUE_DIM>(v_tiles, v + next * p.v_token, p.v_token, here - ROWS);
+            fetch<VALUE_DIM>(g_tiles, g + next * p.g_token, p.g_token, here - ROWS);
+        }
     }
     float *out = all_of_queries + ((i64)(b * p.q_heads + q_head) * p.spans + span) * MATRIX;
     of_queries.write(out);

@@ -3,21 +3,21 @@
 // o = (Ψ·M + tril(Ψ·αᵀ + c·S)·V + c·S·m) / D over the sums M before the tile, and the tile's own keys.
 #include "hash.cuh"
 
-constexpr int FORWARD_SHARED = 2 * ROWS * (HEAD_DIM + 8) * 2 + 2 * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes + 2 * Weights::bytes +
-                               Entry::bytes + 2 * ROWS * BITS * 8 + BUCKETS_UP * 4 + VALUE_DIM * 4 + ROWS * 4 + 1536;
+constexpr int FORWARD_SHARED = 2 * ROWS * (HEAD_DIM + 8) * 2 + FORWARD_STAGES * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes + 2 * Weights::bytes +
+                               Entry::bytes + 2 * ROWS * BITS * 4 + BUCKETS_UP * 4 + VALUE_DIM * 4 + ROWS * 4 + 1024;
 
 extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forward(const Walk p, const void *all_q, const void *all_k, const void *all_v, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_matrices, void *all_o) {
     SHARED_BYTES;
     Carve carve = {shared_bytes};
     u16 *q_tile = carve.take<u16>(ROWS * (HEAD_DIM + 8) * 2);
     u16 *k_tile = carve.take<u16>(ROWS * (HEAD_DIM + 8) * 2);
-    u16 *v_tiles = carve.take<u16>(2 * ROWS * (VALUE_DIM + 8) * 2);
+    u16 *v_tiles = carve.take<u16>(FORWARD_STAGES * ROWS * (VALUE_DIM + 8) * 2);
     Planes planes = {carve.take<u16>(Planes::bytes)};
     Weights queries = {carve.take<u16>(Weights::bytes)};
     Weights keys = {carve.take<u16>(Weights::bytes)};
     Entry entry = {carve.take<u16>(Entry::bytes)};
-    float2 *q_odds = carve.take<float2>(ROWS * BITS * 8);
-    float2 *k_odds = carve.take<float2>(ROWS * BITS * 8);
+    float *q_logits = carve.take<float>(ROWS * BITS * 4);
+    float *k_logits = carve.take<float>(ROWS * BITS * 4);
     float *masses = carve.take<float>(BUCKETS_UP * 4);
     float *means = carve.take<float>(VALUE_DIM * 4);
     float *divisors = carve.take<float>(ROWS * 4);
@@ -43,8 +43,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
     fetch<HEAD_DIM>(k_tile, k, p.k_token, count);
     fetch<VALUE_DIM>(v_tiles, v, p.v_token, count);
     load_planes(planes, all_planes + head * p.planes_stride);
-    clear_weights(queries);
-    clear_weights(keys);
+    clear_tile(queries);
+    clear_tile(keys);
     Carried<8> carried;
     carried.place();
     carried.read(matrix);
@@ -56,21 +56,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
         copies_done();
         barrier();
         Keys queries_in = {q_tile}, keys_in = {k_tile};
-        Values values = {v_tiles + (tile & 1) * ROWS * (VALUE_DIM + 8)};
+        Values values = {v_tiles + tile % FORWARD_STAGES * ROWS * (VALUE_DIM + 8)};
         {
             float t[BITS_UP / 8][4];
             project(t, role == 0 ? queries_in : keys_in, planes, row0);
-            store_odds(role == 0 ? q_odds : k_odds, t, row0, beta);
+            store_logits(role == 0 ? q_logits : k_logits, t, row0, beta);
         }
         carried.show(entry, masses);
         barrier();
         if ((tile + 1) * ROWS < rows) {
             fetch<HEAD_DIM>(q_tile, q + (tile + 1) * ROWS * p.q_token, p.q_token, here - ROWS);
             fetch<HEAD_DIM>(k_tile, k + (tile + 1) * ROWS * p.k_token, p.k_token, here - ROWS);
-            fetch<VALUE_DIM>(v_tiles + ((tile + 1) & 1) * ROWS * (VALUE_DIM + 8), v + (tile + 1) * ROWS * p.v_token, p.v_token, here - ROWS);
+            if (FORWARD_STAGES > 1) fetch<VALUE_DIM>(v_tiles + (tile + 1) % FORWARD_STAGES * ROWS * (VALUE_DIM + 8), v + (tile + 1) * ROWS * p.v_token, p.v_token, here - ROWS);
         }
-        store_weights(queries, q_odds, threadIdx.x, THREADS, here, centre, nullptr);
-        store_weights(keys, k_odds, threadIdx.x, THREADS, here, centre, nullptr);
+        store_weights(queries, q_logits, here, centre, nullptr);
+        store_weights(keys, k_logits, here, centre, nullptr);
         barrier();
 
         Left<TERMS> psi[BUCKETS_UP / 16];
@@ -147,6 +147,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
             }
             barrier();
             if (threadIdx.x < VALUE_DIM) means[threadIdx.x] += sum;
+        }
+        if ((tile + 1) * ROWS < rows && FORWARD_STAGES == 1) {
+            barrier();
+            fetch<VALUE_DIM>(v_tiles, v + (tile + 1) * ROWS * p.v_token, p.v_token, here - ROWS);
         }
     }
 }

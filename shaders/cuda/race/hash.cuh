@@ -7,6 +7,8 @@ typedef Input<HEAD_DIM + 8> Keys;
 typedef Input<VALUE_DIM + 8> Values;
 typedef Parts<BUCKETS_UP + 8, ROWS, TERMS> Weights;
 typedef Parts<HEAD_DIM + 8, BITS_UP, PLANE_TERMS> Planes;
+// Tiles of eight bits.
+constexpr int BIT_TILES = (BITS + 7) / 8;
 typedef Parts<VALUE_DIM + 8, BUCKETS_UP, TERMS> Entry;
 
 __device__ __forceinline__ void load_planes(const Planes &to, const float *planes) {
@@ -21,7 +23,7 @@ __device__ __forceinline__ void load_planes(const Planes &to, const float *plane
 __device__ __forceinline__ float bounded_tanh(float x) {
     float size = fabsf(x);
     float e = exp2_fast(-2.885390082f * size);
-    float large = (1.0f - e) / (1.0f + e);
+    float large = quotient(1.0f - e, 1.0f + e);
     float square = x * x;
     float small = size * (1.0f - square * (0.333333333f - square * (0.133333333f - square * (0.053968254f - square * 0.021869489f))));
     return copysignf(size < 0.3f ? small : large, x);
@@ -37,65 +39,70 @@ __device__ __forceinline__ void project(float (&t)[BITS_UP / 8][4], const Keys &
         for (int n = 0; n < BITS_UP; n += 16) multiply(t[n / 8], t[n / 8 + 1], a, right(planes, n, c));
     }
 #pragma unroll
-    for (int j = 0; j < BITS_UP / 8; j++) {
+    for (int j = 0; j < BIT_TILES; j++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) t[j][i] = bounded_tanh(t[j][i]);
     }
 }
 
-// Twice (σ(−2βt), σ(2βt)) of each bit, as `[row, bits]`.
-__device__ __forceinline__ void store_odds(float2 *odds, const float (&t)[BITS_UP / 8][4], int row, float beta) {
+// 2βt of each bit, as `[row, bits]`.
+__device__ __forceinline__ void store_logits(float *logits, const float (&t)[BITS_UP / 8][4], int row, float beta) {
     u32 lane = threadIdx.x & 31;
+    float *to = logits + (row + (lane >> 2)) * BITS + (lane & 3) * 2;
 #pragma unroll
-    for (int j = 0; j < BITS_UP / 8; j++) {
+    for (int j = 0; j < BIT_TILES; j++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            int bit = j * 8 + (lane & 3) * 2 + (i & 1);
-            float z = 2.0f * beta * t[j][i];
-            float e = exp2_fast(-1.442695041f * fabsf(z));
-            float large = 2.0f / (1.0f + e), small = e * large;
-            float2 pair = {z > 0.0f ? small : large, z > 0.0f ? large : small};
-            if (bit < BITS) odds[(row + (lane >> 2) + (i >> 1) * 8) * BITS + bit] = pair;
+            bool real = BITS % 8 == 0 || j * 8 + (lane & 3) * 2 + (i & 1) < BITS;
+            if (real) to[(i >> 1) * 8 * BITS + j * 8 + (i & 1)] = 2.0f * beta * t[j][i];
         }
     }
 }
 
 // α of one table of one row; nothing where the row is padding.
-__device__ __forceinline__ void expand(float (&weights)[RADIX], const float2 *odds, int row, int table, float centre, bool real) {
+__device__ __forceinline__ void expand(float (&weights)[RADIX], const float *logits, float centre, bool real) {
     weights[0] = 1.0f;
 #pragma unroll
     for (int plane = 0; plane < PLANES; plane++) {
-        float2 pair = odds[row * BITS + table * PLANES + plane];
+        // Twice σ(−z) and σ(z), both to their own relative precision.
+        float z = logits[plane], e = exp2_fast(-1.442695041f * fabsf(z));
+        float large = quotient(2.0f, 1.0f + e), small = e * large;
+        float of_zero = z > 0.0f ? small : large, of_one = z > 0.0f ? large : small;
 #pragma unroll
         for (int i = RADIX / 2 - 1; i >= 0; i--) {
             if (i >= 1 << plane) continue;
-            weights[2 * i + 1] = weights[i] * pair.y;
-            weights[2 * i] = weights[i] * pair.x;
+            weights[2 * i + 1] = weights[i] * of_one;
+            weights[2 * i] = weights[i] * of_zero;
         }
     }
 #pragma unroll
     for (int r = 0; r < RADIX; r++) weights[r] = real ? weights[r] - centre : 0.0f;
 }
 
-// Weights of a tile, times `factors` of its rows where there are.
-__device__ __forceinline__ void store_weights(const Weights &to, const float2 *odds, int first_item, int step, int count, float centre,
-                                              const float *factors) {
-    for (int i = first_item; i < ROWS * TABLES; i += step) {
-        int row = i / TABLES, table = i % TABLES;
+// Weights of a tile, times `factors` of its rows where there are: each thread makes whole tables of one row.
+__device__ __forceinline__ void store_weights(const Weights &to, const float *logits, int count, float centre, const float *factors) {
+#pragma unroll
+    for (int i = threadIdx.x; i < ROWS * TABLES; i += THREADS) {
+        int row = i % ROWS, table = i / ROWS;
         float weights[RADIX];
-        expand(weights, odds, row, table, centre, row < count);
+        expand(weights, logits + row * BITS + table * PLANES, centre, row < count);
         if (factors) {
 #pragma unroll
             for (int r = 0; r < RADIX; r++) weights[r] *= factors[row];
         }
+        if constexpr (RADIX >= 8) {
 #pragma unroll
-        for (int r = 0; r < RADIX; r += 2) to.set(row, table * RADIX + r, weights[r], weights[r + 1]);
+            for (int r = 0; r < RADIX; r += 8) to.set_eight(row, table * RADIX + r, weights + r);
+        } else {
+#pragma unroll
+            for (int r = 0; r < RADIX; r += 2) to.set(row, table * RADIX + r, weights[r], weights[r + 1]);
+        }
     }
 }
 
-// Buckets past the last are never written again.
-__device__ __forceinline__ void clear_weights(const Weights &x) {
-    for (int i = threadIdx.x; i < Weights::bytes / 4; i += THREADS) ((u32 *)x.at)[i] = 0;
+// Columns past the last bucket or bit are never written again.
+template <class X> __device__ __forceinline__ void clear_tile(const X &x) {
+    for (int i = threadIdx.x; i < X::bytes / 4; i += THREADS) ((u32 *)x.at)[i] = 0;
 }
 
 // The matrix that a block carries, [S + 1, Dv + 1]: each of its first WARPS warps has sixteen buckets of some channels,
@@ -249,7 +256,7 @@ __device__ __forceinline__ void through_hash(const float (&w)[BUCKETS_UP / 8][4]
     }
     u32 lane = threadIdx.x & 31;
 #pragma unroll
-    for (int j = 0; j < BITS_UP / 8; j++) {
+    for (int j = 0; j < BIT_TILES; j++) {
         float d[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -268,19 +275,25 @@ typedef float Gradient;
 typedef u16 Gradient;
 #endif
 
+__device__ __forceinline__ float2 make_pair(float x, float y) {
+    float2 pair = {x, y};
+    return pair;
+}
+
 // Results of sixteen rows and eight columns; rows past `rows` do not exist.
 template <int TYPE> __device__ __forceinline__ void store_run(void *to, i64 row_step, const float (&x)[4], int row, int column, int rows) {
     u32 lane = threadIdx.x & 31;
+    int r = row + (lane >> 2);
+    i64 at = r * row_step + column + (lane & 3) * 2;
 #pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        int r = row + (lane >> 2) + i * 4;
-        if (r >= rows) continue;
-        i64 at = r * row_step + column + (lane & 3) * 2;
+    for (int i = 0; i < 2; i++) {
+        if (r + i * 8 >= rows) continue;
+        i64 here = at + i * 8 * row_step;
         if (TYPE == F32) {
-            float2 pair = {x[i], x[i + 1]};
-            *(float2 *)((float *)to + at) = pair;
+            float2 pair = {x[2 * i], x[2 * i + 1]};
+            *(float2 *)((float *)to + here) = pair;
         } else {
-            *(u32 *)((u16 *)to + at) = TYPE == BF16 ? bf16_pair(x[i], x[i + 1]) : f16_pair(x[i], x[i + 1]);
+            *(u32 *)((u16 *)to + here) = TYPE == BF16 ? bf16_pair(x[2 * i], x[2 * i + 1]) : f16_pair(x[2 * i], x[2 * i + 1]);
         }
     }
 }
@@ -288,12 +301,25 @@ template <int TYPE> __device__ __forceinline__ void store_run(void *to, i64 row_
 // Results of sixteen rows and N times eight columns. Of 16-bit results four lanes trade four runs, so that each stores
 // sixteen bytes.
 template <int TYPE, int N> __device__ __forceinline__ void store_tile(void *to, i64 row_step, const float (&x)[N][4], int row, int column, int rows) {
-    if (TYPE == F32 || N % 4 != 0) {
+    u32 lane = threadIdx.x & 31;
+    if (TYPE == F32) {
+        float *at = (float *)to + (row + (lane >> 2)) * row_step + column + (lane & 3) * 2, *below = at + 8 * row_step;
+        bool first = row + (int)(lane >> 2) < rows, second = row + (int)(lane >> 2) + 8 < rows;
+        if (first) {
+#pragma unroll
+            for (int j = 0; j < N; j++) *(float2 *)(at + j * 8) = make_pair(x[j][0], x[j][1]);
+        }
+        if (second) {
+#pragma unroll
+            for (int j = 0; j < N; j++) *(float2 *)(below + j * 8) = make_pair(x[j][2], x[j][3]);
+        }
+        return;
+    }
+    if (N % 4 != 0) {
 #pragma unroll
         for (int j = 0; j < N; j++) store_run<TYPE>(to, row_step, x[j], row, column + j * 8, rows);
         return;
     }
-    u32 lane = threadIdx.x & 31;
     bool odd = lane & 1, upper = lane & 2;
 #pragma unroll
     for (int j = 0; j + 3 < N; j += 4) {
@@ -418,6 +444,6 @@ __device__ __forceinline__ Left<1> seen(float value, bool diagonal) {
 }
 
 // Shared memory of both backward kernels.
-constexpr int BACKWARD_SHARED = 3 * ROWS * (HEAD_DIM + 8) * 2 + 4 * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes + 2 * Weights::bytes +
-                                Entry::bytes + Corners::bytes + HashGradient::bytes + 2 * ROWS * BITS * 8 + BUCKETS_UP * 4 +
-                                VALUE_DIM * 4 + 3 * ROWS * 4 + 4 * BITS_UP * 4 + 2560;
+constexpr int BACKWARD_SHARED = (2 + (STAGES > 1)) * ROWS * (HEAD_DIM + 8) * 2 + 2 * STAGES * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes +
+                                2 * Weights::bytes + Entry::bytes + Corners::bytes + HashGradient::bytes + 2 * ROWS * BITS * 4 +
+                                BUCKETS_UP * 4 + VALUE_DIM * 4 + 3 * ROWS * 4 + 4 * BITS_UP * 4 + 2048;

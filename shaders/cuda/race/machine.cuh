@@ -80,6 +80,8 @@ __device__ __forceinline__ u32 count_up(u32 *counter) {
     __threadfence();
     return atomicAdd(counter, 1u);
 }
+// x / y to two units in the last place, for y below 2^126.
+__device__ __forceinline__ float quotient(float x, float y) { return __fdividef(x, y); }
 __device__ __forceinline__ u32 bits_of(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float float_of(u32 x) { return __uint_as_float(x); }
 #endif

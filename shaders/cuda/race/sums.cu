@@ -1,7 +1,7 @@
 // [α, 1]ᵀ[v, 1] over the keys of each span: one block per (sequence, span, kv head).
 #include "hash.cuh"
 
-constexpr int SUMS_SHARED = 2 * ROWS * (HEAD_DIM + 8) * 2 + 2 * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes + Weights::bytes + ROWS * BITS * 8 + 1024;
+constexpr int SUMS_SHARED = 2 * ROWS * (HEAD_DIM + 8) * 2 + 2 * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes + Weights::bytes + ROWS * BITS * 4 + 1024;
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) race_sums(const Walk p, const void *all_k, const void *all_v, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, float *all_matrices) {
     SHARED_BYTES;
@@ -10,7 +10,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) race_sums(const Walk p,
     u16 *v_tiles = carve.take<u16>(2 * ROWS * (VALUE_DIM + 8) * 2);
     Planes planes = {carve.take<u16>(Planes::bytes)};
     Weights weights = {carve.take<u16>(Weights::bytes)};
-    float2 *odds = carve.take<float2>(ROWS * BITS * 8);
+    float *logits = carve.take<float>(ROWS * BITS * 4);
 
     int head = blockIdx.x % p.kv_heads, span = blockIdx.x / p.kv_heads % p.spans, b = blockIdx.x / (p.kv_heads * p.spans);
     int first = span * p.span;
@@ -24,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) race_sums(const Walk p,
     fetch<HEAD_DIM>(k_tiles, k, p.k_token, count);
     fetch<VALUE_DIM>(v_tiles, v, p.v_token, count);
     load_planes(planes, all_planes + head * p.planes_stride);
-    clear_weights(weights);
+    clear_tile(weights);
     Carried<8> carried;
     carried.place();
     float row = 0.0f;
@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) race_sums(const Walk p,
         if (warp < 4) {
             float t[BITS_UP / 8][4];
             project(t, keys, planes, warp * 16);
-            store_odds(odds, t, warp * 16, beta);
+            store_logits(logits, t, warp * 16, beta);
         } else if (centre != 0.0f) {
             for (int c = threadIdx.x - 128; c < VALUE_DIM; c += 128) {
                 float sum = 0.0f;
@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) race_sums(const Walk p,
             }
         }
         barrier();
-        store_weights(weights, odds, threadIdx.x, THREADS, left_over, centre, nullptr);
+        store_weights(weights, logits, left_over, centre, nullptr);
         barrier();
         carried.add(weights, values);
     }

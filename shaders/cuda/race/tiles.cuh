@@ -75,6 +75,21 @@ template <int PITCH, int ROWS_OF, int T> struct Parts {
 #pragma unroll
         for (int t = 0; t < T; t++) *(u32 *)(at + t * PITCH * ROWS_OF + r * PITCH + c) = p[t];
     }
+    // Eight numbers, whose column is a multiple of eight.
+    __device__ __forceinline__ void set_eight(int r, int c, const float *x) const {
+        u32 w[4][T];
+#pragma unroll
+        for (int i = 0; i < 4; i++) split(w[i], x[2 * i], x[2 * i + 1]);
+#pragma unroll
+        for (int t = 0; t < T; t++) {
+            uint4 all;
+            all.x = w[0][t];
+            all.y = w[1][t];
+            all.z = w[2][t];
+            all.w = w[3][t];
+            *(uint4 *)(at + t * PITCH * ROWS_OF + r * PITCH + c) = all;
+        }
+    }
     __device__ __forceinline__ float2 get(int r, int c) const {
         float2 sum = {0.0f, 0.0f};
 #pragma unroll
@@ -168,14 +183,27 @@ __device__ __forceinline__ float row_sum(float x) {
     return x + from_lane(x, 2);
 }
 
-// Rows `first` to `first + 63` of an input with `width` channels; rows past `count` are zero.
+// Rows of an input with WIDTH channels; rows from `count` on are zero.
 template <int WIDTH> __device__ __forceinline__ void fetch(u16 *to, const void *from, i64 row_step, int count) {
     constexpr int pieces = WIDTH / 8;
+    if constexpr (THREADS % pieces == 0) {
+        // Each thread takes the same sixteen bytes of every STEPth row.
+        constexpr int step = THREADS / pieces;
+        int r = threadIdx.x / pieces, c = threadIdx.x % pieces * 8;
+        const u16 *source = (const u16 *)from + r * row_step + c;
+        to += r * (WIDTH + 8) + c;
+        row_step *= step;
 #pragma unroll
-    for (int i = threadIdx.x; i < ROWS * pieces; i += THREADS) {
-        int r = i / pieces, c = i % pieces * 8;
-        const u16 *source = (const u16 *)from + (r < count ? r * row_step + c : 0);
-        copy_16(to + r * (WIDTH + 8) + c, source, r < count ? 16u : 0u);
+        for (int i = 0; i < ROWS; i += step) {
+            bool real = r + i < count;
+            copy_16(to + i * (WIDTH + 8), real ? source : (const u16 *)from, real ? 16u : 0u);
+            source += row_step;
+        }
+    } else {
+        for (int i = threadIdx.x; i < ROWS * pieces; i += THREADS) {
+            int r = i / pieces, c = i % pieces * 8;
+            copy_16(to + r * (WIDTH + 8) + c, (const u16 *)from + (r < count ? r * row_step + c : 0), r < count ? 16u : 0u);
+        }
     }
 }
 
