@@ -1,5 +1,6 @@
 //! The kernels: a typed key each, from which alone its source is made.
 
+use super::shared;
 use crate::engine::cuda::{KernelKey, KernelSource, Stage};
 use crate::race::plan::Geometry;
 use crate::tensor::DType;
@@ -101,14 +102,24 @@ impl Kernel {
         };
         let flag = |name, on: bool| if on { vec![(name, "1".to_string())] } else { Vec::new() };
         let mut defines = match self {
-            Self::Sums { terms } | Self::BackwardQuery { terms } | Self::BackwardKey { terms } => {
-                vec![("TERMS", terms.to_string())]
+            Self::Sums { terms } => vec![("TERMS", terms.to_string())],
+            Self::BackwardQuery { terms } | Self::BackwardKey { terms } => {
+                let fit = shared::backward(g, terms);
+                vec![
+                    ("TERMS", terms.to_string()),
+                    ("BACKWARD_BLOCKS", fit.blocks.to_string()),
+                    ("STAGES", fit.stages.to_string()),
+                ]
             }
-            Self::Forward { terms, output } => vec![
-                ("TERMS", terms.to_string()),
-                ("OUT_TYPE", code(output)),
-                ("FORWARD_BLOCKS", super::shared::forward_blocks(g, terms).to_string()),
-            ],
+            Self::Forward { terms, output } => {
+                let fit = shared::forward(g, terms);
+                vec![
+                    ("TERMS", terms.to_string()),
+                    ("OUT_TYPE", code(output)),
+                    ("FORWARD_BLOCKS", fit.blocks.to_string()),
+                    ("FORWARD_STAGES", fit.stages.to_string()),
+                ]
+            }
             Self::Scan { reverse } => flag("REVERSED", reverse),
             Self::ReadWeights { read } | Self::Query { read } => flag("READ", read),
             Self::Output { output, read } => [vec![("OUT_TYPE", code(output))], flag("READ", read)].concat(),

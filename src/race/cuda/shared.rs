@@ -14,7 +14,7 @@ struct Parts {
     entry: usize,
     corners: usize,
     hash_gradient: usize,
-    odds: usize,
+    logits: usize,
     buckets_up: usize,
     bits_up: usize,
 }
@@ -31,7 +31,7 @@ fn parts(g: &Geometry, terms: usize) -> Parts {
         entry: (g.value_dim + 8) * buckets_up * terms * 2,
         corners: (buckets_up + 8) * bits_up * 2 * 2,
         hash_gradient: (bits_up + 8) * ROWS * plane_terms * 2,
-        odds: ROWS * g.bits() * 8,
+        logits: ROWS * g.bits() * 4,
         buckets_up,
         bits_up,
     }
@@ -40,25 +40,44 @@ fn parts(g: &Geometry, terms: usize) -> Parts {
 /// Of the kernel that sums keys.
 pub(super) fn sums(g: &Geometry, terms: usize) -> usize {
     let p = parts(g, terms);
-    2 * p.keys + 2 * p.values + p.planes + p.weights + p.odds + 1024
+    2 * p.keys + 2 * p.values + p.planes + p.weights + p.logits + 1024
+}
+
+/// How many blocks a multiprocessor is to take, and tiles of an input that a block keeps at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Fit {
+    pub blocks: usize,
+    pub stages: usize,
+    /// Shared memory of a block.
+    pub bytes: usize,
+}
+
+/// Shared memory of each of two blocks of a multiprocessor with 228 KB.
+const HALF: usize = (227 << 10) / 2 - 1024;
+
+/// Two blocks where they have room, with one tile of each input; else one with two.
+fn fit(bytes: impl Fn(usize) -> usize) -> Fit {
+    if bytes(1) <= HALF {
+        return Fit { blocks: 2, stages: 1, bytes: bytes(1) };
+    }
+    Fit { blocks: 1, stages: 2, bytes: bytes(2) }
 }
 
 /// Of the forward kernel.
-pub(super) fn forward(g: &Geometry, terms: usize) -> usize {
+pub(super) fn forward(g: &Geometry, terms: usize) -> Fit {
     let p = parts(g, terms);
-    let tiles = 2 * p.keys + 2 * p.values + p.planes + 2 * p.weights + p.entry + 2 * p.odds;
-    tiles + p.buckets_up * 4 + g.value_dim * 4 + ROWS * 4 + 1536
-}
-
-/// Blocks of the forward kernel that a multiprocessor with 228 KB takes.
-pub(super) fn forward_blocks(g: &Geometry, terms: usize) -> usize {
-    if forward(g, terms) <= 113 << 10 { 2 } else { 1 }
+    fit(|stages| {
+        let tiles = 2 * p.keys + stages * p.values + p.planes + 2 * p.weights + p.entry + 2 * p.logits;
+        tiles + p.buckets_up * 4 + g.value_dim * 4 + ROWS * 4 + 1024
+    })
 }
 
 /// Of both backward kernels.
-pub(super) fn backward(g: &Geometry, terms: usize) -> usize {
+pub(super) fn backward(g: &Geometry, terms: usize) -> Fit {
     let p = parts(g, terms);
-    let tiles =
-        3 * p.keys + 4 * p.values + p.planes + 2 * p.weights + p.entry + p.corners + p.hash_gradient + 2 * p.odds;
-    tiles + p.buckets_up * 4 + g.value_dim * 4 + 3 * ROWS * 4 + 4 * p.bits_up * 4 + 2560
+    fit(|stages| {
+        let tiles = (1 + stages) * p.keys + 2 * stages * p.values + p.planes + 2 * p.weights + p.entry;
+        let small = p.corners + p.hash_gradient + 2 * p.logits + p.buckets_up * 4 + g.value_dim * 4;
+        tiles + small + 3 * ROWS * 4 + 4 * p.bits_up * 4 + 2048
+    })
 }

@@ -88,7 +88,7 @@ impl CudaRace {
         }
         let most = self.ctx.caps().shared_memory as usize;
         let room = |terms: usize| {
-            let bytes = if backward { shared::backward(g, terms) } else { shared::forward(g, terms) };
+            let bytes = if backward { shared::backward(g, terms).bytes } else { shared::forward(g, terms).bytes };
             bytes.max(shared::sums(g, terms)) <= most
         };
         let least = if g.dtype == DType::F16 { 2 } else { 1 };
@@ -220,7 +220,7 @@ impl CudaRace {
                 Bind::from(&matrices),
                 Bind::from(&buffer),
             ];
-            let grid = Self::walk_grid(&walk, walk.q_heads, shared::forward(&g, terms));
+            let grid = Self::walk_grid(&walk, walk.q_heads, shared::forward(&g, terms).bytes);
             passes.dispatch(self.key(Kernel::Forward { terms, output: call.output }), walk, grid, binds)?;
             let shape = vec![call.batch(), call.tokens, g.num_q_heads, g.value_dim];
             o = Some(Tensor::cuda(call.output, shape, buffer));
@@ -273,7 +273,7 @@ impl CudaRace {
             binds.extend(with.into_iter().take(6));
             binds
         };
-        let bytes = shared::backward(&g, terms);
+        let bytes = shared::backward(&g, terms).bytes;
 
         let mut binds = inputs([&matrices, &dq, &of_queries, &readings, &shares, &shares].map(Bind::from));
         binds.truncate(12);
