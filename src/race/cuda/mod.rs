@@ -1,40 +1,214 @@
 //! The CUDA executor.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `walk` | passes on the tensor cores, for the shapes and types that they take |
+//! | `any` | passes for every other |
+//! | `step` | one token of each sequence |
+//! | `state` | states and sums, in doubles |
+//! | `kernels`, `params`, `shared` | the kernels, and what they are given |
 
-use crate::engine::cuda::{Buffer, Context};
-use crate::error::{Error, Result};
-use crate::race::config::{Parameters, RaceConfig, RaceShape};
-use crate::race::executor::RaceExecutor;
+mod any;
+mod kernels;
+mod params;
+mod shared;
+mod state;
+mod step;
+mod walk;
+
+#[cfg(test)]
+mod tests;
+
+pub(crate) use state::{CudaParameterSums, CudaState};
+#[cfg(test)]
+pub(crate) use tests::test_keys;
+
+use crate::engine::cuda::{Buffer, Context, KernelKey, Scratch};
+use crate::engine::{Recording, WarmUp};
+use crate::error::Result;
+use crate::race::config::{Normalization, Parameters, RaceConfig, RaceShape};
+use crate::race::executor::{Call, InputGradients, Inputs, ParameterSums, Pass, RaceExecutor, StateData, StateStorage};
+use crate::race::plan::{Geometry, centre};
+use crate::tensor::{DType, Tensor};
+use kernels::{Kernel, Key};
 use std::sync::Arc;
 
-/// A state on a CUDA device.
-#[derive(Debug)]
-pub(crate) struct CudaState {
-    pub buffer: Buffer,
+/// Scratch memory that calls share.
+#[derive(Default)]
+struct Workspace {
+    /// Sums of spans or chunks; what queries give to their gradients.
+    matrices: Scratch,
+    of_queries: Scratch,
+    readings: Scratch,
+    /// Shares of the parameters' gradients.
+    shares: Scratch,
+    /// Of passes for any shape.
+    any: [Scratch; 12],
+    /// Zeros, which steps count in.
+    counters: Option<Buffer>,
 }
-
-impl CudaState {
-    pub fn bytes(&self) -> u64 {
-        self.buffer.size()
-    }
-}
-
-/// Sums of parameters' gradients on a CUDA device.
-#[derive(Debug)]
-pub(crate) struct CudaParameterSums;
 
 /// The CUDA executor.
-pub(crate) struct CudaRace;
+pub(crate) struct CudaRace {
+    ctx: Arc<Context>,
+    geometry: Geometry,
+    /// Hyperplanes, `[sets, ensembles * tables * planes, head_dim]`.
+    planes: Buffer,
+    /// Elements from one head's hyperplanes to the next's; 0 where they share one set.
+    planes_stride: u64,
+    /// β and the centring constant of each kv head.
+    heads: Buffer,
+    /// Values of β: one, or one per kv head.
+    betas: usize,
+    causal: bool,
+    /// Factor of a bucket normalisation's sum, of one ensemble.
+    weight: f32,
+    workspace: Workspace,
+}
 
 impl CudaRace {
-    #[allow(clippy::new_ret_no_self, reason = "it is to come")]
-    pub fn new(_: Arc<Context>, _: &RaceConfig, _: &RaceShape, _: &Parameters) -> Result<Box<dyn RaceExecutor>> {
-        let why = "RACE on CUDA is not there yet; take the GPU through Vulkan (the feature `wgpu`)".into();
-        Err(Error::Unsupported { op: "new", why })
+    #[allow(clippy::new_ret_no_self, reason = "what a device makes of a configuration is an executor")]
+    pub fn new(
+        ctx: Arc<Context>,
+        config: &RaceConfig,
+        shape: &RaceShape,
+        parameters: &Parameters,
+    ) -> Result<Box<dyn RaceExecutor>> {
+        let op = "new";
+        ctx.check_alive(op)?;
+        let geometry = Geometry::new(config, shape);
+        let buckets = geometry.buckets() as f32;
+        let weight = match config.normalization {
+            Normalization::Ratio => 1.0,
+            Normalization::BucketMean => 1.0 / buckets,
+            Normalization::BucketSum => config.tables as f32 / buckets,
+        };
+        let (planes, planes_stride) = upload(&ctx, op, parameters)?;
+        let heads = heads(&ctx, op, &geometry, parameters)?;
+        let (betas, causal, workspace) = (parameters.beta.values().len(), config.causal, Workspace::default());
+        Ok(Box::new(Self { ctx, geometry, planes, planes_stride, heads, betas, causal, weight, workspace }))
+    }
+
+    fn key(&self, kernel: Kernel) -> Key {
+        Key { kernel, geometry: self.geometry }
     }
 }
 
-/// Every kernel of this room, for the table of resources.
-#[cfg(test)]
-pub(crate) fn test_keys() -> Vec<Box<dyn crate::engine::cuda::KernelKey>> {
-    Vec::new()
+fn upload(ctx: &Arc<Context>, op: &'static str, parameters: &Parameters) -> Result<(Buffer, u64)> {
+    let planes = &parameters.planes;
+    let buffer = ctx.buffer_with(op, bytemuck::cast_slice(&planes.rows))?;
+    let stride = if planes.sets == 1 { 0 } else { (planes.bits * planes.head_dim) as u64 };
+    Ok((buffer, stride))
+}
+
+fn heads(ctx: &Arc<Context>, op: &'static str, geometry: &Geometry, parameters: &Parameters) -> Result<Buffer> {
+    let betas = (0..geometry.num_kv_heads).map(|head| parameters.beta.of_head(head));
+    let heads: Vec<[f32; 2]> = betas.map(|beta| [beta, centre(beta, geometry.planes)]).collect();
+    ctx.buffer_with(op, bytemuck::cast_slice(&heads))
+}
+
+impl RaceExecutor for CudaRace {
+    /// Into memory of their own: graphs captured before keep the old ones.
+    fn set_parameters(&mut self, parameters: &Parameters) -> Result<()> {
+        let op = "set_parameters";
+        let (planes, stride) = upload(&self.ctx, op, parameters)?;
+        self.heads = heads(&self.ctx, op, &self.geometry, parameters)?;
+        (self.planes, self.planes_stride) = (planes, stride);
+        self.betas = parameters.beta.values().len();
+        Ok(())
+    }
+
+    fn new_state(&self, op: &'static str, batch: usize) -> Result<StateStorage> {
+        Ok(StateStorage::Cuda(self.zero_state(op, batch)?))
+    }
+
+    fn fork(&self, op: &'static str, state: &StateStorage) -> Result<StateStorage> {
+        Ok(StateStorage::Cuda(self.copy_state(op, state.cuda(op)?)?))
+    }
+
+    fn new_sums(&self, op: &'static str) -> Result<ParameterSums> {
+        Ok(ParameterSums::Cuda(self.zero_sums(op)?))
+    }
+
+    fn forward(
+        &mut self,
+        rec: Recording<'_>,
+        call: &Call,
+        inputs: &Inputs<'_>,
+        state: &mut StateStorage,
+    ) -> Result<Option<Tensor>> {
+        let op = call.op;
+        self.ctx.check_alive(op)?;
+        rec.only_run(op)?;
+        let state = self.own_state(op, state.cuda_mut(op)?)?;
+        if call.pass == Pass::Causal && call.tokens == 1 {
+            return self.step(call, inputs, state).map(Some);
+        }
+        if let Some(terms) = self.walks(call, inputs, false) {
+            let staged = self.staged(call, inputs, false)?;
+            if self.walkable(&staged) {
+                return self.walk_forward(call, &staged, state, terms);
+            }
+        }
+        self.any_forward(call, inputs, state)
+    }
+
+    fn backward(
+        &mut self,
+        call: &Call,
+        inputs: &Inputs<'_>,
+        state: &StateStorage,
+        grad_state: &mut StateStorage,
+        sums: &mut ParameterSums,
+    ) -> Result<InputGradients> {
+        let op = call.op;
+        self.ctx.check_alive(op)?;
+        let state = self.own_state(op, state.cuda(op)?)?;
+        let gradient = self.own_state(op, grad_state.cuda_mut(op)?)?;
+        let sums = &*sums.cuda_mut(op)?;
+        self.own_sums(op, sums)?;
+        if let Some(terms) = self.walks(call, inputs, true) {
+            let staged = self.staged(call, inputs, true)?;
+            if self.walkable(&staged) {
+                return self.walk_backward(call, &staged, state, gradient, sums, terms);
+            }
+        }
+        self.any_backward(call, inputs, state, gradient, sums)
+    }
+
+    fn finish_sums(&self, op: &'static str, sums: ParameterSums) -> Result<(Tensor, Tensor)> {
+        self.total(op, sums.cuda(op)?)
+    }
+
+    fn export(&self, op: &'static str, state: &StateStorage) -> Result<StateData> {
+        self.export_state(op, state.cuda(op)?)
+    }
+
+    fn import(&self, op: &'static str, data: &StateData) -> Result<StateStorage> {
+        self.import_state(op, data)
+    }
+
+    fn warm_up(&self, output: DType) -> WarmUp {
+        let pass = if self.causal { Pass::Causal } else { Pass::Absorb };
+        let call = Call { op: "warm_up", pass, lengths: vec![2], tokens: 2, output, into: None };
+        let mut kernels = vec![Kernel::Scan { reverse: false }];
+        match self.walks(&call, &Inputs::default(), false) {
+            Some(terms) => kernels.extend([Kernel::Sums { terms }, Kernel::Forward { terms, output }]),
+            None => kernels.extend([
+                Kernel::Project { queries: false },
+                Kernel::Weights { queries: false },
+                Kernel::ChunkSums,
+            ]),
+        }
+        if !self.causal || self.walks(&call, &Inputs::default(), false).is_none() {
+            let read = !self.causal;
+            kernels.extend([Kernel::Project { queries: true }, Kernel::Weights { queries: true }]);
+            kernels.extend([Kernel::ReadWeights { read }, Kernel::Products, Kernel::Output { output, read }]);
+        }
+        if self.causal {
+            kernels.push(Kernel::Step { output });
+        }
+        let boxed = |kernel| Box::new(self.key(kernel)) as Box<dyn KernelKey>;
+        WarmUp::cuda(self.ctx.clone(), kernels.into_iter().map(boxed).collect())
+    }
 }

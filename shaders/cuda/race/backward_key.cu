@@ -1,0 +1,242 @@
+// Backward against the order of time, under the ratio: dk and dv from the gradient of the sums after each tile and the
+// tile's own later queries, of all heads of the group; shares of the gradients of hyperplanes and β. One block per
+// (sequence, span, kv head).
+#include "hash.cuh"
+
+// Channels of dv at a time: fewer registers, where nothing is kept from one head of the group to the next.
+constexpr int WIDTH = GROUP == 1 && VALUE_DIM > 64 ? 64 : VALUE_DIM;
+
+extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_backward_key(const Walk p, const void *all_q, const void *all_k, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_after, const float2 *all_readings, void *all_dk, void *all_dv, float *all_shares) {
+    SHARED_BYTES;
+    Carve carve = {shared_bytes};
+    u16 *q_tile = carve.take<u16>(ROWS * (HEAD_DIM + 8) * 2);
+    u16 *k_tiles = carve.take<u16>(STAGES * ROWS * (HEAD_DIM + 8) * 2);
+    u16 *v_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
+    u16 *g_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
+    Planes planes = {carve.take<u16>(Planes::bytes)};
+    // Of queries over their D.
+    Weights queries = {carve.take<u16>(Weights::bytes)};
+    Weights keys = {carve.take<u16>(Weights::bytes)};
+    Entry entry = {carve.take<u16>(Entry::bytes)};
+    Corners corners = {carve.take<u16>(Corners::bytes)};
+    HashGradient du = {carve.take<u16>(HashGradient::bytes)};
+    float *q_logits = carve.take<float>(ROWS * BITS * 4);
+    float *k_logits = carve.take<float>(ROWS * BITS * 4);
+    float *masses = carve.take<float>(BUCKETS_UP * 4);
+    float *later = carve.take<float>(VALUE_DIM * 4);
+    float *inverses = carve.take<float>(ROWS * 4);
+    float *factors = carve.take<float>(ROWS * 4);
+    float *room = carve.take<float>(4 * BITS_UP * 4);
+
+    int head = blockIdx.x % p.kv_heads, span = blockIdx.x / p.kv_heads % p.spans, b = blockIdx.x / (p.kv_heads * p.spans);
+    int first = span * p.span;
+    int count = (int)all_lengths[b] - first;
+    count = count < 0 ? 0 : count > (int)p.span ? (int)p.span : count;
+    int rows = (int)p.tokens - first < (int)p.span ? (int)p.tokens - first : (int)p.span;
+    const u16 *q = (const u16 *)all_q + b * p.q_batch + first * p.q_token + head * GROUP * p.q_head;
+    const u16 *k = (const u16 *)all_k + b * p.k_batch + first * p.k_token + head * p.k_head;
+    const u16 *v = (const u16 *)all_v + b * p.v_batch + first * p.v_token + head * p.v_head;
+    const u16 *g = (const u16 *)all_grad_o + b * p.g_batch + first * p.g_token + head * GROUP * p.g_head;
+    i64 dk_token = (i64)p.kv_heads * HEAD_DIM, dv_token = (i64)p.kv_heads * VALUE_DIM;
+    Gradient *dk = (Gradient *)all_dk + ((i64)b * p.tokens + first) * dk_token + head * HEAD_DIM;
+    Gradient *dv = (Gradient *)all_dv + ((i64)b * p.tokens + first) * dv_token + head * VALUE_DIM;
+    const float2 *readings = all_readings + ((i64)b * p.q_heads + head * GROUP) * p.tokens + first;
+    float beta = all_heads[head].x, centre = all_heads[head].y;
+    const float *matrix = all_after + ((i64)(b * p.kv_heads + head) * p.spans + span) * MATRIX;
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    int role = warp >> 2, row0 = (warp & 3) * 16;
+
+    int tile = (rows + ROWS - 1) / ROWS - 1;
+    fetch<HEAD_DIM>(q_tile, q + tile * ROWS * p.q_token, p.q_token, count - tile * ROWS);
+    fetch<HEAD_DIM>(k_tiles, k + tile * ROWS * p.k_token, p.k_token, count - tile * ROWS);
+    fetch<VALUE_DIM>(v_tiles, v + tile * ROWS * p.v_token, p.v_token, count - tile * ROWS);
+    fetch<VALUE_DIM>(g_tiles, g + tile * ROWS * p.g_token, p.g_token, count - tile * ROWS);
+    load_planes(planes, all_planes + head * p.planes_stride);
+    load_corners(corners);
+    clear_tile(queries);
+    clear_tile(du);
+    clear_tile(keys);
+    Carried<4> carried;
+    carried.place();
+    if (role == 0) carried.read(matrix);
+    PlaneSums plane_sums;
+    plane_sums.place();
+    float of_beta[BITS_UP / 8][2];
+#pragma unroll
+    for (int j = 0; j < BITS_UP / 8; j++) of_beta[j][0] = of_beta[j][1] = 0.0f;
+    if (threadIdx.x < VALUE_DIM) later[threadIdx.x] = centre != 0.0f ? matrix[BUCKETS * COLUMNS + threadIdx.x] : 0.0f;
+
+    // What the stage's number changes by.
+    constexpr int OTHER = STAGES - 1;
+    int step = 0, turn = 0;
+    for (; tile >= 0; tile--, turn ^= OTHER) {
+        int here = count - tile * ROWS;
+        Keys queries_in = {q_tile}, keys_in = {k_tiles + turn * ROWS * (HEAD_DIM + 8)};
+        Values values = {v_tiles + turn * ROWS * (VALUE_DIM + 8)};
+        float t[BITS_UP / 8][4];
+        float dalpha[BUCKETS_UP / 8][4], dvalue[WIDTH / 8][4];
+        float added = 0.0f;
+        for (int in_group = 0; in_group < GROUP; in_group++, step ^= OTHER) {
+            Values gradients = {g_tiles + step * ROWS * (VALUE_DIM + 8)};
+            copies_done();
+            barrier();
+            if (role == 0) {
+                float u[BITS_UP / 8][4];
+                project(u, queries_in, planes, row0);
+                store_logits(q_logits, u, row0, beta);
+                if (in_group == 0) carried.show(entry, masses);
+            } else if (in_group == 0) {
+                project(t, keys_in, planes, row0);
+                store_logits(k_logits, t, row0, beta);
+            }
+            if (threadIdx.x < ROWS) {
+                int row = threadIdx.x;
+                float2 reading = {0.0f, 0.0f};
+                if (row < here) reading = readings[(i64)in_group * p.tokens + tile * ROWS + row];
+                inverses[row] = reading.x;
+                factors[row] = reading.y;
+            }
+            barrier();
+            bool same = in_group + 1 < GROUP;
+            int next = same ? tile : tile - 1, next_head = same ? in_group + 1 : 0;
+            i64 at = next * ROWS;
+            auto fetch_late = [&] {
+                fetch<VALUE_DIM>(g_tiles + (step ^ OTHER) * ROWS * (VALUE_DIM + 8), g + next_head * p.g_head + at * p.g_token, p.g_token, count - (int)at);
+                if (!same) {
+                    fetch<HEAD_DIM>(k_tiles + (turn ^ OTHER) * ROWS * (HEAD_DIM + 8), k + at * p.k_token, p.k_token, count - (int)at);
+                    fetch<VALUE_DIM>(v_tiles + (turn ^ OTHER) * ROWS * (VALUE_DIM + 8), v + at * p.v_token, p.v_token, count - (int)at);
+                }
+            };
+            if (next >= 0) {
+                fetch<HEAD_DIM>(q_tile, q + next_head * p.q_head + at * p.q_token, p.q_token, count - (int)at);
+                if (STAGES > 1) fetch_late();
+            }
+            store_weights(queries, q_logits, here, centre, inverses);
+            if (in_group == 0) store_weights(keys, k_logits, here, centre, nullptr);
+            barrier();
+            if (role == 0) {
+                Left<TERMS> alpha[BUCKETS_UP / 16];
+#pragma unroll
+                for (int s = 0; s < BUCKETS_UP; s += 16) alpha[s / 16] = left(keys, row0, s);
+#pragma unroll 1
+                for (int channel = 0; channel < VALUE_DIM; channel += WIDTH) {
+                    if (in_group == 0) {
+                        clear(dvalue);
+#pragma unroll
+                        for (int s = 0; s < BUCKETS_UP; s += 16) {
+#pragma unroll
+                            for (int c = 0; c < WIDTH; c += 16) multiply(dvalue[c / 8], dvalue[c / 8 + 1], alpha[s / 16], right_turned(entry, s, channel + c));
+                        }
+                    }
+                    for (int other = row0; other < ROWS; other += 16) {
+                        float product[2][4];
+                        clear(product);
+#pragma unroll
+                        for (int s = 0; s < BUCKETS_UP; s += 16) multiply(product[0], product[1], alpha[s / 16], right(queries, other, s));
+                        bool diagonal = other == row0;
+                        float all[2][4];
+#pragma unroll
+                        for (int j = 0; j < 2; j++) {
+#pragma unroll
+                            for (int i = 0; i < 4; i++) {
+                                int column = j * 8 + (lane & 3) * 2 + (i & 1), row = (lane >> 2) + (i >> 1) * 8;
+                                bool sees = !diagonal || column >= row;
+                                if (!sees) product[j][i] = 0.0f;
+                                all[j][i] = sees ? centre * BUCKETS * inverses[other + column] : 0.0f;
+                            }
+                        }
+                        auto a = as_left<TERMS>(product[0], product[1]);
+                        auto of_all = as_left<PLANE_TERMS>(all[0], all[1]);
+#pragma unroll
+                        for (int c = 0; c < WIDTH; c += 16) {
+                            auto x = right_turned(gradients, other, channel + c);
+                            multiply(dvalue[c / 8], dvalue[c / 8 + 1], a, x);
+                            if (centre != 0.0f) multiply(dvalue[c / 8], dvalue[c / 8 + 1], of_all, x);
+                        }
+                    }
+                    if (in_group + 1 == GROUP) {
+#pragma unroll
+                        for (int j = 0; j < WIDTH / 8; j++) {
+#pragma unroll
+                            for (int i = 0; i < 4; i++) {
+                                if (row0 + (lane >> 2) + (i >> 1) * 8 < here) dvalue[j][i] += later[channel + j * 8 + (lane & 3) * 2 + (i & 1)];
+                            }
+                        }
+                        store_tile<GRADIENT_TYPE, WIDTH / 8>(dv + tile * ROWS * dv_token, dv_token, dvalue, row0, channel, rows - tile * ROWS);
+                    }
+                }
+                carried.add_scaled(queries, gradients, factors);
+                if (centre != 0.0f && threadIdx.x < VALUE_DIM) {
+                    for (int r = 0; r < ROWS; r++) added += inverses[r] * input_at(gradients.at, VALUE_DIM + 8, r, threadIdx.x);
+                }
+            } else {
+                if (in_group == 0) {
+#pragma unroll
+                    for (int j = 0; j < BUCKETS_UP / 8; j++) {
+#pragma unroll
+                        for (int i = 0; i < 4; i++) dalpha[j][i] = masses[j * 8 + (lane & 3) * 2 + (i & 1)];
+                    }
+#pragma unroll
+                    for (int c = 0; c < VALUE_DIM; c += 16) {
+                        auto value = left(values, row0, c);
+#pragma unroll
+                        for (int s = 0; s < BUCKETS_UP; s += 16) multiply(dalpha[s / 8], dalpha[s / 8 + 1], value, right(entry, s, c));
+                    }
+                }
+                for (int other = row0; other < ROWS; other += 16) {
+                    float z[2][4];
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+#pragma unroll
+                        for (int i = 0; i < 4; i++) z[j][i] = factors[other + j * 8 + (lane & 3) * 2 + (i & 1)];
+                    }
+#pragma unroll
+                    for (int c = 0; c < VALUE_DIM; c += 16) multiply(z[0], z[1], left(values, row0, c), right(gradients, other, c));
+                    if (other == row0) {
+#pragma unroll
+                        for (int j = 0; j < 2; j++) {
+#pragma unroll
+                            for (int i = 0; i < 4; i++) {
+                                if (j * 8 + (lane & 3) * 2 + (i & 1) < (lane >> 2) + (i >> 1) * 8) z[j][i] = 0.0f;
+                            }
+                        }
+                    }
+                    auto a = as_left<TERMS>(z[0], z[1]);
+#pragma unroll
+                    for (int s = 0; s < BUCKETS_UP; s += 16) multiply(dalpha[s / 8], dalpha[s / 8 + 1], a, right_turned(queries, other, s));
+                }
+                if (in_group + 1 == GROUP) {
+#pragma unroll
+                    for (int j = 0; j < BUCKETS_UP / 8; j++) {
+#pragma unroll
+                        for (int i = 0; i < 2; i++) {
+                            int row = row0 + (lane >> 2) + i * 8;
+                            float2 x = keys.get(row, j * 8 + (lane & 3) * 2);
+                            bool real = row < here;
+                            dalpha[j][2 * i] = real ? dalpha[j][2 * i] * (x.x + centre) : 0.0f;
+                            dalpha[j][2 * i + 1] = real ? dalpha[j][2 * i + 1] * (x.y + centre) : 0.0f;
+                        }
+                    }
+                    through_hash(dalpha, t, corners, du, of_beta, row0, beta);
+                }
+            }
+            if (same && STAGES == 1) {
+                barrier();
+                fetch_late();
+            }
+            if (!same) {
+                barrier();
+                plane_sums.add(du, keys_in);
+                store_hash_inputs(dk + tile * ROWS * dk_token, dk_token, du, planes, row0, rows - tile * ROWS, role);
+                if (next >= 0 && STAGES == 1) {
+                    barrier();
+                    fetch_late();
+                }
+            }
+        }
+        if (centre != 0.0f && threadIdx.x < VALUE_DIM) later[threadIdx.x] += centre * BUCKETS * added;
+    }
+    float *share = all_shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1);
+    plane_sums.write(share);
+    write_of_beta(share, room, of_beta, warp & 3, role == 1);
+}

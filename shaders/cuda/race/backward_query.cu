@@ -1,0 +1,213 @@
+// Backward in time order, under the ratio: dq, what each query leaves for the keys (1 / D and −G·o), what the queries of a
+// span give to the gradient of the sums that they read, and shares of the gradients of hyperplanes and β. One block per
+// (sequence, span, q head).
+//
+// With Z = tril(G·Vᵀ): values = G·Mᵀ + Z·α and masses = A + tril(1)·α give D = Ψ·masses, G·o = Ψ·values / D and
+// dα = (values − G·o·masses) / D.
+#include "hash.cuh"
+
+extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_backward_query(const Walk p, const void *all_q, const void *all_k, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_matrices, void *all_dq, float *all_of_queries, float2 *all_readings, float *all_shares) {
+    SHARED_BYTES;
+    Carve carve = {shared_bytes};
+    u16 *q_tiles = carve.take<u16>(STAGES * ROWS * (HEAD_DIM + 8) * 2);
+    u16 *k_tile = carve.take<u16>(ROWS * (HEAD_DIM + 8) * 2);
+    u16 *v_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
+    u16 *g_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
+    Planes planes = {carve.take<u16>(Planes::bytes)};
+    Weights queries = {carve.take<u16>(Weights::bytes)};
+    Weights keys = {carve.take<u16>(Weights::bytes)};
+    Entry entry = {carve.take<u16>(Entry::bytes)};
+    Corners corners = {carve.take<u16>(Corners::bytes)};
+    HashGradient du = {carve.take<u16>(HashGradient::bytes)};
+    float *q_logits = carve.take<float>(ROWS * BITS * 4);
+    float *k_logits = carve.take<float>(ROWS * BITS * 4);
+    float *masses = carve.take<float>(BUCKETS_UP * 4);
+    float *means = carve.take<float>(VALUE_DIM * 4);
+    float *gains = carve.take<float>(ROWS * 4);
+    float *inverses = carve.take<float>(ROWS * 4);
+    float *factors = carve.take<float>(ROWS * 4);
+    float *room = carve.take<float>(4 * BITS_UP * 4);
+
+    int q_head = blockIdx.x % p.q_heads, span = blockIdx.x / p.q_heads % p.spans, b = blockIdx.x / (p.q_heads * p.spans);
+    int head = q_head / GROUP;
+    int first = span * p.span;
+    int count = (int)all_lengths[b] - first;
+    count = count < 0 ? 0 : count > (int)p.span ? (int)p.span : count;
+    int rows = (int)p.tokens - first < (int)p.span ? (int)p.tokens - first : (int)p.span;
+    const u16 *q = (const u16 *)all_q + b * p.q_batch + first * p.q_token + q_head * p.q_head;
+    const u16 *k = (const u16 *)all_k + b * p.k_batch + first * p.k_token + head * p.k_head;
+    const u16 *v = (const u16 *)all_v + b * p.v_batch + first * p.v_token + head * p.v_head;
+    const u16 *g = (const u16 *)all_grad_o + b * p.g_batch + first * p.g_token + q_head * p.g_head;
+    i64 dq_token = (i64)p.q_heads * HEAD_DIM;
+    Gradient *dq = (Gradient *)all_dq + ((i64)b * p.tokens + first) * dq_token + q_head * HEAD_DIM;
+    float2 *readings = all_readings + ((i64)b * p.q_heads + q_head) * p.tokens + first;
+    float beta = all_heads[head].x, centre = all_heads[head].y;
+    const float *matrix = all_matrices + ((i64)(b * p.kv_heads + head) * p.spans + span) * MATRIX;
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    int role = warp >> 2, row0 = (warp & 3) * 16;
+
+    fetch<HEAD_DIM>(q_tiles, q, p.q_token, count);
+    fetch<HEAD_DIM>(k_tile, k, p.k_token, count);
+    fetch<VALUE_DIM>(v_tiles, v, p.v_token, count);
+    fetch<VALUE_DIM>(g_tiles, g, p.g_token, count);
+    load_planes(planes, all_planes + head * p.planes_stride);
+    load_corners(corners);
+    clear_tile(queries);
+    clear_tile(du);
+    clear_tile(keys);
+    // The first four warps carry the sums of keys, all of them those of queries.
+    Carried<4> carried;
+    carried.place();
+    carried.read(matrix);
+    Carried<8> of_queries;
+    of_queries.place();
+    PlaneSums plane_sums;
+    plane_sums.place();
+    float of_beta[BITS_UP / 8][2];
+#pragma unroll
+    for (int j = 0; j < BITS_UP / 8; j++) of_beta[j][0] = of_beta[j][1] = 0.0f;
+    float before = matrix[BUCKETS * COLUMNS + VALUE_DIM], sums_row = 0.0f;
+    if (threadIdx.x < VALUE_DIM) means[threadIdx.x] = centre != 0.0f ? matrix[BUCKETS * COLUMNS + threadIdx.x] : 0.0f;
+    if (threadIdx.x < ROWS) gains[threadIdx.x] = 0.0f;
+
+    for (int tile = 0; tile * ROWS < rows; tile++) {
+        int here = count - tile * ROWS;
+        copies_done();
+        barrier();
+        Keys queries_in = {q_tiles + tile % STAGES * ROWS * (HEAD_DIM + 8)}, keys_in = {k_tile};
+        Values values = {v_tiles + tile % STAGES * ROWS * (VALUE_DIM + 8)}, gradients = {g_tiles + tile % STAGES * ROWS * (VALUE_DIM + 8)};
+        float t[BITS_UP / 8][4];
+        project(t, role == 1 ? queries_in : keys_in, planes, row0);
+        store_logits(role == 1 ? q_logits : k_logits, t, row0, beta);
+        if (role == 0) carried.show(entry, masses);
+        if (centre != 0.0f) {
+            int row = threadIdx.x >> 2;
+            float sum = 0.0f;
+            for (int c = threadIdx.x & 3; c < VALUE_DIM; c += 4) sum += input_at(gradients.at, VALUE_DIM + 8, row, c) * means[c];
+            sum = row_sum(sum);
+            if ((threadIdx.x & 3) == 0) gains[row] = sum;
+        }
+        barrier();
+        bool more = (tile + 1) * ROWS < rows;
+        i64 next = (tile + 1) * ROWS;
+        if (more) fetch<HEAD_DIM>(k_tile, k + next * p.k_token, p.k_token, here - ROWS);
+        if (more && STAGES > 1) {
+            int stage = (tile + 1) % STAGES;
+            fetch<HEAD_DIM>(q_tiles + stage * ROWS * (HEAD_DIM + 8), q + next * p.q_token, p.q_token, here - ROWS);
+            fetch<VALUE_DIM>(v_tiles + stage * ROWS * (VALUE_DIM + 8), v + next * p.v_token, p.v_token, here - ROWS);
+            fetch<VALUE_DIM>(g_tiles + stage * ROWS * (VALUE_DIM + 8), g + next * p.g_token, p.g_token, here - ROWS);
+        }
+        store_weights(queries, q_logits, here, centre, nullptr);
+        store_weights(keys, k_logits, here, centre, nullptr);
+        barrier();
+
+        float of_mean = 0.0f;
+        if (role == 0) {
+            carried.add(keys, values);
+            if (centre != 0.0f && threadIdx.x < VALUE_DIM) {
+                for (int r = 0; r < ROWS; r++) of_mean += input_at(values.at, VALUE_DIM + 8, r, threadIdx.x);
+            }
+        } else {
+            float value[BUCKETS_UP / 8][4], mass[BUCKETS_UP / 8][4];
+            clear(value);
+#pragma unroll
+            for (int j = 0; j < BUCKETS_UP / 8; j++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) mass[j][i] = masses[j * 8 + (lane & 3) * 2 + (i & 1)];
+            }
+#pragma unroll
+            for (int c = 0; c < VALUE_DIM; c += 16) {
+                auto grad = left(gradients, row0, c);
+#pragma unroll
+                for (int s = 0; s < BUCKETS_UP; s += 16) multiply(value[s / 8], value[s / 8 + 1], grad, right(entry, s, c));
+            }
+            float gain[2] = {0.0f, 0.0f};
+            for (int other = 0; other <= row0; other += 16) {
+                float z[2][4];
+                clear(z);
+#pragma unroll
+                for (int c = 0; c < VALUE_DIM; c += 16) multiply(z[0], z[1], left(gradients, row0, c), right(values, other, c));
+                bool diagonal = other == row0;
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        int column = j * 8 + (lane & 3) * 2 + (i & 1), row = (lane >> 2) + (i >> 1) * 8;
+                        if (diagonal && column > row) z[j][i] = 0.0f;
+                        gain[i >> 1] += z[j][i];
+                    }
+                }
+                auto a = as_left<TERMS>(z[0], z[1]);
+                auto ones = seen(1.0f, diagonal);
+#pragma unroll
+                for (int s = 0; s < BUCKETS_UP; s += 16) {
+                    auto x = right_turned(keys, other, s);
+                    multiply(value[s / 8], value[s / 8 + 1], a, x);
+                    multiply(mass[s / 8], mass[s / 8 + 1], ones, x);
+                }
+            }
+            float divisor[2] = {0.0f, 0.0f}, output[2] = {0.0f, 0.0f};
+#pragma unroll
+            for (int j = 0; j < BUCKETS_UP / 8; j++) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float2 x = queries.get(row0 + (lane >> 2) + i * 8, j * 8 + (lane & 3) * 2);
+                    divisor[i] += x.x * mass[j][2 * i] + x.y * mass[j][2 * i + 1];
+                    output[i] += x.x * value[j][2 * i] + x.y * value[j][2 * i + 1];
+                }
+            }
+            float inverse[2], reading[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                int row = row0 + (lane >> 2) + i * 8;
+                float all = centre * BUCKETS;
+                float d = row_sum(divisor[i]) + all * (before + (float)(tile * ROWS + row + 1));
+                float n = row_sum(output[i]) + all * (row_sum(gain[i]) + gains[row]);
+                inverse[i] = d > 0.0f && row < here ? 1.0f / d : 0.0f;
+                reading[i] = -n * inverse[i];
+                if ((lane & 3) == 0) {
+                    inverses[row] = inverse[i];
+                    factors[row] = reading[i];
+                    float2 pair = {inverse[i], reading[i]};
+                    if (tile * ROWS + row < rows) readings[tile * ROWS + row] = pair;
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < BUCKETS_UP / 8; j++) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    int row = row0 + (lane >> 2) + i * 8, bucket = j * 8 + (lane & 3) * 2;
+                    float2 x = queries.get(row, bucket);
+                    queries.set(row, bucket, x.x * inverse[i], x.y * inverse[i]);
+                    value[j][2 * i] = inverse[i] * (value[j][2 * i] + reading[i] * mass[j][2 * i]) * (x.x + centre);
+                    value[j][2 * i + 1] = inverse[i] * (value[j][2 * i + 1] + reading[i] * mass[j][2 * i + 1]) * (x.y + centre);
+                }
+            }
+            through_hash(value, t, corners, du, of_beta, row0, beta);
+        }
+        barrier();
+        if (centre != 0.0f && threadIdx.x < VALUE_DIM) {
+            means[threadIdx.x] += of_mean;
+            for (int r = 0; r < ROWS; r++) sums_row += inverses[r] * input_at(gradients.at, VALUE_DIM + 8, r, threadIdx.x);
+        }
+        if (centre != 0.0f && threadIdx.x == THREADS - 1) {
+            for (int r = 0; r < ROWS; r++) sums_row += inverses[r] * factors[r];
+        }
+        of_queries.add_scaled(queries, gradients, factors);
+        plane_sums.add(du, queries_in);
+        store_hash_inputs(dq + tile * ROWS * dq_token, dq_token, du, planes, row0, rows - tile * ROWS, role);
+        if (more && STAGES == 1) {
+            barrier();
+            fetch<HEAD_DIM>(q_tiles, q + next * p.q_token, p.q_token, here - ROWS);
+            fetch<VALUE_DIM>(v_tiles, v + next * p.v_token, p.v_token, here - ROWS);
+            fetch<VALUE_DIM>(g_tiles, g + next * p.g_token, p.g_token, here - ROWS);
+        }
+    }
+    float *out = all_of_queries + ((i64)(b * p.q_heads + q_head) * p.spans + span) * MATRIX;
+    of_queries.write(out);
+    if (threadIdx.x < VALUE_DIM) out[BUCKETS * COLUMNS + threadIdx.x] = centre * BUCKETS * sums_row;
+    if (threadIdx.x == THREADS - 1) out[BUCKETS * COLUMNS + VALUE_DIM] = centre * BUCKETS * sums_row;
+    float *share = all_shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1);
+    plane_sums.write(share);
+    write_of_beta(share, room, of_beta, warp & 3, role == 1);
+}

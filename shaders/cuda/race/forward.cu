@@ -1,0 +1,156 @@
+// Outputs of the queries of each span, under the ratio: one block per (sequence, span, q head).
+//
+// o = (Ψ·M + tril(Ψ·αᵀ + c·S)·V + c·S·m) / D over the sums M before the tile, and the tile's own keys.
+#include "hash.cuh"
+
+constexpr int FORWARD_SHARED = 2 * ROWS * (HEAD_DIM + 8) * 2 + FORWARD_STAGES * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes + 2 * Weights::bytes +
+                               Entry::bytes + 2 * ROWS * BITS * 4 + BUCKETS_UP * 4 + VALUE_DIM * 4 + ROWS * 4 + 1024;
+
+extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forward(const Walk p, const void *all_q, const void *all_k, const void *all_v, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_matrices, void *all_o) {
+    SHARED_BYTES;
+    Carve carve = {shared_bytes};
+    u16 *q_tile = carve.take<u16>(ROWS * (HEAD_DIM + 8) * 2);
+    u16 *k_tile = carve.take<u16>(ROWS * (HEAD_DIM + 8) * 2);
+    u16 *v_tiles = carve.take<u16>(FORWARD_STAGES * ROWS * (VALUE_DIM + 8) * 2);
+    Planes planes = {carve.take<u16>(Planes::bytes)};
+    Weights queries = {carve.take<u16>(Weights::bytes)};
+    Weights keys = {carve.take<u16>(Weights::bytes)};
+    Entry entry = {carve.take<u16>(Entry::bytes)};
+    float *q_logits = carve.take<float>(ROWS * BITS * 4);
+    float *k_logits = carve.take<float>(ROWS * BITS * 4);
+    float *masses = carve.take<float>(BUCKETS_UP * 4);
+    float *means = carve.take<float>(VALUE_DIM * 4);
+    float *divisors = carve.take<float>(ROWS * 4);
+
+    int q_head = blockIdx.x % p.q_heads, span = blockIdx.x / p.q_heads % p.spans, b = blockIdx.x / (p.q_heads * p.spans);
+    int head = q_head / GROUP;
+    int first = span * p.span;
+    int count = (int)all_lengths[b] - first;
+    count = count < 0 ? 0 : count > (int)p.span ? (int)p.span : count;
+    int rows = (int)p.tokens - first < (int)p.span ? (int)p.tokens - first : (int)p.span;
+    const u16 *q = (const u16 *)all_q + b * p.q_batch + first * p.q_token + q_head * p.q_head;
+    const u16 *k = (const u16 *)all_k + b * p.k_batch + first * p.k_token + head * p.k_head;
+    const u16 *v = (const u16 *)all_v + b * p.v_batch + first * p.v_token + head * p.v_head;
+    i64 o_token = (i64)p.q_heads * VALUE_DIM;
+    i64 o_at = ((i64)b * p.tokens + first) * o_token + q_head * VALUE_DIM;
+    float beta = all_heads[head].x, centre = all_heads[head].y;
+    const float *matrix = all_matrices + ((i64)(b * p.kv_heads + head) * p.spans + span) * MATRIX;
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    int role = warp >> 2, row0 = (warp & 3) * 16;
+    constexpr int HALF = VALUE_DIM / 2;
+
+    fetch<HEAD_DIM>(q_tile, q, p.q_token, count);
+    fetch<HEAD_DIM>(k_tile, k, p.k_token, count);
+    fetch<VALUE_DIM>(v_tiles, v, p.v_token, count);
+    load_planes(planes, all_planes + head * p.planes_stride);
+    clear_tile(queries);
+    clear_tile(keys);
+    Carried<8> carried;
+    carried.place();
+    carried.read(matrix);
+    float before = matrix[BUCKETS * COLUMNS + VALUE_DIM];
+    if (threadIdx.x < VALUE_DIM) means[threadIdx.x] = centre != 0.0f ? matrix[BUCKETS * COLUMNS + threadIdx.x] : 0.0f;
+
+    for (int tile = 0; tile * ROWS < rows; tile++) {
+        int here = count - tile * ROWS;
+        copies_done();
+        barrier();
+        Keys queries_in = {q_tile}, keys_in = {k_tile};
+        Values values = {v_tiles + tile % FORWARD_STAGES * ROWS * (VALUE_DIM + 8)};
+        {
+            float t[BITS_UP / 8][4];
+            project(t, role == 0 ? queries_in : keys_in, planes, row0);
+            store_logits(role == 0 ? q_logits : k_logits, t, row0, beta);
+        }
+        carried.show(entry, masses);
+        barrier();
+        if ((tile + 1) * ROWS < rows) {
+            fetch<HEAD_DIM>(q_tile, q + (tile + 1) * ROWS * p.q_token, p.q_token, here - ROWS);
+            fetch<HEAD_DIM>(k_tile, k + (tile + 1) * ROWS * p.k_token, p.k_token, here - ROWS);
+            if (FORWARD_STAGES > 1) fetch<VALUE_DIM>(v_tiles + (tile + 1) % FORWARD_STAGES * ROWS * (VALUE_DIM + 8), v + (tile + 1) * ROWS * p.v_token, p.v_token, here - ROWS);
+        }
+        store_weights(queries, q_logits, here, centre, nullptr);
+        store_weights(keys, k_logits, here, centre, nullptr);
+        barrier();
+
+        Left<TERMS> psi[BUCKETS_UP / 16];
+#pragma unroll
+        for (int s = 0; s < BUCKETS_UP; s += 16) psi[s / 16] = left(queries, row0, s);
+        float o[HALF / 8][4];
+        clear(o);
+#pragma unroll
+        for (int s = 0; s < BUCKETS_UP; s += 16) {
+#pragma unroll
+            for (int c = 0; c < HALF; c += 16) multiply(o[c / 8], o[c / 8 + 1], psi[s / 16], right_turned(entry, s, role * HALF + c));
+        }
+        // Mass that the queries' weights find: in the state, four lanes a row.
+        float divisor[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float sum = 0.0f;
+            for (int s = (lane & 3) * 2; s < BUCKETS_UP; s += 8) {
+                float2 x = queries.get(row0 + (lane >> 2) + i * 8, s);
+                sum += x.x * masses[s] + x.y * masses[s + 1];
+            }
+            divisor[i] = sum;
+        }
+        for (int other = 0; other <= row0; other += 16) {
+            float product[2][4];
+            clear(product);
+#pragma unroll
+            for (int s = 0; s < BUCKETS_UP; s += 16) multiply(product[0], product[1], psi[s / 16], right(keys, other, s));
+            bool diagonal = other == row0;
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int column = j * 8 + (lane & 3) * 2 + (i & 1), row = (lane >> 2) + (i >> 1) * 8;
+                    if (diagonal && column > row) product[j][i] = 0.0f;
+                    divisor[i >> 1] += product[j][i];
+                }
+            }
+            auto a = as_left<TERMS>(product[0], product[1]);
+            auto ones = seen(centre * BUCKETS, diagonal);
+#pragma unroll
+            for (int c = 0; c < HALF; c += 16) {
+                auto x = right_turned(values, other, role * HALF + c);
+                multiply(o[c / 8], o[c / 8 + 1], a, x);
+                if (centre != 0.0f) multiply(o[c / 8], o[c / 8 + 1], ones, x);
+            }
+        }
+        float inverse[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int row = row0 + (lane >> 2) + i * 8;
+            float d = row_sum(divisor[i]) + centre * BUCKETS * (before + (float)(tile * ROWS + row + 1));
+            inverse[i] = d > 0.0f && row < here ? 1.0f / d : 0.0f;
+        }
+#pragma unroll
+        for (int j = 0; j < HALF / 8; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float mean = centre * BUCKETS * means[role * HALF + j * 8 + (lane & 3) * 2 + (i & 1)];
+                o[j][i] = (o[j][i] + mean) * inverse[i >> 1];
+            }
+        }
+#if OUT_TYPE == F32
+        float *to = (float *)all_o + o_at + tile * ROWS * o_token;
+#else
+        u16 *to = (u16 *)all_o + o_at + tile * ROWS * o_token;
+#endif
+        store_tile<OUT_TYPE, HALF / 8>(to, o_token, o, row0, role * HALF, rows - tile * ROWS);
+        carried.add(keys, values);
+        if (centre != 0.0f) {
+            float sum = 0.0f;
+            if (threadIdx.x < VALUE_DIM) {
+                for (int r = 0; r < ROWS; r++) sum += input_at(values.at, VALUE_DIM + 8, r, threadIdx.x);
+            }
+            barrier();
+            if (threadIdx.x < VALUE_DIM) means[threadIdx.x] += sum;
+        }
+        if ((tile + 1) * ROWS < rows && FORWARD_STAGES == 1) {
+            barrier();
+            fetch<VALUE_DIM>(v_tiles, v + (tile + 1) * ROWS * p.v_token, p.v_token, here - ROWS);
+        }
+    }
+}

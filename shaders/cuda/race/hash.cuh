@@ -1,0 +1,449 @@
+// Hashes of a tile: t = tanh(W·x), and from it α = R·φ − c of every bucket.
+#pragma once
+#include "tiles.cuh"
+#include "walk.cuh"
+
+typedef Input<HEAD_DIM + 8> Keys;
+typedef Input<VALUE_DIM + 8> Values;
+typedef Parts<BUCKETS_UP + 8, ROWS, TERMS> Weights;
+typedef Parts<HEAD_DIM + 8, BITS_UP, PLANE_TERMS> Planes;
+// Tiles of eight bits.
+constexpr int BIT_TILES = (BITS + 7) / 8;
+typedef Parts<VALUE_DIM + 8, BUCKETS_UP, TERMS> Entry;
+
+__device__ __forceinline__ void load_planes(const Planes &to, const float *planes) {
+    for (int i = threadIdx.x; i < BITS_UP * HEAD_DIM / 2; i += THREADS) {
+        int bit = i / (HEAD_DIM / 2), c = i % (HEAD_DIM / 2) * 2;
+        bool real = bit < BITS;
+        to.set(bit, c, real ? planes[bit * HEAD_DIM + c] : 0.0f, real ? planes[bit * HEAD_DIM + c + 1] : 0.0f);
+    }
+}
+
+// tanh to a few units in the last place.
+__device__ __forceinline__ float bounded_tanh(float x) {
+    float size = fabsf(x);
+    float e = exp2_fast(-2.885390082f * size);
+    float large = quotient(1.0f - e, 1.0f + e);
+    float square = x * x;
+    float small = size * (1.0f - square * (0.333333333f - square * (0.133333333f - square * (0.053968254f - square * 0.021869489f))));
+    return copysignf(size < 0.3f ? small : large, x);
+}
+
+// t of sixteen rows from `row` on, by one warp: t[j] are bits 8j + 2·(lane % 4) and the next, of two rows.
+__device__ __forceinline__ void project(float (&t)[BITS_UP / 8][4], const Keys &x, const Planes &planes, int row) {
+    clear(t);
+#pragma unroll
+    for (int c = 0; c < HEAD_DIM; c += 16) {
+        auto a = left(x, row, c);
+#pragma unroll
+        for (int n = 0; n < BITS_UP; n += 16) multiply(t[n / 8], t[n / 8 + 1], a, right(planes, n, c));
+    }
+#pragma unroll
+    for (int j = 0; j < BIT_TILES; j++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) t[j][i] = bounded_tanh(t[j][i]);
+    }
+}
+
+// 2βt of each bit, as `[row, bits]`.
+__device__ __forceinline__ void store_logits(float *logits, const float (&t)[BITS_UP / 8][4], int row, float beta) {
+    u32 lane = threadIdx.x & 31;
+    float *to = logits + (row + (lane >> 2)) * BITS + (lane & 3) * 2;
+#pragma unroll
+    for (int j = 0; j < BIT_TILES; j++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            bool real = BITS % 8 == 0 || j * 8 + (lane & 3) * 2 + (i & 1) < BITS;
+            if (real) to[(i >> 1) * 8 * BITS + j * 8 + (i & 1)] = 2.0f * beta * t[j][i];
+        }
+    }
+}
+
+// α of one table of one row; nothing where the row is padding.
+__device__ __forceinline__ void expand(float (&weights)[RADIX], const float *logits, float centre, bool real) {
+    weights[0] = 1.0f;
+#pragma unroll
+    for (int plane = 0; plane < PLANES; plane++) {
+        // Twice σ(−z) and σ(z), both to their own relative precision.
+        float z = logits[plane], e = exp2_fast(-1.442695041f * fabsf(z));
+        float large = quotient(2.0f, 1.0f + e), small = e * large;
+        float of_zero = z > 0.0f ? small : large, of_one = z > 0.0f ? large : small;
+#pragma unroll
+        for (int i = RADIX / 2 - 1; i >= 0; i--) {
+            if (i >= 1 << plane) continue;
+            weights[2 * i + 1] = weights[i] * of_one;
+            weights[2 * i] = weights[i] * of_zero;
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < RADIX; r++) weights[r] = real ? weights[r] - centre : 0.0f;
+}
+
+// Weights of a tile, times `factors` of its rows where there are: each thread makes whole tables of one row.
+__device__ __forceinline__ void store_weights(const Weights &to, const float *logits, int count, float centre, const float *factors) {
+#pragma unroll
+    for (int i = threadIdx.x; i < ROWS * TABLES; i += THREADS) {
+        int row = i % ROWS, table = i / ROWS;
+        float weights[RADIX];
+        expand(weights, logits + row * BITS + table * PLANES, centre, row < count);
+        if (factors) {
+#pragma unroll
+            for (int r = 0; r < RADIX; r++) weights[r] *= factors[row];
+        }
+        if constexpr (RADIX >= 8) {
+#pragma unroll
+            for (int r = 0; r < RADIX; r += 8) to.set_eight(row, table * RADIX + r, weights + r);
+        } else {
+#pragma unroll
+            for (int r = 0; r < RADIX; r += 2) to.set(row, table * RADIX + r, weights[r], weights[r + 1]);
+        }
+    }
+}
+
+// Columns past the last bucket or bit are never written again.
+template <class X> __device__ __forceinline__ void clear_tile(const X &x) {
+    for (int i = threadIdx.x; i < X::bytes / 4; i += THREADS) ((u32 *)x.at)[i] = 0;
+}
+
+// The matrix that a block carries, [S + 1, Dv + 1]: each of its first WARPS warps has sixteen buckets of some channels,
+// and those of the first channels their mass.
+constexpr int BUCKET_TILES = BUCKETS_UP / 16;
+template <int WARPS> struct Carried {
+    static constexpr int CHANNEL_PARTS = WARPS / BUCKET_TILES < VALUE_DIM / 16 ? WARPS / BUCKET_TILES : VALUE_DIM / 16;
+    static constexpr int PART = VALUE_DIM / CHANNEL_PARTS;
+    float sums[PART / 8][4];
+    float mass[4];
+    int bucket, channel;
+    bool active;
+
+    __device__ __forceinline__ void place() {
+        int warp = threadIdx.x >> 5;
+        bucket = warp % BUCKET_TILES * 16;
+        channel = warp / BUCKET_TILES * PART;
+        active = warp / BUCKET_TILES < CHANNEL_PARTS;
+        clear(sums);
+        clear(mass);
+    }
+    __device__ __forceinline__ bool has_mass() const { return channel == 0; }
+    __device__ __forceinline__ int row_of(int i) const { return bucket + (threadIdx.x >> 2 & 7) + (i >> 1) * 8; }
+    __device__ __forceinline__ int column_of(int j, int i) const { return channel + j * 8 + (threadIdx.x & 3) * 2 + (i & 1); }
+    __device__ __forceinline__ void read(const float *matrix) {
+        if (!active) return;
+#pragma unroll
+        for (int j = 0; j < PART / 8; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[j][i] = row_of(i) < BUCKETS ? matrix[row_of(i) * COLUMNS + column_of(j, i)] : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) mass[i] = row_of(i) < BUCKETS ? matrix[row_of(i) * COLUMNS + VALUE_DIM] : 0.0f;
+    }
+    __device__ __forceinline__ void write(float *matrix) const {
+        if (!active) return;
+#pragma unroll
+        for (int j = 0; j < PART / 8; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (row_of(i) < BUCKETS) matrix[row_of(i) * COLUMNS + column_of(j, i)] = sums[j][i];
+            }
+        }
+        if (!has_mass() || (threadIdx.x & 3) != 0) return;
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+            if (row_of(i) < BUCKETS) matrix[row_of(i) * COLUMNS + VALUE_DIM] = mass[i];
+        }
+    }
+    // Where products can take it from.
+    __device__ __forceinline__ void show(const Entry &to, float *masses) const {
+        if (!active) return;
+#pragma unroll
+        for (int j = 0; j < PART / 8; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i += 2) to.set(row_of(i), column_of(j, i), sums[j][i], sums[j][i + 1]);
+        }
+        if (!has_mass() || (threadIdx.x & 3) != 0) return;
+        masses[row_of(0)] = mass[0];
+        masses[row_of(2)] = mass[2];
+    }
+    // Adds weightsᵀ·[x, 1] over a tile's rows.
+    __device__ __forceinline__ void add(const Weights &weights, const Values &x) {
+        if (!active) return;
+        Right<1> ones;
+#pragma unroll
+        for (int i = 0; i < 4; i++) ones.r[0][i >> 1][i & 1] = 0x3f803f80u;
+        float unused[4];
+        clear(unused);
+#pragma unroll
+        for (int k = 0; k < ROWS; k += 16) {
+            auto a = left_turned(weights, k, bucket);
+#pragma unroll
+            for (int j = 0; j < PART; j += 16) multiply(sums[j / 8], sums[j / 8 + 1], a, right_turned(x, k, channel + j));
+            if (has_mass()) {
+#pragma unroll
+                for (int t = 0; t < TERMS; t++) mma(mass, a.r[t], ones.r[0][0][0], ones.r[0][0][1]);
+            }
+        }
+    }
+    // The same, with a factor of each row in place of the one.
+    __device__ __forceinline__ void add_scaled(const Weights &weights, const Values &x, const float *factors) {
+        if (!active) return;
+        int lane = threadIdx.x & 3;
+#pragma unroll
+        for (int k = 0; k < ROWS; k += 16) {
+            auto a = left_turned(weights, k, bucket);
+#pragma unroll
+            for (int j = 0; j < PART; j += 16) multiply(sums[j / 8], sums[j / 8 + 1], a, right_turned(x, k, channel + j));
+            if (has_mass()) {
+                u32 low[PLANE_TERMS], high[PLANE_TERMS];
+                split(low, factors[k + lane * 2], factors[k + lane * 2 + 1]);
+                split(high, factors[k + lane * 2 + 8], factors[k + lane * 2 + 9]);
+#pragma unroll
+                for (int t = 0; t < TERMS; t++) {
+#pragma unroll
+                    for (int s = 0; s < PLANE_TERMS; s++) {
+                        if (t + s < PLANE_TERMS) mma(mass, a.r[t], low[s], high[s]);
+                    }
+                }
+            }
+        }
+    }
+};
+
+// A sum over the rows of a tile, of one channel: weights·x, or x alone.
+__device__ __forceinline__ float input_at(const u16 *tile, int pitch, int row, int c) {
+    u32 x = tile[row * pitch + c];
+    return IN_TYPE == BF16 ? float_of(x << 16) : f16_floats(x).x;
+}
+
+// Weights of a hash gradient: from w = dα·R·φ of sixteen rows and all buckets, s_p = Σ_r w_r (c_rp − m_p), in the layout
+// of t.
+__device__ __forceinline__ u32 corner_pair(int bucket, int bit, bool sign) {
+    u32 pair = 0;
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+        int b = bucket + e;
+        if (b < BUCKETS && bit < BITS && b / RADIX == bit / PLANES) {
+            u32 one = sign && ((b >> (PLANES - 1 - bit % PLANES)) & 1) == 0 ? 0xbf80u : 0x3f80u;
+            pair |= one << (16 * e);
+        }
+    }
+    return pair;
+}
+
+// Corner signs, then ones where bit and bucket are of one table: `[bit, bucket]`.
+typedef Parts<BUCKETS_UP + 8, BITS_UP * 2, 1> Corners;
+__device__ __forceinline__ void load_corners(const Corners &to) {
+    for (int i = threadIdx.x; i < BITS_UP * 2 * BUCKETS_UP / 2; i += THREADS) {
+        int row = i / (BUCKETS_UP / 2), bucket = i % (BUCKETS_UP / 2) * 2;
+        *(u32 *)(to.at + row * (BUCKETS_UP + 8) + bucket) = corner_pair(bucket, row % BITS_UP, row < BITS_UP);
+    }
+}
+
+// From w to du = β·s·(1 − t²), which goes to `du`; adds Σ t·s of each bit to `of_beta`.
+typedef Parts<BITS_UP + 8, ROWS, PLANE_TERMS> HashGradient;
+__device__ __forceinline__ void through_hash(const float (&w)[BUCKETS_UP / 8][4], const float (&t)[BITS_UP / 8][4], const Corners &corners,
+                                             const HashGradient &du, float (&of_beta)[BITS_UP / 8][2], int row, float beta) {
+    float signed_sums[BITS_UP / 8][4], sums[BITS_UP / 8][4];
+    clear(signed_sums);
+    clear(sums);
+#pragma unroll
+    for (int k = 0; k < BUCKETS_UP; k += 16) {
+        auto a = as_left<PLANE_TERMS>(w[k / 8], w[k / 8 + 1]);
+#pragma unroll
+        for (int n = 0; n < BITS_UP; n += 16) {
+            multiply(signed_sums[n / 8], signed_sums[n / 8 + 1], a, right(corners, n, k));
+            multiply(sums[n / 8], sums[n / 8 + 1], a, right(corners, BITS_UP + n, k));
+        }
+    }
+    u32 lane = threadIdx.x & 31;
+#pragma unroll
+    for (int j = 0; j < BIT_TILES; j++) {
+        float d[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float s = signed_sums[j][i] - bounded_tanh(beta * t[j][i]) * sums[j][i];
+            of_beta[j][i & 1] += t[j][i] * s;
+            d[i] = beta * s * (1.0f - t[j][i] * t[j][i]);
+        }
+        du.set(row + (lane >> 2), j * 8 + (lane & 3) * 2, d[0], d[1]);
+        du.set(row + (lane >> 2) + 8, j * 8 + (lane & 3) * 2, d[2], d[3]);
+    }
+}
+
+#if GRADIENT_TYPE == F32
+typedef float Gradient;
+#else
+typedef u16 Gradient;
+#endif
+
+__device__ __forceinline__ float2 make_pair(float x, float y) {
+    float2 pair = {x, y};
+    return pair;
+}
+
+// Results of sixteen rows and eight columns; rows past `rows` do not exist.
+template <int TYPE> __device__ __forceinline__ void store_run(void *to, i64 row_step, const float (&x)[4], int row, int column, int rows) {
+    u32 lane = threadIdx.x & 31;
+    int r = row + (lane >> 2);
+    i64 at = r * row_step + column + (lane & 3) * 2;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        if (r + i * 8 >= rows) continue;
+        i64 here = at + i * 8 * row_step;
+        if (TYPE == F32) {
+            float2 pair = {x[2 * i], x[2 * i + 1]};
+            *(float2 *)((float *)to + here) = pair;
+        } else {
+            *(u32 *)((u16 *)to + here) = TYPE == BF16 ? bf16_pair(x[2 * i], x[2 * i + 1]) : f16_pair(x[2 * i], x[2 * i + 1]);
+        }
+    }
+}
+
+// Results of sixteen rows and N times eight columns. Of 16-bit results four lanes trade four runs, so that each stores
+// sixteen bytes.
+template <int TYPE, int N> __device__ __forceinline__ void store_tile(void *to, i64 row_step, const float (&x)[N][4], int row, int column, int rows) {
+    u32 lane = threadIdx.x & 31;
+    if (TYPE == F32) {
+        float *at = (float *)to + (row + (lane >> 2)) * row_step + column + (lane & 3) * 2, *below = at + 8 * row_step;
+        bool first = row + (int)(lane >> 2) < rows, second = row + (int)(lane >> 2) + 8 < rows;
+        if (first) {
+#pragma unroll
+            for (int j = 0; j < N; j++) *(float2 *)(at + j * 8) = make_pair(x[j][0], x[j][1]);
+        }
+        if (second) {
+#pragma unroll
+            for (int j = 0; j < N; j++) *(float2 *)(below + j * 8) = make_pair(x[j][2], x[j][3]);
+        }
+        return;
+    }
+    if (N % 4 != 0) {
+#pragma unroll
+        for (int j = 0; j < N; j++) store_run<TYPE>(to, row_step, x[j], row, column + j * 8, rows);
+        return;
+    }
+    bool odd = lane & 1, upper = lane & 2;
+#pragma unroll
+    for (int j = 0; j + 3 < N; j += 4) {
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+            u32 w[4];
+#pragma unroll
+            for (int n = 0; n < 4; n++) w[n] = TYPE == BF16 ? bf16_pair(x[j + n][i], x[j + n][i + 1]) : f16_pair(x[j + n][i], x[j + n][i + 1]);
+            // Lane t gives run n of lane t for run t of lane n.
+            u32 a = from_lane(odd ? w[0] : w[1], 1), b = from_lane(odd ? w[2] : w[3], 1);
+            w[0] = odd ? a : w[0];
+            w[1] = odd ? w[1] : a;
+            w[2] = odd ? b : w[2];
+            w[3] = odd ? w[3] : b;
+            a = from_lane(upper ? w[0] : w[2], 2);
+            b = from_lane(upper ? w[1] : w[3], 2);
+            uint4 all;
+            all.x = upper ? a : w[0];
+            all.y = upper ? b : w[1];
+            all.z = upper ? w[2] : a;
+            all.w = upper ? w[3] : b;
+            int r = row + (lane >> 2) + i * 4;
+            if (r < rows) *(uint4 *)((u16 *)to + r * row_step + column + (j + (lane & 3)) * 8) = all;
+        }
+    }
+}
+
+// dx = Wᵀ·du of sixteen rows, half of the channels.
+__device__ __forceinline__ void store_hash_inputs(void *to, i64 row_step, const HashGradient &du, const Planes &planes, int row, int rows, int half) {
+    constexpr int width = HEAD_DIM / 2;
+    constexpr int run = width % 32 == 0 ? 32 : 16;
+    Left<PLANE_TERMS> a[BITS_UP / 16];
+#pragma unroll
+    for (int k = 0; k < BITS_UP; k += 16) a[k / 16] = left(du, row, k);
+#pragma unroll
+    for (int c = 0; c < width; c += run) {
+        float sums[run / 8][4];
+        clear(sums);
+#pragma unroll
+        for (int k = 0; k < BITS_UP; k += 16) {
+#pragma unroll
+            for (int n = 0; n < run; n += 16) multiply(sums[n / 8], sums[n / 8 + 1], a[k / 16], right_turned(planes, k, half * width + c + n));
+        }
+        store_tile<GRADIENT_TYPE, run / 8>(to, row_step, sums, row, half * width + c, rows);
+    }
+}
+
+// dW += duᵀ·x over the rows of a tile: each warp has some channels.
+constexpr int PLANE_PARTS = HEAD_DIM / 16 < 8 ? HEAD_DIM / 16 : 8;
+constexpr int PLANE_PART = (HEAD_DIM / 16 + PLANE_PARTS - 1) / PLANE_PARTS * 16;
+struct PlaneSums {
+    float sums[BITS_UP / 16][PLANE_PART / 8][4];
+    int channel;
+    __device__ __forceinline__ void place() {
+        channel = (threadIdx.x >> 5) * PLANE_PART;
+#pragma unroll
+        for (int i = 0; i < BITS_UP / 16; i++) clear(sums[i]);
+    }
+    __device__ __forceinline__ void add(const HashGradient &du, const Keys &x) {
+        if (channel >= HEAD_DIM) return;
+#pragma unroll
+        for (int k = 0; k < ROWS; k += 16) {
+#pragma unroll
+            for (int m = 0; m < BITS_UP; m += 16) {
+                auto a = left_turned(du, k, m);
+#pragma unroll
+                for (int c = 0; c < PLANE_PART; c += 16) {
+                    if (channel + c < HEAD_DIM) multiply(sums[m / 16][c / 8], sums[m / 16][c / 8 + 1], a, right_turned(x, k, channel + c));
+                }
+            }
+        }
+    }
+    __device__ __forceinline__ void write(float *to) const {
+        if (channel >= HEAD_DIM) return;
+        u32 lane = threadIdx.x & 31;
+#pragma unroll
+        for (int m = 0; m < BITS_UP / 16; m++) {
+#pragma unroll
+            for (int j = 0; j < PLANE_PART / 8; j++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int bit = m * 16 + (lane >> 2) + (i >> 1) * 8, c = channel + j * 8 + (lane & 3) * 2 + (i & 1);
+                    if (bit < BITS && c < HEAD_DIM) to[bit * (HEAD_DIM + 1) + c] = sums[m][j][i];
+                }
+            }
+        }
+    }
+};
+
+// Sums of t·s that four warps hold, into the last column of a share. Barriers are the caller's.
+__device__ __forceinline__ void write_of_beta(float *to, float *room, float (&of_beta)[BITS_UP / 8][2], int part, bool mine) {
+    u32 lane = threadIdx.x & 31;
+#pragma unroll
+    for (int j = 0; j < BITS_UP / 8; j++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float x = of_beta[j][i];
+            x += from_lane(x, 4);
+            x += from_lane(x, 8);
+            x += from_lane(x, 16);
+            if (mine && lane < 4) room[part * BITS_UP + j * 8 + lane * 2 + i] = x;
+        }
+    }
+    barrier();
+    for (int bit = threadIdx.x; bit < BITS; bit += THREADS) {
+        to[bit * (HEAD_DIM + 1) + HEAD_DIM] = room[bit] + room[BITS_UP + bit] + room[2 * BITS_UP + bit] + room[3 * BITS_UP + bit];
+    }
+}
+
+// Left side of a product with ones, or `value`, where a key is seen: of 16 queries and keys of the same sixteen.
+__device__ __forceinline__ Left<1> seen(float value, bool diagonal) {
+    u32 lane = threadIdx.x & 31;
+    int row = lane >> 2, column = (lane & 3) * 2;
+    u32 one = bf16_pair(value, 0.0f) & 0xffffu;
+    Left<1> a;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int r = row + (i & 1) * 8, c = column + (i >> 1) * 8;
+        a.r[0][i] = (!diagonal || c <= r ? one : 0u) | (!diagonal || c + 1 <= r ? one << 16 : 0u);
+    }
+    return a;
+}
+
+// Shared memory of both backward kernels.
+constexpr int BACKWARD_SHARED = (2 + (STAGES > 1)) * ROWS * (HEAD_DIM + 8) * 2 + 2 * STAGES * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes +
+                                2 * Weights::bytes + Entry::bytes + Corners::bytes + HashGradient::bytes + 2 * ROWS * BITS * 4 +
+                                BUCKETS_UP * 4 + VALUE_DIM * 4 + 3 * ROWS * 4 + 4 * BITS_UP * 4 + 2048;

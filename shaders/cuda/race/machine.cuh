@@ -1,0 +1,101 @@
+// Types and instructions, in one place: kernels see PTX through these alone. No header of the toolkit is needed.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+// Element types.
+#define F32 0
+#define F16 1
+#define BF16 2
+
+#ifndef EMULATED
+#define SHARED_BYTES extern __shared__ __align__(128) u8 shared_bytes[]
+
+__device__ __forceinline__ u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+// D += A·B of 16 x 8 x 16, bf16 operands, f32 sums.
+__device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four matrices of 8 x 8 elements of 16 bits; lane i names a row of matrix i / 8.
+__device__ __forceinline__ void load_matrices(u32 (&r)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_turned(u32 (&r)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// Sixteen bytes to shared memory while other work goes on; the bytes past `bytes` become zero.
+__device__ __forceinline__ void copy_16(void *to, const void *from, u32 bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+__device__ __forceinline__ void barrier() { __syncthreads(); }
+__device__ __forceinline__ void warp_barrier() { __syncwarp(); }
+__device__ __forceinline__ float from_lane(float x, u32 mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+__device__ __forceinline__ u32 from_lane(u32 x, u32 mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+// Two floats as bf16, rounded to nearest; `low` in the low half.
+__device__ __forceinline__ u32 bf16_pair(float low, float high) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+__device__ __forceinline__ u32 f16_pair(float low, float high) {
+    u32 r;
+    asm("{.reg .b16 l, h; cvt.rn.f16.f32 l, %1; cvt.rn.f16.f32 h, %2; mov.b32 %0, {l, h};}" : "=r"(r) : "f"(low), "f"(high));
+    return r;
+}
+
+__device__ __forceinline__ float2 f16_floats(u32 pair) {
+    float2 r;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(r.x), "=f"(r.y) : "r"(pair));
+    return r;
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+// Adds one after all that the block did before; gives the count before.
+__device__ __forceinline__ u32 count_up(u32 *counter) {
+    __threadfence();
+    return atomicAdd(counter, 1u);
+}
+// x / y to two units in the last place, for y below 2^126.
+__device__ __forceinline__ float quotient(float x, float y) { return __fdividef(x, y); }
+__device__ __forceinline__ u32 bits_of(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ float float_of(u32 x) { return __uint_as_float(x); }
+#endif
+
+__device__ __forceinline__ float2 bf16_floats(u32 pair) {
+    float2 r;
+    r.x = float_of(pair << 16);
+    r.y = float_of(pair & 0xffff0000u);
+    return r;
+}
+
+// Sizes of what is hashed: of one ensemble.
+constexpr int RADIX = 1 << PLANES;
+constexpr int BUCKETS = TABLES * RADIX;
+constexpr int BITS = TABLES * PLANES;
+constexpr int COLUMNS = VALUE_DIM + 1;
+constexpr int MATRIX = (BUCKETS + 1) * COLUMNS;

@@ -1,0 +1,218 @@
+// Tiles in shared memory and fragments of them in registers, for kernels of 256 threads that walk through a sequence in
+// tiles of 64 tokens.
+//
+// What is computed is kept as a sum of TERMS bf16 parts, each the rounding of what the ones before it leave; a product
+// takes the pairs of parts that count. Inputs of 16 bits are exact in one part (bf16) or two (f16).
+#pragma once
+#include "machine.cuh"
+
+#define THREADS 256
+#define ROWS 64
+constexpr int BUCKETS_UP = BUCKETS <= 16 ? 16 : BUCKETS <= 32 ? 32 : BUCKETS <= 64 ? 64 : 128;
+constexpr int BITS_UP = (BITS + 15) / 16 * 16;
+constexpr int PLANE_TERMS = TERMS < 2 ? 2 : TERMS;
+
+template <int T> struct Left { u32 r[T][4]; };
+// Two neighbouring tiles of eight columns.
+template <int T> struct Right { u32 r[T][2][2]; };
+
+template <int A, int B> __device__ __forceinline__ void multiply(float (&d0)[4], float (&d1)[4], const Left<A> &a, const Right<B> &b) {
+    constexpr int most = A > B ? A : B;
+#pragma unroll
+    for (int i = 0; i < A; i++) {
+#pragma unroll
+        for (int j = 0; j < B; j++) {
+            if (i + j < most) {
+                mma(d0, a.r[i], b.r[j][0][0], b.r[j][0][1]);
+                mma(d1, a.r[i], b.r[j][1][0], b.r[j][1][1]);
+            }
+        }
+    }
+}
+
+// Parts of two numbers.
+template <int T> __device__ __forceinline__ void split(u32 (&parts)[T], float x, float y) {
+#pragma unroll
+    for (int i = 0; i < T; i++) {
+        parts[i] = bf16_pair(x, y);
+        float2 back = bf16_floats(parts[i]);
+        x -= back.x;
+        y -= back.y;
+    }
+}
+
+// A tile of the inputs: rows of PITCH elements of 16 bits.
+template <int PITCH> struct Input {
+    static constexpr int terms = IN_TYPE == BF16 ? 1 : 2;
+    const u16 *at;
+    __device__ __forceinline__ const u16 *row(int r, int c) const { return at + r * PITCH + c; }
+    // Parts of four registers of a fragment.
+    template <int N> static __device__ __forceinline__ void parts(u32 (&to)[terms][N], const u32 (&raw)[N]) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            if (IN_TYPE == BF16) {
+                to[0][i] = raw[i];
+            } else {
+                float2 x = f16_floats(raw[i]);
+                u32 p[terms];
+                split(p, x.x, x.y);
+#pragma unroll
+                for (int t = 0; t < terms; t++) to[t][i] = p[t];
+            }
+        }
+    }
+};
+
+// A tile of computed numbers: T tiles of bf16 parts.
+template <int PITCH, int ROWS_OF, int T> struct Parts {
+    static constexpr int terms = T;
+    static constexpr int bytes = PITCH * ROWS_OF * T * 2;
+    u16 *at;
+    __device__ __forceinline__ const u16 *row(int r, int c) const { return at + r * PITCH + c; }
+    __device__ __forceinline__ void set(int r, int c, float x, float y) const {
+        u32 p[T];
+        split(p, x, y);
+#pragma unroll
+        for (int t = 0; t < T; t++) *(u32 *)(at + t * PITCH * ROWS_OF + r * PITCH + c) = p[t];
+    }
+    // Eight numbers, whose column is a multiple of eight.
+    __device__ __forceinline__ void set_eight(int r, int c, const float *x) const {
+        u32 w[4][T];
+#pragma unroll
+        for (int i = 0; i < 4; i++) split(w[i], x[2 * i], x[2 * i + 1]);
+#pragma unroll
+        for (int t = 0; t < T; t++) {
+            uint4 all;
+            all.x = w[0][t];
+            all.y = w[1][t];
+            all.z = w[2][t];
+            all.w = w[3][t];
+            *(uint4 *)(at + t * PITCH * ROWS_OF + r * PITCH + c) = all;
+        }
+    }
+    __device__ __forceinline__ float2 get(int r, int c) const {
+        float2 sum = {0.0f, 0.0f};
+#pragma unroll
+        for (int t = T - 1; t >= 0; t--) {
+            float2 x = bf16_floats(*(const u32 *)(at + t * PITCH * ROWS_OF + r * PITCH + c));
+            sum.x += x.x;
+            sum.y += x.y;
+        }
+        return sum;
+    }
+    static constexpr int step = PITCH * ROWS_OF;
+};
+
+// Fragments. `left` takes rows m.. and steps k.. of a tile whose rows are m, `left_turned` of one whose rows are k;
+// `right` takes columns n.. of a tile whose rows are n, `right_turned` of one whose rows are k.
+template <int P> __device__ __forceinline__ void load(u32 (&to)[Input<P>::terms][4], const Input<P> &x, int r, int c, bool turned) {
+    u32 raw[4];
+    if (turned) load_matrices_turned(raw, x.row(r, c));
+    else load_matrices(raw, x.row(r, c));
+    Input<P>::parts(to, raw);
+}
+template <int P, int R, int T> __device__ __forceinline__ void load(u32 (&to)[T][4], const Parts<P, R, T> &x, int r, int c, bool turned) {
+#pragma unroll
+    for (int t = 0; t < T; t++) {
+        if (turned) load_matrices_turned(to[t], x.row(r, c) + t * x.step);
+        else load_matrices(to[t], x.row(r, c) + t * x.step);
+    }
+}
+template <class X> __device__ __forceinline__ Left<X::terms> left(const X &x, int m, int k) {
+    u32 lane = threadIdx.x & 31;
+    Left<X::terms> a;
+    load(a.r, x, m + (lane & 15), k + (lane >> 4) * 8, false);
+    return a;
+}
+template <class X> __device__ __forceinline__ Left<X::terms> left_turned(const X &x, int k, int m) {
+    u32 lane = threadIdx.x & 31;
+    Left<X::terms> a;
+    load(a.r, x, k + (lane >> 4) * 8 + (lane & 7), m + (lane >> 3 & 1) * 8, true);
+    return a;
+}
+template <int T> __device__ __forceinline__ Right<T> paired(const u32 (&r)[T][4]) {
+    Right<T> b;
+#pragma unroll
+    for (int t = 0; t < T; t++) {
+        b.r[t][0][0] = r[t][0];
+        b.r[t][0][1] = r[t][1];
+        b.r[t][1][0] = r[t][2];
+        b.r[t][1][1] = r[t][3];
+    }
+    return b;
+}
+template <class X> __device__ __forceinline__ Right<X::terms> right(const X &x, int n, int k) {
+    u32 lane = threadIdx.x & 31;
+    u32 r[X::terms][4];
+    load(r, x, n + (lane >> 4) * 8 + (lane & 7), k + (lane >> 3 & 1) * 8, false);
+    return paired(r);
+}
+template <class X> __device__ __forceinline__ Right<X::terms> right_turned(const X &x, int k, int n) {
+    u32 lane = threadIdx.x & 31;
+    u32 r[X::terms][4];
+    load(r, x, k + (lane & 15), n + (lane >> 4) * 8, true);
+    return paired(r);
+}
+
+// Sums of 16 x 16 as the left side of the next product.
+template <int T> __device__ __forceinline__ Left<T> as_left(const float (&c0)[4], const float (&c1)[4]) {
+    Left<T> a;
+    const float *pairs[4] = {c0, c0 + 2, c1, c1 + 2};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        u32 p[T];
+        split(p, pairs[i][0], pairs[i][1]);
+#pragma unroll
+        for (int t = 0; t < T; t++) a.r[t][i] = p[t];
+    }
+    return a;
+}
+
+__device__ __forceinline__ void clear(float (&x)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[i] = 0.0f;
+}
+template <int N> __device__ __forceinline__ void clear(float (&x)[N][4]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) clear(x[i]);
+}
+
+// Sum over the four lanes that share a row.
+__device__ __forceinline__ float row_sum(float x) {
+    x += from_lane(x, 1);
+    return x + from_lane(x, 2);
+}
+
+// Rows of an input with WIDTH channels; rows from `count` on are zero.
+template <int WIDTH> __device__ __forceinline__ void fetch(u16 *to, const void *from, i64 row_step, int count) {
+    constexpr int pieces = WIDTH / 8;
+    if constexpr (THREADS % pieces == 0) {
+        // Each thread takes the same sixteen bytes of every STEPth row.
+        constexpr int step = THREADS / pieces;
+        int r = threadIdx.x / pieces, c = threadIdx.x % pieces * 8;
+        const u16 *source = (const u16 *)from + r * row_step + c;
+        to += r * (WIDTH + 8) + c;
+        row_step *= step;
+#pragma unroll
+        for (int i = 0; i < ROWS; i += step) {
+            bool real = r + i < count;
+            copy_16(to + i * (WIDTH + 8), real ? source : (const u16 *)from, real ? 16u : 0u);
+            source += row_step;
+        }
+    } else {
+        for (int i = threadIdx.x; i < ROWS * pieces; i += THREADS) {
+            int r = i / pieces, c = i % pieces * 8;
+            copy_16(to + r * (WIDTH + 8) + c, (const u16 *)from + (r < count ? r * row_step + c : 0), r < count ? 16u : 0u);
+        }
+    }
+}
+
+// Where shared memory goes, in order.
+struct Carve {
+    u8 *at;
+    template <class T> __device__ __forceinline__ T *take(int bytes) {
+        T *here = (T *)at;
+        at += (bytes + 127) / 128 * 128;
+        return here;
+    }
+};

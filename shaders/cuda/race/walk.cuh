@@ -1,0 +1,27 @@
+// Parameters of the kernels that walk; the Rust twin is `Walk` in src/race/cuda/params.rs.
+//
+// A sequence is cut into spans of `span` tokens; one block walks through one span of one head, tile by tile. Strides are
+// in elements. Their arrays:
+//
+// | | |
+// |---|---|
+// | planes | `[set, bits, head_dim]` |
+// | heads | β and the centring constant of each kv head |
+// | lengths | tokens of each sequence |
+// | matrices | `[sequence, kv head, span, S + 1, Dv + 1]`: sums over the keys of a span, then of all before it |
+// | of_queries | `[sequence, q head, span, S + 1, Dv + 1]`: what the queries of a span give to the gradient of those sums |
+// | after | as matrices: the gradient of the sums after each span |
+// | readings | `[sequence, q head, token]`: 1 / D, and −G·o |
+// | shares | `[block, bits, head_dim + 1]`: gradients of hyperplanes and, in the last column, β |
+// | o, dq, dk, dv | `[sequence, token, head, channel]` |
+#pragma once
+
+struct Walk {
+    i64 q_batch, q_token, q_head;
+    i64 k_batch, k_token, k_head;
+    i64 v_batch, v_token, v_head;
+    i64 g_batch, g_token, g_head;
+    // Elements from one kv head's hyperplanes to the next's.
+    i64 planes_stride;
+    u32 batch, tokens, q_heads, kv_heads, span, spans;
+};

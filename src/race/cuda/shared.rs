@@ -1,0 +1,83 @@
+//! Shared memory of the kernels that walk: the sums of shaders/cuda/race/hash.cuh and of the kernels in Rust.
+
+use crate::race::plan::Geometry;
+
+/// Rows of a tile.
+const ROWS: usize = 64;
+
+/// Bytes of what the kernels keep of a tile.
+struct Parts {
+    keys: usize,
+    values: usize,
+    planes: usize,
+    weights: usize,
+    entry: usize,
+    corners: usize,
+    hash_gradient: usize,
+    logits: usize,
+    buckets_up: usize,
+    bits_up: usize,
+}
+
+fn parts(g: &Geometry, terms: usize) -> Parts {
+    let buckets_up = [16, 32].into_iter().find(|&n| g.buckets() <= n).unwrap_or(64);
+    let bits_up = g.bits().next_multiple_of(16);
+    let plane_terms = terms.max(2);
+    Parts {
+        keys: ROWS * (g.head_dim + 8) * 2,
+        values: ROWS * (g.value_dim + 8) * 2,
+        planes: (g.head_dim + 8) * bits_up * plane_terms * 2,
+        weights: (buckets_up + 8) * ROWS * terms * 2,
+        entry: (g.value_dim + 8) * buckets_up * terms * 2,
+        corners: (buckets_up + 8) * bits_up * 2 * 2,
+        hash_gradient: (bits_up + 8) * ROWS * plane_terms * 2,
+        logits: ROWS * g.bits() * 4,
+        buckets_up,
+        bits_up,
+    }
+}
+
+/// Of the kernel that sums keys.
+pub(super) fn sums(g: &Geometry, terms: usize) -> usize {
+    let p = parts(g, terms);
+    2 * p.keys + 2 * p.values + p.planes + p.weights + p.logits + 1024
+}
+
+/// How many blocks a multiprocessor is to take, and tiles of an input that a block keeps at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Fit {
+    pub blocks: usize,
+    pub stages: usize,
+    /// Shared memory of a block.
+    pub bytes: usize,
+}
+
+/// Shared memory of each of two blocks of a multiprocessor with 228 KB.
+const HALF: usize = (227 << 10) / 2 - 1024;
+
+/// Two blocks where they have room, with one tile of each input; else one with two.
+fn fit(bytes: impl Fn(usize) -> usize) -> Fit {
+    if bytes(1) <= HALF {
+        return Fit { blocks: 2, stages: 1, bytes: bytes(1) };
+    }
+    Fit { blocks: 1, stages: 2, bytes: bytes(2) }
+}
+
+/// Of the forward kernel.
+pub(super) fn forward(g: &Geometry, terms: usize) -> Fit {
+    let p = parts(g, terms);
+    fit(|stages| {
+        let tiles = 2 * p.keys + stages * p.values + p.planes + 2 * p.weights + p.entry + 2 * p.logits;
+        tiles + p.buckets_up * 4 + g.value_dim * 4 + ROWS * 4 + 1024
+    })
+}
+
+/// Of both backward kernels.
+pub(super) fn backward(g: &Geometry, terms: usize) -> Fit {
+    let p = parts(g, terms);
+    fit(|stages| {
+        let tiles = (1 + stages) * p.keys + 2 * stages * p.values + p.planes + 2 * p.weights + p.entry;
+        let small = p.corners + p.hash_gradient + 2 * p.logits + p.buckets_up * 4 + g.value_dim * 4;
+        tiles + small + 3 * ROWS * 4 + 4 * p.bits_up * 4 + 2048
+    })
+}

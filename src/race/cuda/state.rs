@@ -1,0 +1,119 @@
+//! States and sums of parameters' gradients on a device, both in doubles.
+
+use super::CudaRace;
+use super::kernels::Kernel;
+use super::params::Finish;
+use crate::engine::cuda::{Bind, Buffer, Context, Grid, Passes};
+use crate::error::{Error, Result};
+use crate::race::executor::{StateData, StateStorage};
+use crate::tensor::{DType, Tensor};
+use std::sync::Arc;
+
+/// A and B, or gradients of them: `[batch, kv head, ensemble, bucket, value_dim + 1]` in doubles, the last column A.
+#[derive(Debug)]
+pub(crate) struct CudaState {
+    pub buffer: Buffer,
+}
+
+impl CudaState {
+    pub fn bytes(&self) -> u64 {
+        self.buffer.size()
+    }
+}
+
+/// Gradients of β and hyperplanes: `[set, ensemble, bits, head_dim + 1]` in doubles, in the last column what the bit
+/// gives to β's. One set per kv head where hyperplanes or β have one each.
+#[derive(Debug)]
+pub(crate) struct CudaParameterSums {
+    pub totals: Buffer,
+    pub plane_sets: usize,
+    pub betas: usize,
+}
+
+impl CudaParameterSums {
+    pub fn sets(&self) -> usize {
+        self.plane_sets.max(self.betas)
+    }
+}
+
+fn own(ctx: &Arc<Context>, op: &'static str, tensor: &'static str, buffer: &Buffer) -> Result<()> {
+    if Arc::ptr_eq(ctx, buffer.context()) {
+        return Ok(());
+    }
+    Err(Error::WrongDevice { op, tensor, got: "another CUDA device", expected: "this CUDA device" })
+}
+
+impl CudaRace {
+    /// The state, if it is of this device.
+    pub(super) fn own_state<'a>(&self, op: &'static str, state: &'a CudaState) -> Result<&'a CudaState> {
+        own(&self.ctx, op, "state", &state.buffer)?;
+        Ok(state)
+    }
+
+    pub(super) fn zero_state(&self, op: &'static str, batch: usize) -> Result<CudaState> {
+        let bytes = (batch as u64).saturating_mul(self.geometry.state_bytes());
+        Ok(CudaState { buffer: self.ctx.buffer(op, bytes)? })
+    }
+
+    pub(super) fn copy_state(&self, op: &'static str, state: &CudaState) -> Result<CudaState> {
+        let from = &self.own_state(op, state)?.buffer;
+        let buffer = self.ctx.uninit(op, from.size())?;
+        self.ctx.copy(op, (from, 0), (&buffer, 0), from.size())?;
+        Ok(CudaState { buffer })
+    }
+
+    pub(super) fn export_state(&self, op: &'static str, state: &CudaState) -> Result<StateData> {
+        let buffer = &self.own_state(op, state)?.buffer;
+        let bytes = self.ctx.read_buffer_blocking(op, buffer, 0, buffer.size())?;
+        let (dim, columns) = (self.geometry.value_dim, self.geometry.columns());
+        let rows = bytes.len() / 8 / columns;
+        let mut data = StateData { a: Vec::with_capacity(rows), b: Vec::with_capacity(rows * dim) };
+        for row in bytes.chunks_exact(columns * 8) {
+            data.b.extend(row.chunks_exact(8).map(bytemuck::pod_read_unaligned::<f64>));
+            data.a.extend(data.b.pop());
+        }
+        Ok(data)
+    }
+
+    pub(super) fn import_state(&self, op: &'static str, data: &StateData) -> Result<StateStorage> {
+        let mut values: Vec<f64> = Vec::with_capacity(data.a.len() + data.b.len());
+        for (a, row) in data.a.iter().zip(data.b.chunks_exact(self.geometry.value_dim)) {
+            values.extend_from_slice(row);
+            values.push(*a);
+        }
+        Ok(StateStorage::Cuda(CudaState { buffer: self.ctx.buffer_with(op, bytemuck::cast_slice(&values))? }))
+    }
+
+    pub(super) fn zero_sums(&self, op: &'static str) -> Result<CudaParameterSums> {
+        let g = &self.geometry;
+        let plane_sets = if self.planes_stride == 0 { 1 } else { g.num_kv_heads };
+        let bytes = plane_sets.max(self.betas) * g.ensembles * g.bits() * (g.head_dim + 1) * 8;
+        Ok(CudaParameterSums { totals: self.ctx.buffer(op, bytes as u64)?, plane_sets, betas: self.betas })
+    }
+
+    pub(super) fn own_sums(&self, op: &'static str, sums: &CudaParameterSums) -> Result<()> {
+        own(&self.ctx, op, "parameter sums", &sums.totals)
+    }
+
+    /// Gradients of β and of the hyperplanes.
+    pub(super) fn total(&self, op: &'static str, sums: &CudaParameterSums) -> Result<(Tensor, Tensor)> {
+        let g = &self.geometry;
+        self.own_sums(op, sums)?;
+        let shape = vec![sums.plane_sets, g.ensembles * g.bits(), g.head_dim];
+        let elements = shape.iter().product::<usize>();
+        let planes = self.ctx.uninit(op, (elements * 4) as u64)?;
+        let betas = self.ctx.uninit(op, (sums.betas * 4) as u64)?;
+        let mut passes = Passes::new(&self.ctx, op);
+        let params = Finish {
+            sets: sums.sets() as u32,
+            plane_sets: sums.plane_sets as u32,
+            betas: sums.betas as u32,
+            reserved: 0,
+        };
+        let grid = Grid::new((elements + sums.betas).div_ceil(256) as u64, 256);
+        let binds = vec![Bind::from(&sums.totals), Bind::from(&planes), Bind::from(&betas)];
+        passes.dispatch(self.key(Kernel::FinishParameters), params, grid, binds)?;
+        passes.ready()?.run(&self.ctx, op)?;
+        Ok((Tensor::cuda(DType::F32, vec![sums.betas], betas), Tensor::cuda(DType::F32, shape, planes)))
+    }
+}

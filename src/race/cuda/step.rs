@@ -1,0 +1,64 @@
+//! One token of each sequence: one launch, which may be captured.
+
+use super::CudaRace;
+use super::kernels::Kernel;
+use super::params::Step;
+use crate::engine::cuda::{Bind, Buffer, Grid, Passes};
+use crate::error::{Error, Result};
+use crate::race::cuda::state::CudaState;
+use crate::race::executor::{Call, Inputs};
+use crate::tensor::Tensor;
+
+/// Channels that a block takes.
+const CHANNELS: usize = 32;
+
+impl CudaRace {
+    /// A zero for each of `units`, which every step leaves so.
+    fn counters(&mut self, op: &'static str, units: usize) -> Result<Buffer> {
+        let bytes = (units * 4) as u64;
+        match &self.workspace.counters {
+            Some(buffer) if buffer.size() >= bytes => Ok(buffer.clone()),
+            _ => {
+                let buffer = self.ctx.buffer(op, bytes)?;
+                self.workspace.counters = Some(buffer.clone());
+                Ok(buffer)
+            }
+        }
+    }
+
+    pub(super) fn step(&mut self, call: &Call, inputs: &Inputs<'_>, state: &CudaState) -> Result<Tensor> {
+        let (op, g, ctx) = (call.op, self.geometry, self.ctx.clone());
+        let staged = self.staged(call, inputs, false)?;
+        let (Some(q), Some(k), Some(v)) = (&staged.q, &staged.k, &staged.v) else {
+            return Err(Error::Unsupported { op, why: "a step takes q, k and v".into() });
+        };
+        let units = call.batch() * g.num_kv_heads;
+        let counters = self.counters(op, units)?;
+        let elements = call.batch() * g.num_q_heads * g.value_dim;
+        let o = ctx.uninit(op, (elements * call.output.size()) as u64)?;
+        let mut passes = Passes::new(&ctx, op);
+        // Where every sequence has a token there is nothing to tell.
+        let all = call.lengths.iter().all(|&length| length > 0);
+        let lengths = if all { Bind::null() } else { super::walk::lengths(&mut passes, call) };
+        let params = Step {
+            q_batch: q.strides.batch,
+            q_head: q.strides.head,
+            k_batch: k.strides.batch,
+            k_head: k.strides.head,
+            v_batch: v.strides.batch,
+            v_head: v.strides.head,
+            planes_step: self.planes_stride,
+            kv_heads: g.num_kv_heads as u32,
+            // Of plain weights, not R times them.
+            scale: if g.ratio { 1.0 } else { self.weight * (1 << g.planes) as f32 },
+        };
+        let mut binds = vec![q.bind.clone(), k.bind.clone(), v.bind.clone()];
+        binds.extend([&self.planes, &self.heads].map(Bind::from));
+        binds.push(lengths);
+        binds.extend([&state.buffer, &counters, &o].map(Bind::from));
+        let grid = Grid::new((units * g.value_dim.div_ceil(CHANNELS)) as u64, 256);
+        passes.dispatch(self.key(Kernel::Step { output: call.output }), params, grid, binds)?;
+        passes.ready()?.run(&ctx, op)?;
+        Ok(Tensor::cuda(call.output, vec![call.batch(), 1, g.num_q_heads, g.value_dim], o))
+    }
+}

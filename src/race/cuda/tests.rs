@@ -1,0 +1,131 @@
+//! Every variant of every kernel, and the structs they read.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use super::kernels::{Kernel, Key};
+use super::params::{Finish, PieceParams, Scan, Shares, Step, Walk};
+use crate::engine::cuda::KernelKey;
+use crate::race::plan::Geometry;
+use crate::tensor::DType;
+
+fn geometry(
+    heads: (usize, usize),
+    dims: (usize, usize),
+    (ensembles, tables, planes): (usize, usize, usize),
+    dtype: DType,
+    ratio: bool,
+) -> Geometry {
+    let (num_q_heads, num_kv_heads) = heads;
+    let (group, (head_dim, value_dim)) = (num_q_heads / num_kv_heads, dims);
+    Geometry { num_q_heads, num_kv_heads, group, head_dim, value_dim, dtype, tables, planes, ensembles, ratio }
+}
+
+/// Kernels for any shape.
+fn any(geometry: Geometry, output: DType, grad: DType) -> Vec<Key> {
+    let mut kernels = vec![
+        Kernel::Scan { reverse: false },
+        Kernel::Scan { reverse: true },
+        Kernel::AddParameters,
+        Kernel::FinishParameters,
+        Kernel::Step { output },
+        Kernel::ChunkSums,
+        Kernel::Products,
+        Kernel::Gains { grad },
+        Kernel::QuerySums { grad },
+    ];
+    for flag in [false, true] {
+        kernels.extend([
+            Kernel::Project { queries: flag },
+            Kernel::Weights { queries: flag },
+            Kernel::ReadWeights { read: flag },
+            Kernel::Output { output, read: flag },
+            Kernel::Values { grad, read: flag },
+            Kernel::Query { read: flag },
+            Kernel::Key { absorb: flag },
+            Kernel::Value { grad, absorb: flag },
+            Kernel::ThroughHash { queries: flag },
+            Kernel::HashInputs { queries: flag },
+            Kernel::HashParameters { queries: flag },
+        ]);
+    }
+    kernels.into_iter().map(|kernel| Key { kernel, geometry }).collect()
+}
+
+/// Kernels that walk.
+fn walking(geometry: Geometry, terms: usize, output: DType) -> Vec<Key> {
+    let kernels = [
+        Kernel::Sums { terms },
+        Kernel::Forward { terms, output },
+        Kernel::BackwardQuery { terms },
+        Kernel::BackwardKey { terms },
+    ];
+    kernels.into_iter().map(|kernel| Key { kernel, geometry }).collect()
+}
+
+pub(crate) fn test_keys() -> Vec<Box<dyn KernelKey>> {
+    let (half, bf16, full) = (DType::F16, DType::Bf16, DType::F32);
+    let mut keys = any(geometry((32, 8), (128, 128), (1, 4, 4), bf16, true), bf16, bf16);
+    keys.extend(any(geometry((3, 1), (5, 7), (2, 3, 3), full, false), half, full));
+    keys.extend(any(geometry((2, 1), (512, 512), (1, 16, 8), half, false), full, half));
+    for (tables, planes) in [(2, 2), (3, 3), (4, 4)] {
+        let geometry = geometry((4, 4), (128, 128), (1, tables, planes), bf16, true);
+        keys.extend(walking(geometry, 1, bf16));
+        keys.extend(walking(geometry, 2, full));
+    }
+    keys.extend(walking(geometry((8, 2), (64, 64), (1, 5, 3), half, true), 2, half));
+    keys.extend(walking(geometry((2, 2), (64, 64), (1, 4, 4), bf16, true), 3, full));
+    keys.into_iter().map(|key| Box::new(key) as Box<dyn KernelKey>).collect()
+}
+
+/// Bytes of the fields of a struct of a kernel's text, as the compiler lays them out.
+fn size_in_text(text: &str, name: &str) -> usize {
+    let start = text.find(&format!("struct {name} {{")).expect(name);
+    let body = &text[start..start + text[start..].find("};").unwrap()];
+    let mut size: usize = 0;
+    let mut largest = 1;
+    for line in body.lines().skip(1).map(str::trim).filter(|line| !line.starts_with("//") && !line.is_empty()) {
+        let (kind, names) = line.trim_end_matches(';').split_once(' ').unwrap();
+        let one = if kind == "i64" { 8 } else { 4 };
+        largest = largest.max(one);
+        for _ in names.split(',') {
+            size = size.next_multiple_of(one) + one;
+        }
+    }
+    size.next_multiple_of(largest)
+}
+
+#[test]
+fn structs_are_those_of_the_texts() {
+    macro_rules! text {
+        ($name:literal) => {
+            include_str!(concat!("../../../shaders/cuda/race/", $name))
+        };
+    }
+    for (text, name, size) in [
+        (text!("walk.cuh"), "Walk", size_of::<Walk>()),
+        (text!("scan.cu"), "Scan", size_of::<Scan>()),
+        (text!("add_parameters.cu"), "Shares", size_of::<Shares>()),
+        (text!("any/any.cuh"), "Piece", size_of::<PieceParams>()),
+        (text!("any/step.cu"), "Step", size_of::<Step>()),
+        (text!("any/finish_parameters.cu"), "Finish", size_of::<Finish>()),
+    ] {
+        assert_eq!(size_in_text(text, name), size, "{name}");
+    }
+}
+
+/// What the host asks for is what the kernels carve.
+#[test]
+fn shared_memory_is_that_of_the_texts() {
+    // Printed by benches/cuda/race.cu for the same shapes.
+    let g = |tables, planes| geometry((4, 4), (128, 128), (1, tables, planes), DType::Bf16, true);
+    for (geometry, sums, forward, backward) in [
+        (g(4, 4), 92672, (2, 107_008), (1, 189_184)),
+        (g(2, 2), 83456, (2, 75328), (2, 102_208)),
+        (g(3, 3), 86784, (2, 86400), (2, 114_304)),
+    ] {
+        let of = |fit: super::shared::Fit| (fit.blocks, fit.bytes);
+        assert_eq!(super::shared::sums(&geometry, 1), sums);
+        assert_eq!(of(super::shared::forward(&geometry, 1)), forward);
+        assert_eq!(of(super::shared::backward(&geometry, 1)), backward);
+    }
+}
