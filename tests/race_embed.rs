@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use softhash::{
-    Beta, DType, Device, Error, Normalization, Race, RaceConfig, RaceOptions, RaceShape, Tensor, TensorView, wgpu,
+    Beta, DType, Device, Error, Gate, Normalization, Race, RaceConfig, RaceOptions, RaceShape, Tensor, TensorView, wgpu,
 };
 use wgpu::util::DeviceExt;
 
@@ -11,6 +11,10 @@ const SHAPE: RaceShape = RaceShape { num_q_heads: 4, num_kv_heads: 2, head_dim: 
 
 fn config() -> RaceConfig {
     RaceConfig { tables: 3, planes: 3, ..RaceConfig::default() }
+}
+
+fn windowed() -> RaceConfig {
+    RaceConfig { window: 40, gate: Gate::PerHead(vec![0.2, 0.5, 0.7, 1.0]), ..config() }
 }
 
 fn numbers(seed: u32, n: usize) -> Vec<f32> {
@@ -79,15 +83,21 @@ fn views([q, k, v]: &[Vec<f32>; 3], tokens: usize) -> [TensorView<'_>; 3] {
 /// Steps and chunks left in one encoder and submitted late; the host trains meanwhile.
 #[test]
 fn appends_wait_in_the_hosts_encoder() {
+    for config in [config(), windowed()] {
+        appends_wait(&config);
+    }
+}
+
+fn appends_wait(config: &RaceConfig) {
     let (device, queue, lent) = host(&adapter());
-    let mut race = Race::new(&lent, config(), SHAPE).unwrap();
+    let mut race = Race::new(&lent, config.clone(), SHAPE).unwrap();
     pollster::block_on(race.warm_up_async(DType::F32)).unwrap();
     let compiled = lent.report().kernels.len();
     assert!(compiled >= 6, "{compiled} kernels");
     race.warm_up(DType::F32).unwrap();
     assert_eq!(lent.report().kernels.len(), compiled, "the twins compile the same");
     let mut state = race.new_state(2).unwrap();
-    let mut twin = Race::new(&Device::cpu(), config(), SHAPE).unwrap();
+    let mut twin = Race::new(&Device::cpu(), config.clone(), SHAPE).unwrap();
     let mut twin_state = twin.new_state(2).unwrap();
 
     let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
@@ -102,6 +112,7 @@ fn appends_wait_in_the_hosts_encoder() {
     // Other parameters now do not reach what is recorded already.
     let planes = race.hyperplanes().unwrap();
     race.set_parameters(&numbers(99, planes.len()), Beta::Shared(3.0)).unwrap();
+    race.set_gate(Gate::Shared(0.9)).unwrap();
     queue.submit([encoder.finish()]);
     for (got, want) in got.iter().zip(&want) {
         close(&values(got), &values(want));
@@ -109,6 +120,7 @@ fn appends_wait_in_the_hosts_encoder() {
     assert_eq!((state.tokens(0), state.tokens(1)), (Some(78), Some(78)));
     // And they compile nothing.
     twin.set_parameters(&numbers(99, planes.len()), Beta::Shared(3.0)).unwrap();
+    twin.set_gate(Gate::Shared(0.9)).unwrap();
     let data = some(1000, 1);
     let [q, k, v] = views(&data, 1);
     close(
@@ -124,7 +136,7 @@ fn buffers_are_read_in_place() {
     let (device, _, lent) = host(&adapter());
     for (dtype, tokens) in [(DType::F16, 70), (DType::Bf16, 1), (DType::Bf16, 33)] {
         let shape = RaceShape { dtype, ..SHAPE };
-        let config = RaceConfig { normalization: Normalization::BucketMean, ..config() };
+        let config = RaceConfig { normalization: Normalization::BucketMean, ..windowed() };
         // Heads before tokens, rows one element longer than they need be, all after an odd number of elements.
         let strides = |heads: usize, dim: usize| [heads * tokens * (dim + 1), dim + 1, tokens * (dim + 1), 1];
         let packed = |seed, heads: usize, dim: usize, poison: bool| -> Vec<u8> {
@@ -152,7 +164,8 @@ fn buffers_are_read_in_place() {
             let mut race = Race::new(&lent, config.clone(), shape).unwrap();
             let options = RaceOptions { output: Some(DType::F32), lengths: Some(vec![tokens, tokens - 1]) };
             let out = race.forward_with(&q, &k, &v, None, &options).unwrap();
-            results.push(values(&out.o));
+            let ends = race.read_state(&out.state).unwrap();
+            results.push((values(&out.o), ends.window_k, ends.window_v));
         }
         assert!(results[0] == results[1], "NaN is not zero");
         let mut cpu = Race::new(&Device::cpu(), config.clone(), shape).unwrap();
@@ -171,7 +184,9 @@ fn buffers_are_read_in_place() {
         });
         let options = RaceOptions { output: Some(DType::F32), lengths: Some(vec![tokens, tokens - 1]) };
         let out = cpu.forward_with(&q, &k, &v, None, &options).unwrap();
-        close(&results[0], &values(&out.o));
+        close(&results[0].0, &values(&out.o));
+        let ends = cpu.read_state(&out.state).unwrap();
+        assert!(results[0].1 == ends.window_k && results[0].2 == ends.window_v);
     }
 }
 

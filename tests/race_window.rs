@@ -16,6 +16,10 @@ use softhash::{
 };
 use std::ops::Range;
 
+fn name_of(device: &Device) -> &'static str {
+    if device.is_cpu() { "CPU" } else { "GPU" }
+}
+
 /// The devices, each made once, so that each kernel is compiled once.
 fn devices() -> Vec<Device> {
     #[cfg(feature = "wgpu")]
@@ -256,7 +260,7 @@ fn judge(case: &Case) {
     let data = case.data();
     let want = expected(case, &data);
     for device in devices() {
-        computed(&device, case, &data).judge(&want, case, &format!("{device:?}"));
+        computed(&device, case, &data).judge(&want, case, name_of(&device));
     }
 }
 
@@ -397,7 +401,7 @@ fn segments_and_steps_are_the_whole() {
                 (whole.a, whole.k, whole.v) = (a, wider(&window_k), wider(&window_v));
                 whole.d_b = ends.b;
                 (whole.d_ring_k, whole.d_ring_v) = (wider(&ends.window_k), wider(&ends.window_v));
-                whole.judge(&want, &case, &format!("{device:?}, cut at {cuts:?}"));
+                whole.judge(&want, &case, &format!("{}, cut at {cuts:?}", name_of(&device)));
             }
         }
     }
@@ -432,7 +436,7 @@ fn rings_are_forked_saved_and_counted() {
             let [q, k, v, _]: [TensorView<'_>; 4] = std::array::from_fn(|i| elements[i].view(case.shapes()[i]));
             let mut state = race.forward(&q, &k, &v, None).unwrap().state;
             let without = Case { window: 0, ..case.clone() }.race_on(&device, &data).new_state(2).unwrap().bytes();
-            assert_eq!(state.bytes(), without + ring, "{device:?}");
+            assert_eq!(state.bytes(), without + ring, "{}", name_of(&device));
             let fork = race.fork(&state).unwrap();
             let before = race.read_state(&fork).unwrap();
             bytes.push(race.state_to_bytes(&fork).unwrap());

@@ -9,9 +9,15 @@ const PER_WORD: u32 = 1u;
 #else
 const PER_WORD: u32 = 2u;
 #endif
+#ifdef IN_BF16
+const EXPONENT: u32 = 0x7f80u;
+#endif
+#ifdef IN_F16
+const EXPONENT: u32 = 0x7c00u;
+#endif
 const WORDS: u32 = RING_ROW / PER_WORD;
 
-// The bits of an element of the row, k's channels first, as they are.
+// The bits of an element of the row, k's channels first; NaN and infinities are stored as what they are read as, zero.
 fn bits_of(b: u32, token: u32, kv_head: u32, channel: u32) -> u32 {
     var word = 0u;
     var at = 0u;
@@ -24,9 +30,10 @@ fn bits_of(b: u32, token: u32, kv_head: u32, channel: u32) -> u32 {
         word = values[input_word(at)];
     }
 #ifdef IN_F32
-    return word;
+    return select(0u, word, is_finite_bits(word));
 #else
-    return (word >> ((at & 1u) * 16u)) & 0xffffu;
+    let bits = (word >> ((at & 1u) * 16u)) & 0xffffu;
+    return select(0u, bits, (bits & EXPONENT) != EXPONENT);
 #endif
 }
 
