@@ -24,7 +24,12 @@ pub(crate) fn empty(g: &Geometry, state: SeqState) -> SequenceData {
 }
 
 /// Rows of `row_bytes` out of `padded` bytes each, `[kv head, token]` in a page, `[token, kv head]` saved.
-fn rows(g: &Geometry, saved: usize, padded: usize, row_bytes: usize) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+fn rows(
+    g: &Geometry,
+    saved: usize,
+    padded: usize,
+    row_bytes: usize,
+) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
     let (heads, page) = (g.num_kv_heads, g.page);
     (0..saved / row_bytes).map(move |i| {
         let (token, head) = (i / heads, i % heads);

@@ -59,9 +59,8 @@ impl<S> Pool<S> {
             let wish = missing.max(held).min(limit);
             let smaller = missing.min(limit);
             let made = make(wish).map(|slab| (slab, wish));
-            let made = made.or_else(|error| {
-                if wish > smaller { make(smaller).map(|slab| (slab, smaller)) } else { Err(error) }
-            });
+            let made = made
+                .or_else(|error| if wish > smaller { make(smaller).map(|slab| (slab, smaller)) } else { Err(error) });
             let (slab, count) = match made {
                 Ok(made) => made,
                 Err(error) => {

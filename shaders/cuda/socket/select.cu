@@ -9,7 +9,7 @@
 #define BATCH 65536
 #define MINE 2048
 // Loads of eight levels that are under way together.
-#define AT_ONCE 4
+#define AT_ONCE 2
 
 struct Found {
     u32 low, high, above, total;

@@ -67,7 +67,8 @@ impl CudaExecutor {
     /// Every kernel that calls with these dtypes may launch.
     pub(super) fn kernels(&self, q: DType, output: DType) -> Vec<Kernel> {
         let s = &self.sizes;
-        let mut kernels = vec![Kernel::StoreKv, Kernel::HashStep, Kernel::HashQuery { q }, Kernel::Score, Kernel::Select];
+        let mut kernels =
+            vec![Kernel::StoreKv, Kernel::HashStep, Kernel::HashQuery { q }, Kernel::Score, Kernel::Select];
         kernels.push(if s.hash_tiles_shared().is_some() { Kernel::HashTiles } else { Kernel::HashKeys });
         kernels.push(Kernel::Collect);
         kernels.extend([true, false].map(|sparse| self.attend_kernel(q, output, sparse)));
@@ -223,11 +224,8 @@ impl CudaExecutor {
         let s = self.sizes;
         let g = s.g;
         let tokens: usize = problem.rows.iter().map(|r| r.visible).sum();
-        let spans = Spans {
-            score: s.score_span(tokens),
-            select: s.select_span(tokens),
-            attend: s.attend_span(tokens, sparse),
-        };
+        let spans =
+            Spans { score: s.score_span(tokens), select: s.select_span(tokens), attend: s.attend_span(tokens, sparse) };
         let (rows, blocks) = self.blocks(problem, sparse, spans.attend);
         let mut most = [0u64; 6];
         let mut most_rows = 0;
@@ -296,13 +294,7 @@ impl CudaExecutor {
         Ok(())
     }
 
-    fn prefill(
-        &self,
-        passes: &mut Passes<'_>,
-        q: DType,
-        problem: &AttendProblem,
-        mut call: Call,
-    ) -> Result<()> {
+    fn prefill(&self, passes: &mut Passes<'_>, q: DType, problem: &AttendProblem, mut call: Call) -> Result<()> {
         let s = &self.sizes;
         // Here a row is a sequence.
         let row = |(i, seq): (usize, &crate::socket::problem::SeqState)| Row {

@@ -13,15 +13,28 @@ pub(crate) enum Kernel {
     HashKeys,
     HashTiles,
     HashStep,
-    HashQuery { q: DType },
+    HashQuery {
+        q: DType,
+    },
     Score,
     Select,
     Collect,
     /// On the matrix unit.
-    Attend { q: DType, output: DType, sparse: bool },
+    Attend {
+        q: DType,
+        output: DType,
+        sparse: bool,
+    },
     /// In f32.
-    AttendAny { q: DType, output: DType, sparse: bool },
-    Prefill { q: DType, output: DType },
+    AttendAny {
+        q: DType,
+        output: DType,
+        sparse: bool,
+    },
+    Prefill {
+        q: DType,
+        output: DType,
+    },
 }
 
 /// One compiled kernel.

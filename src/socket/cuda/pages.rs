@@ -62,7 +62,8 @@ impl Table {
         let op = passes.op();
         let longest = lists.clone().map(<[Page]>::len).max().unwrap_or(0).max(1);
         let room = |stride: usize| (lists.len().max(1) * stride * 8) as u64;
-        let fits = self.buffer.as_ref().is_some_and(|buffer| longest <= self.stride && room(self.stride) <= buffer.size());
+        let fits =
+            self.buffer.as_ref().is_some_and(|buffer| longest <= self.stride && room(self.stride) <= buffer.size());
         if !fits {
             // Room to grow, so that a growing context does not allocate at every page.
             self.stride = longest.next_power_of_two().max(16);

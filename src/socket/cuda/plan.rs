@@ -107,7 +107,10 @@ impl Sizes {
     pub fn on_matrix_unit(&self, q: DType) -> bool {
         let g = &self.g;
         let dtypes = g.dtype != DType::F32 && (q == g.dtype || g.dtype == DType::Bf16);
-        dtypes && g.head_dim <= 256 && g.value_dim <= 256 && self.attend_shared(true, 256) + self.attend_static(q) <= self.shared
+        dtypes
+            && g.head_dim <= 256
+            && g.value_dim <= 256
+            && self.attend_shared(true, 256) + self.attend_static(q) <= self.shared
     }
 
     /// Query heads of one block, and blocks of a kv head.

@@ -1,8 +1,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use super::kernels::{Kernel, Key};
-use super::plan::Sizes;
 use super::merge::MergeKey;
+use super::plan::Sizes;
 use crate::engine::cuda::KernelKey;
 use crate::socket::config::{CacheShape, Scoring, SelectionScope, SocketConfig};
 use crate::socket::plan::Geometry;
