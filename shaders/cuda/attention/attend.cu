@@ -48,30 +48,6 @@ struct Work {
     const u64* page_bases;
 };
 
-// From 9.0 on rows are copied whole, one or two by each lane; the copies report to a barrier of the stage.
-#if __CUDA_ARCH__ >= 900 && !defined(NO_BULK)
-#define BULK 1
-
-__device__ __forceinline__ void copy_rows(const Work& w, u32 stage, u32 barrier, u32 tile, u32 lane) {
-    u32 base = tile * TILE, row = lane % TILE, last = w.count - 1;
-    // Rows past the last are copies of it: finite, and masked.
-    u32 at = min_u32(base + row, last);
-#if SPARSE
-    u32 token = w.chosen[at] & 0xffffu;
-    u64 page = w.page_bases[token / PAGE];
-#else
-    u32 token = w.first + at;
-    u64 page = page_of(*w.p, w.sequence, token);
-#endif
-    if (lane == 0) barrier_expect(barrier, TILE * (K_PIECES + V_PIECES) * 16);
-    __syncwarp();
-    if (lane < TILE) copy_bulk(stage + row * K_ROW, key_row(page, w.kv_head, token), K_PIECES * 16, barrier);
-    else copy_bulk(stage + TILE * K_ROW + row * V_ROW, value_row(page, w.kv_head, token), V_PIECES * 16, barrier);
-}
-#else
-#define BULK 0
-#endif
-
 // Starts to copy tile `tile` to `stage`, by a warp.
 __device__ __forceinline__ void copy_tile(const Work& w, u32 stage, u32 tile, u32 lane) {
     u32 base = tile * TILE;
@@ -115,7 +91,7 @@ __device__ __forceinline__ float query_at(const Call& p, i64 at, u32 head, u32 c
     return valid ? input_element<Q_DTYPE>(p.q, at + head * p.q_strides.head + channel) : 0.0f;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) attend(ARGUMENTS) {
     CALL;
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u32 kv_head = blockIdx.y / HEAD_TILES, first_head = blockIdx.y % HEAD_TILES * HEADS;
@@ -146,33 +122,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
     u32 stages = shared_address(memory) + warp * (STAGES * STAGE);
 #if HEAD_DIM % 16 != 0 || VALUE_DIM % 16 != 0
     for (u32 i = threadIdx.x; i < WARPS * STAGES * STAGE / 16; i += THREADS) ((uint4*)memory)[i] = uint4{0, 0, 0, 0};
-#if BULK
-    // Before copies in the background write beside them.
-    barriers_visible();
-#endif
     __syncthreads();
 #endif
 
-#if BULK
-    __shared__ u64 barriers[WARPS * STAGES];
-    u32 mine = shared_address(&barriers[warp * STAGES]);
-    if (lane < STAGES) barrier_init(mine + lane * 8, 1);
-    barriers_visible();
-    __syncwarp();
-#endif
-    u32 stage = 0, round = 0;
+    u32 stage = 0;
     auto start = [&](u32 tiles) {
 #pragma unroll
         for (u32 s = 0; s < STAGES - 1; s++) {
             u32 tile = warp + s * WARPS;
-#if BULK
-            u32 to = stage + s >= STAGES ? stage + s - STAGES : stage + s;
-            if (tile < tiles) copy_rows(w, stages + to * STAGE, mine + to * 8, tile, lane);
-#else
             u32 to = stage + s >= STAGES ? stage + s - STAGES : stage + s;
             if (tile < tiles) copy_tile(w, stages + to * STAGE, tile, lane);
             copies_commit();
-#endif
         }
     };
 #if !SPARSE
@@ -317,19 +277,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
     for (u32 tile = warp; tile < tiles; tile += WARPS) {
         // The stage that was read in the round before is free: all lanes are past it.
         u32 later = tile + (STAGES - 1) * WARPS, to = stage == 0 ? STAGES - 1 : stage - 1;
-#if BULK
-        __syncwarp();
-        if (later < tiles) copy_rows(w, stages + to * STAGE, mine + to * 8, later, lane);
-        barrier_wait(mine + stage * 8, round);
-#else
         copies_wait<STAGES - 2>();
         __syncwarp();
         if (later < tiles) copy_tile(w, stages + to * STAGE, later, lane);
         copies_commit();
-#endif
         u32 keys = stages + stage * STAGE, rows_of_values = keys + TILE * K_ROW;
         stage = stage + 1 == STAGES ? 0 : stage + 1;
-        if (stage == 0) round ^= 1;
         // Two products of 8 keys each.
         float logits[2][4] = {};
         {
@@ -445,9 +398,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
             }
         }
     }
-#if !BULK
     copies_wait<0>();
-#endif
 #if SPARSE
     // The list is read to its end before it is filled anew.
     __syncthreads();

@@ -5,7 +5,11 @@
 
 #define THREADS 512
 #define WARPS (THREADS / 32)
+// Tokens looked through before those found are scored, and how many may be found.
+#define BATCH 65536
 #define MINE 2048
+// Loads of eight levels that are under way together.
+#define AT_ONCE 2
 
 struct Found {
     u32 low, high, above, total;
@@ -110,25 +114,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) select_keys(ARGUMENTS) 
     tables = near_tables;
 #endif
     u32 low_level = found.low << BIN_SHIFT, high_level = (found.high + 1) << BIN_SHIFT;
-    for (u32 base = first; base < end; base += THREADS * 8) {
+    for (u32 base = first; base < end; base += BATCH) {
         __syncthreads();
         if (threadIdx.x == 0) mine_count = 0;
         __syncthreads();
-        u32 token = base + threadIdx.x * 8;
-        if (token < end) {
+        u32 upto = min_u32(end, base + BATCH);
+        for (u32 token = base + threadIdx.x * 8; token < upto; token += THREADS * 8 * AT_ONCE) {
             // Rows are padded to whole 64 scores.
-            uint4 levels = *(const uint4*)&scores[token];
-            u32 words[4] = {levels.x, levels.y, levels.z, levels.w};
+            uint4 levels[AT_ONCE];
 #pragma unroll
-            for (u32 i = 0; i < 8; i++) {
-                u32 level = words[i / 2] >> (16 * (i % 2)) & 0xffffu;
-                bool contested = level >= low_level && level < high_level && token + i < end;
+            for (u32 j = 0; j < AT_ONCE; j++)
+                if (token + j * THREADS * 8 < upto) levels[j] = *(const uint4*)&scores[token + j * THREADS * 8];
+#pragma unroll
+            for (u32 j = 0; j < AT_ONCE; j++) {
+                u32 at_token = token + j * THREADS * 8;
+                if (at_token >= upto) break;
+                u32 words[4] = {levels[j].x, levels[j].y, levels[j].z, levels[j].w};
+#pragma unroll
+                for (u32 i = 0; i < 8; i++) {
+                    u32 level = words[i / 2] >> (16 * (i % 2)) & 0xffffu;
+                    if (level - low_level >= high_level - low_level || at_token + i >= upto) continue;
 #if DISJOINT
-                contested = contested && !in_base(p, row, token + i);
+                    if (in_base(p, row, at_token + i)) continue;
 #endif
-                if (contested) {
                     u32 at = atomicAdd(&mine_count, 1u);
-                    if (at < MINE) mine[at] = token + i;
+                    if (at < MINE) mine[at] = at_token + i;
                 }
             }
         }
