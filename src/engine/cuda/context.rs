@@ -40,7 +40,17 @@ impl Context {
             return Err(Error::NoAdapter { wanted: format!("cuda:{ordinal}"), found: names.join(", ") });
         }
         let failed = |error| Error::Gpu { op, message: format!("cuda:{ordinal}: {}", driver::words(error)) };
-        let stream = outside_capture(|| CudaContext::new(ordinal)?.new_stream()).map_err(failed)?;
+        let stream = outside_capture(|| {
+            let context = CudaContext::new(ordinal)?;
+            // SAFETY: no slices are made between the two. With tracking on, the first stream would wait for all work of
+            // the GPU's context, which others may be using, and break off what they capture.
+            unsafe { context.disable_event_tracking() };
+            let stream = context.new_stream();
+            // SAFETY: as above.
+            unsafe { context.enable_event_tracking() };
+            stream
+        })
+        .map_err(failed)?;
         Self::new(stream, place)
     }
 

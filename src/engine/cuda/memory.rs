@@ -96,7 +96,7 @@ impl Drop for Memory {
             return;
         }
         // SAFETY: allocated once, freed here, after all submitted work that uses it, in the stream's order.
-        let freed = unsafe { result::free_async(self.pointer, self.ctx.cu_stream()) };
+        let freed = outside_capture(|| unsafe { result::free_async(self.pointer, self.ctx.cu_stream()) });
         if let Err(error) = freed {
             tracing::debug!(error = super::driver::words(error), "device memory is not freed");
         }
@@ -175,19 +175,21 @@ impl Context {
 
     fn take(&self, size: usize) -> Result<CUdeviceptr, DriverError> {
         let pool = &self.pool;
-        if !self.is_capturing() {
-            for pointer in lock(&pool.deferred).drain(..) {
-                // SAFETY: dropped during a capture that has ended; nothing submitted later uses it.
-                let _ = unsafe { result::free_async(pointer, self.cu_stream()) };
+        let is_capturing = self.is_capturing();
+        let stream = if is_capturing { pool.aside } else { self.cu_stream() };
+        outside_capture(|| {
+            if !is_capturing {
+                for pointer in lock(&pool.deferred).drain(..) {
+                    // SAFETY: dropped during a capture that has ended; nothing submitted later uses it.
+                    let _ = unsafe { result::free_async(pointer, stream) };
+                }
             }
             // SAFETY: pool and stream live as long as `self`; the memory is given out as holding anything.
-            return unsafe { result::mem_pool::alloc_async(pool.pool, size, self.cu_stream()) };
-        }
-        outside_capture(|| {
-            // SAFETY: as above.
-            let pointer = unsafe { result::mem_pool::alloc_async(pool.pool, size, pool.aside) }?;
-            // SAFETY: as above. After it the memory is there for every stream.
-            unsafe { result::stream::synchronize(pool.aside) }?;
+            let pointer = unsafe { result::mem_pool::alloc_async(pool.pool, size, stream) }?;
+            if is_capturing {
+                // SAFETY: as above. After it the memory is there for every stream.
+                unsafe { result::stream::synchronize(stream) }?;
+            }
             Ok(pointer)
         })
     }

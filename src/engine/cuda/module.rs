@@ -114,8 +114,8 @@ impl Kernel {
         }
         let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: the function belongs to a module that is loaded for as long as `self` lives.
-        let set = unsafe { result::function::set_function_attribute(self.function, attribute, bytes as i32) };
-        ctx.check(op, set)?;
+        let set = || unsafe { result::function::set_function_attribute(self.function, attribute, bytes as i32) };
+        ctx.check(op, outside_capture(set))?;
         self.shared_limit.fetch_max(bytes, Ordering::Relaxed);
         Ok(())
     }

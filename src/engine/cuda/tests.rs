@@ -334,7 +334,7 @@ fn a_host_captures_its_own_stream() {
         return;
     }
     use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-    let stream = cudarc::driver::CudaContext::new(0).unwrap().new_stream().unwrap();
+    let stream = open(Place::Off).stream().clone();
     let ctx = Context::new(stream.clone(), Place::Off).unwrap();
     let from = filled(&ctx, &[1]);
     add(&ctx, Bind::from(&from), 1, 1).unwrap();
