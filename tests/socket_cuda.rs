@@ -105,11 +105,12 @@ fn appends_are_captured_too() {
         let q = stream.clone_htod(&bits(&data)).unwrap();
         let mut cache = filled(&device, &config, 3000);
         cache.reserve(4000).unwrap();
+        let [k, v] = [&k, &v].map(|slice| TensorView::cuda_slice(slice, 0, DType::Bf16, [2, 1, 2, DIM]));
+        let q = TensorView::cuda_slice(&q, 0, DType::Bf16, [2, 1, 8, DIM]);
         let (mut graph, attended) = device
             .capture(|| {
-                let kv = [&k, &v].map(|slice| TensorView::cuda_slice(slice, 0, DType::Bf16, [2, 1, 2, DIM]));
-                cache.append(&kv[0], &kv[1])?;
-                cache.decode(&TensorView::cuda_slice(&q, 0, DType::Bf16, [2, 1, 8, DIM]))
+                cache.append(&k, &v)?;
+                cache.decode(&q)
             })
             .unwrap();
         graph.launch().unwrap();

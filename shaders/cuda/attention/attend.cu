@@ -91,7 +91,7 @@ __device__ __forceinline__ float query_at(const Call& p, i64 at, u32 head, u32 c
     return valid ? input_element<Q_DTYPE>(p.q, at + head * p.q_strides.head + channel) : 0.0f;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) attend(ARGUMENTS) {
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
     CALL;
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u32 kv_head = blockIdx.y / HEAD_TILES, first_head = blockIdx.y % HEAD_TILES * HEADS;

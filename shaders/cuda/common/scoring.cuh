@@ -149,7 +149,7 @@ __device__ __forceinline__ float exact_score(const Call& p, const float* tables,
     float score = 0.0f;
     for (u32 h = 0; h < EXACT_HEADS; h++, tables += TABLE_ROW) {
         float sum = 0.0f;
-#pragma unroll 4
+#pragma unroll 2
         for (u32 w = 0; w < WORDS; w++) {
             u32 codes = index[w * PAGE];
 #pragma unroll

@@ -8,6 +8,8 @@
 // Tokens looked through before those found are scored, and how many may be found.
 #define BATCH 65536
 #define MINE 2048
+// Candidates of a row that are compared each with each.
+#define RANKED 256
 // Loads of eight levels that are under way together.
 #define AT_ONCE 2
 
@@ -162,6 +164,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) select_keys(ARGUMENTS) 
     bool whole = listed > CANDIDATES;
     u32 count = whole ? row.visible : listed;
     u32 wanted = row.heavy - found.above;
+    if (threadIdx.x == 0) p.cuts[score_row] = high_level;
+    if (!whole && count <= RANKED) {
+        // Few enough to compare each with each: two threads a candidate.
+        __shared__ uint2 ranked[RANKED];
+        for (u32 i = threadIdx.x; i < count; i += THREADS) ranked[i] = uint2{candidates[i * 2], candidates[i * 2 + 1]};
+        __syncthreads();
+        uint2 own = ranked[min_u32(threadIdx.x / 2, RANKED - 1)];
+        u32 before = 0;
+        for (u32 i = threadIdx.x % 2; i < count; i += 2) {
+            uint2 other = ranked[i];
+            before += other.x > own.x || (other.x == own.x && other.y < own.y) ? 1 : 0;
+        }
+        before += __shfl_xor_sync(FULL_WARP, before, 1);
+        if (threadIdx.x / 2 < count && threadIdx.x % 2 == 0) scores[own.y] = before < wanted ? LEVEL_SELECTED : 0;
+        return;
+    }
     u32 key_prefix = 0, token_prefix = 0;
     bool exhausted = false;
     for (u32 round = 0; round < 8 && !exhausted; round++) {
@@ -227,6 +245,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) select_keys(ARGUMENTS) 
         bool selected = key > key_prefix || (key == key_prefix && token <= last_token);
         scores[token] = selected ? LEVEL_SELECTED : 0;
     }
-    if (threadIdx.x == 0) p.cuts[score_row] = high_level;
     let_later_start();
 }

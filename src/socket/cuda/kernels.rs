@@ -153,8 +153,7 @@ impl Key {
                 ("SPARSE", sparse.into()),
                 ("HEADS", heads),
                 ("HEAD_TILES", tiles),
-                ("STAGES", s.stages(sparse).1),
-                ("BLOCKS_TOGETHER", s.stages(sparse).0),
+                ("STAGES", s.stages(sparse)),
                 ("Q_SPLITS", s.query_parts(q)),
                 ("P_SPLITS", s.weight_parts(output)),
             ]

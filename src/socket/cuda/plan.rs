@@ -144,22 +144,18 @@ impl Sizes {
         16 * (Self::padded(self.g.head_dim) + Self::padded(self.g.value_dim))
     }
 
-    /// Blocks of the attention that share a multiprocessor, and the tiles that each warp holds in shared memory.
-    pub fn stages(&self, sparse: bool) -> (usize, usize) {
+    /// Tiles that a warp of the attention holds in shared memory, so that two blocks share a multiprocessor.
+    pub fn stages(&self, sparse: bool) -> usize {
         let list = if sparse { CHOSEN * 4 + 512 } else { 0 };
         // A block takes a KiB more than it asks for.
-        let fitting = |blocks: usize| (self.shared / blocks).saturating_sub(list + 1024) / (4 * self.stage());
-        // Over all keys three blocks of two tiles keep the memory busier than two of three, where registers suffice.
-        if !sparse && self.g.head_dim <= 128 && self.g.value_dim <= 128 && fitting(3) >= 2 {
-            return (3, fitting(3).min(3));
-        }
-        (2, fitting(2).clamp(2, 4))
+        let room = (self.shared / 2).saturating_sub(list + 1024);
+        (room / (4 * self.stage())).clamp(2, 3)
     }
 
     pub fn attend_shared(&self, sparse: bool, span: usize) -> usize {
         let (heads, _) = self.head_tiles();
         let results = 4 * heads * (self.g.value_dim.div_ceil(16) * 16 + 4) * 4;
-        let tiles = (4 * self.stages(sparse).1 * self.stage()).max(results);
+        let tiles = (4 * self.stages(sparse) * self.stage()).max(results);
         tiles + if sparse { CHOSEN * 4 + (span / self.g.page + 2) * 8 } else { 0 }
     }
 
@@ -222,8 +218,9 @@ impl Sizes {
     /// whole or one.
     pub fn attend_span(&self, tokens: usize, sparse: bool) -> usize {
         let (_, tiles) = self.head_tiles();
-        let (blocks, _) = self.stages(sparse);
-        let span = self.span(tokens * self.g.num_kv_heads * tiles, blocks, 16);
-        if sparse { span.next_power_of_two().clamp(64, MOST_CHOSEN_SPAN) } else { span.max(64) }
+        // Where one wave gives a kv head few spans, blocks that end late weigh more than those that start anew.
+        let waves = if !sparse && self.g.num_kv_heads * tiles * 8 > self.multiprocessors { 6 } else { 2 };
+        let span = self.span(tokens * self.g.num_kv_heads * tiles, waves, 16);
+        if sparse { span.next_power_of_two().clamp(64, MOST_CHOSEN_SPAN) } else { span.max(256) }
     }
 }
