@@ -94,6 +94,16 @@ static void barrier() {
     }
     while (e.block_turn == turn) next_fiber();
 }
+static unsigned named_count = 0, named_turn = 0;
+static void barrier_of(unsigned threads) {
+    unsigned turn = named_turn;
+    if (++named_count == threads) {
+        named_count = 0;
+        named_turn++;
+        return;
+    }
+    while (named_turn == turn) next_fiber();
+}
 template <class F> static void collective(Lane lane, F work) {
     Emulator &e = emulator;
     unsigned warp = threadIdx.x / 32, turn = e.warp_turn[warp];

@@ -218,12 +218,12 @@ struct Run {
         Shares s = {batch * spans(), h, h, (u32)(BITS * (HEAD_DIM + 1)), 0};
         LAUNCH(race_add_parameters, (s.elements + 31) / 32, 256, 0, s, w.shares, totals);
     }
-    void query() { LAUNCH(race_backward_query, batch * spans() * q_heads(), THREADS, BACKWARD_SHARED, w, w.q, w.k, w.v, w.grad_o, w.planes, heads, w.lengths, w.matrices, w.dq, w.of_queries, w.readings, w.shares); }
+    void query() { LAUNCH(race_backward_query, batch * spans() * q_heads(), BACKWARD_THREADS, BACKWARD_SHARED, w, w.q, w.k, w.v, w.grad_o, w.planes, heads, w.lengths, w.matrices, w.dq, w.of_queries, w.readings, w.shares); }
     void scan_back() {
         ScanAgain s = {(i64)(kv_heads * unit()), (i64)unit(), spans(), spans(), GROUP, (u32)kv_heads, 0};
         LAUNCH(race_scan_back, batch * kv_heads * ((COLUMNS + 7) / 8), SCAN_THREADS, 0, s, w.of_queries, w.after, heads, gradient);
     }
-    void key() { LAUNCH(race_backward_key, batch * spans() * kv_heads, THREADS, BACKWARD_SHARED, w, w.q, w.k, w.v, w.grad_o, w.planes, heads, w.lengths, w.after, w.readings, w.dk, w.dv, w.shares); }
+    void key() { LAUNCH(race_backward_key, batch * spans() * kv_heads, BACKWARD_THREADS, BACKWARD_SHARED, w, w.q, w.k, w.v, w.grad_o, w.planes, heads, w.lengths, w.after, w.readings, w.dk, w.dv, w.shares); }
     void backward() { sums(true); query(); add(q_heads()); scan_back(); key(); add(kv_heads); }
 #endif
 };

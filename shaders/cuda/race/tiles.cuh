@@ -184,11 +184,11 @@ __device__ __forceinline__ float row_sum(float x) {
 }
 
 // Rows of an input with WIDTH channels; rows from `count` on are zero.
-template <int WIDTH> __device__ __forceinline__ void fetch(u16 *to, const void *from, i64 row_step, int count) {
+template <int WIDTH, int N = THREADS> __device__ __forceinline__ void fetch(u16 *to, const void *from, i64 row_step, int count) {
     constexpr int pieces = WIDTH / 8;
-    if constexpr (THREADS % pieces == 0) {
+    if constexpr (N % pieces == 0 && N / pieces <= ROWS) {
         // Each thread takes the same sixteen bytes of every STEPth row.
-        constexpr int step = THREADS / pieces;
+        constexpr int step = N / pieces;
         int r = threadIdx.x / pieces, c = threadIdx.x % pieces * 8;
         const u16 *source = (const u16 *)from + r * row_step + c;
         to += r * (WIDTH + 8) + c;
@@ -200,7 +200,7 @@ template <int WIDTH> __device__ __forceinline__ void fetch(u16 *to, const void *
             source += row_step;
         }
     } else {
-        for (int i = threadIdx.x; i < ROWS * pieces; i += THREADS) {
+        for (int i = threadIdx.x; i < ROWS * pieces; i += N) {
             int r = i / pieces, c = i % pieces * 8;
             copy_16(to + r * (WIDTH + 8) + c, (const u16 *)from + (r < count ? r * row_step + c : 0), r < count ? 16u : 0u);
         }
