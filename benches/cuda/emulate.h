@@ -94,16 +94,6 @@ static void barrier() {
     }
     while (e.block_turn == turn) next_fiber();
 }
-static unsigned named_count = 0, named_turn = 0;
-static void barrier_of(unsigned threads) {
-    unsigned turn = named_turn;
-    if (++named_count == threads) {
-        named_count = 0;
-        named_turn++;
-        return;
-    }
-    while (named_turn == turn) next_fiber();
-}
 template <class F> static void collective(Lane lane, F work) {
     Emulator &e = emulator;
     unsigned warp = threadIdx.x / 32, turn = e.warp_turn[warp];
@@ -203,3 +193,12 @@ static float2 f16_floats(unsigned pair) {
 static float exp2_fast(float x) { return exp2f(x); }
 static unsigned count_up(unsigned *counter) { return (*counter)++; }
 static float quotient(float x, float y) { return x / y; }
+template <int TYPE> static unsigned larger_sizes(unsigned a, unsigned b) {
+    unsigned r = 0;
+    // As integers: among sizes NaN is the largest.
+    for (int h = 0; h < 32; h += 16) {
+        unsigned x = a >> h & 0x7fff, y = b >> h & 0x7fff;
+        r |= (x > y ? x : y) << h;
+    }
+    return r;
+}

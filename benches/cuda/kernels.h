@@ -22,9 +22,6 @@
 #ifndef GRADIENT_TYPE
 #define GRADIENT_TYPE 0
 #endif
-#ifndef BACKWARD_THREADS
-#define BACKWARD_THREADS (BACKWARD_BLOCKS == 2 ? 256 : 512)
-#endif
 #ifndef STAGES
 #define STAGES 2
 #endif

@@ -46,6 +46,7 @@ __global__ void noise(u32 *x, size_t pairs, u32 seed) {
 #endif
 
 static double widen(u16 x, int type) {
+    if ((x & (type == BF16 ? 0x7f80 : 0x7c00)) == (type == BF16 ? 0x7f80 : 0x7c00)) return 0;
     if (type == BF16) { u32 u = (u32)x << 16; float f; memcpy(&f, &u, 4); return f; }
     int e = x >> 10 & 31; double m = x & 1023;
     double v = e ? ldexp(1024 + m, e - 25) : ldexp(m, -24);
@@ -218,12 +219,12 @@ struct Run {
         Shares s = {batch * spans(), h, h, (u32)(BITS * (HEAD_DIM + 1)), 0};
         LAUNCH(race_add_parameters, (s.elements + 31) / 32, 256, 0, s, w.shares, totals);
     }
-    void query() { LAUNCH(race_backward_query, batch * spans() * q_heads(), BACKWARD_THREADS, BACKWARD_SHARED, w, w.q, w.k, w.v, w.grad_o, w.planes, heads, w.lengths, w.matrices, w.dq, w.of_queries, w.readings, w.shares); }
+    void query() { LAUNCH(race_backward_query, batch * spans() * q_heads(), THREADS, BACKWARD_SHARED, w, w.q, w.k, w.v, w.grad_o, w.planes, heads, w.lengths, w.matrices, w.dq, w.of_queries, w.readings, w.shares); }
     void scan_back() {
         ScanAgain s = {(i64)(kv_heads * unit()), (i64)unit(), spans(), spans(), GROUP, (u32)kv_heads, 0};
         LAUNCH(race_scan_back, batch * kv_heads * ((COLUMNS + 7) / 8), SCAN_THREADS, 0, s, w.of_queries, w.after, heads, gradient);
     }
-    void key() { LAUNCH(race_backward_key, batch * spans() * kv_heads, BACKWARD_THREADS, BACKWARD_SHARED, w, w.q, w.k, w.v, w.grad_o, w.planes, heads, w.lengths, w.after, w.readings, w.dk, w.dv, w.shares); }
+    void key() { LAUNCH(race_backward_key, batch * spans() * kv_heads, THREADS, BACKWARD_SHARED, w, w.q, w.k, w.v, w.grad_o, w.planes, heads, w.lengths, w.after, w.readings, w.dk, w.dv, w.shares); }
     void backward() { sums(true); query(); add(q_heads()); scan_back(); key(); add(kv_heads); }
 #endif
 };
@@ -243,6 +244,9 @@ static bool check(int batch, int tokens, int kv_heads, int span, float beta, std
     for (auto &x : g) x = narrow(normal(random), IN_TYPE);
     // Values that keys tell something of.
     for (size_t i = 0; i < nk; i++) for (int c = 0; c < std::min(D, E); c++) v[i * E + c] = narrow(widen(v[i * E + c], IN_TYPE) + 4 * widen(k[i * D + c], IN_TYPE), IN_TYPE);
+    // NaN and infinities read as zero.
+    u16 infinite = IN_TYPE == BF16 ? 0x7f80 : 0x7c00;
+    for (auto *x : {&q, &k, &v, &g}) for (size_t i = 5; i < x->size(); i += 9973) (*x)[i] = infinite | (i % 3 ? 0x8001 : 0);
     std::vector<float> w(BITS * D);
     for (auto &x : w) x = normal(random);
     V wd(w.begin(), w.end());
@@ -336,7 +340,7 @@ static bool check(int batch, int tokens, int kv_heads, int span, float beta, std
         {"o", error(go, wo), 2e-3 * wide + out_wide}, {"A", error(ga, wa), 1e-3 * wide}, {"B", error(gb, wb), 2e-3 * wide},
         {"dq", error(gq, wq), 2e-2 * wide + grad_wide}, {"dk", error(gk, wk), 2e-2 * wide + grad_wide}, {"dv", error(gv, wv), 4e-3 * wide + grad_wide},
         {"dW", error(gw, ww), 2e-2 * wide}, {"dbeta", fabs(gbeta - wbeta) / std::max(fabs(wbeta), 0.01 * sqrt(scale)), 5e-2 * wide},
-        {"dA", error(gda, wda), 4e-3 * wide}, {"dB", error(gdb, wdb), 4e-3 * wide}};
+        {"dA", error(gda, wda), 8e-3 * wide}, {"dB", error(gdb, wdb), 4e-3 * wide}};
     bool good = padding;
     std::string line;
     for (auto &x : all) {

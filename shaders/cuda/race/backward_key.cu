@@ -3,14 +3,10 @@
 // (sequence, span, kv head).
 #include "hash.cuh"
 
-// Warps that share the channels of dv of the same sixteen rows; channels at a time, for fewer registers where nothing is
-// kept from one head of the group to the next.
-constexpr int DV_WARPS = CARRIERS / 4 > VALUE_DIM / 32 ? VALUE_DIM / 32 : CARRIERS / 4;
-constexpr int DV_PART = VALUE_DIM / DV_WARPS;
-constexpr int WIDTH = GROUP == 1 && DV_PART > 64 ? 64 : DV_PART;
+// Channels of dv at a time: fewer registers, where nothing is kept from one head of the group to the next.
+constexpr int WIDTH = GROUP == 1 && VALUE_DIM > 64 ? 64 : VALUE_DIM;
 
-extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) race_backward_key(const Walk p, const void *all_q, const void *all_k, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_after, const float2 *all_readings, void *all_dk, void *all_dv, float *all_shares) {
-    constexpr int N = BACKWARD_THREADS;
+extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_backward_key(const Walk p, const void *all_q, const void *all_k, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_after, const float2 *all_readings, void *all_dk, void *all_dv, float *all_shares) {
     SHARED_BYTES;
     Carve carve = {shared_bytes};
     u16 *q_tile = carve.take<u16>(ROWS * (HEAD_DIM + 8) * 2);
@@ -30,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) 
     float *later = carve.take<float>(VALUE_DIM * 4);
     float *inverses = carve.take<float>(ROWS * 4);
     float *factors = carve.take<float>(ROWS * 4);
-    float *room = carve.take<float>(READERS * BITS_UP * 4);
+    float *room = carve.take<float>(4 * BITS_UP * 4);
 
     int head = blockIdx.x % p.kv_heads, span = blockIdx.x / p.kv_heads % p.spans, b = blockIdx.x / (p.kv_heads * p.spans);
     int first = span * p.span;
@@ -56,24 +52,34 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) 
     auto g_at = [&](int tile, int in_group) { return g_tiles + ((last - tile) * GROUP + in_group) % STAGES * ROWS * (VALUE_DIM + 8); };
     auto fetch_q = [&](int tile, int in_group) {
         i64 at = tile * ROWS;
-        fetch<HEAD_DIM, N>(q_tile, q + in_group * p.q_head + at * p.q_token, p.q_token, count - (int)at);
+        fetch<HEAD_DIM>(q_tile, q + in_group * p.q_head + at * p.q_token, p.q_token, count - (int)at);
     };
     auto fetch_late = [&](int tile, int in_group) {
         i64 at = tile * ROWS;
-        fetch<VALUE_DIM, N>(g_at(tile, in_group), g + in_group * p.g_head + at * p.g_token, p.g_token, count - (int)at);
+        fetch<VALUE_DIM>(g_at(tile, in_group), g + in_group * p.g_head + at * p.g_token, p.g_token, count - (int)at);
         if (in_group > 0) return;
-        fetch<HEAD_DIM, N>(k_at(tile), k + at * p.k_token, p.k_token, count - (int)at);
-        fetch<VALUE_DIM, N>(v_at(tile), v + at * p.v_token, p.v_token, count - (int)at);
+        fetch<HEAD_DIM>(k_at(tile), k + at * p.k_token, p.k_token, count - (int)at);
+        fetch<VALUE_DIM>(v_at(tile), v + at * p.v_token, p.v_token, count - (int)at);
     };
     fetch_q(last, 0);
     fetch_late(last, 0);
-    load_planes<N>(planes, all_planes + head * p.planes_stride);
-    load_corners<N>(corners);
-    clear_tile<N>(queries);
-    clear_tile<N>(keys);
-    clear_tile<N>(du);
+    load_planes(planes, all_planes + head * p.planes_stride);
+    load_corners(corners);
+    clear_tile(queries);
+    clear_tile(keys);
+    clear_tile(du);
     if (threadIdx.x < VALUE_DIM) later[threadIdx.x] = centre != 0.0f ? matrix[BUCKETS * COLUMNS + threadIdx.x] : 0.0f;
 
+    auto arrive = [&](int tile, int in_group) {
+        copies_done();
+        clean<HEAD_DIM>(q_tile);
+        clean<VALUE_DIM>(g_at(tile, in_group));
+        if (in_group == 0) {
+            clean<HEAD_DIM>(k_at(tile));
+            clean<VALUE_DIM>(v_at(tile));
+        }
+        barrier();
+    };
     // Once a head of a tile is hashed: the next one's way here, and weights.
     auto weigh = [&](int tile, int in_group) {
         barrier();
@@ -82,8 +88,8 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) 
             fetch_q(same ? tile : tile - 1, same ? in_group + 1 : 0);
             if (STAGES > 1) fetch_late(same ? tile : tile - 1, same ? in_group + 1 : 0);
         }
-        store_weights<N>(queries, q_logits, count - tile * ROWS, centre, inverses);
-        if (in_group == 0) store_weights<N>(keys, k_logits, count - tile * ROWS, centre, nullptr);
+        store_weights(queries, q_logits, count - tile * ROWS, centre, inverses);
+        if (in_group == 0) store_weights(keys, k_logits, count - tile * ROWS, centre, nullptr);
         barrier();
     };
     auto finish = [&](int tile, int in_group) {
@@ -94,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) 
             }
             return;
         }
-        store_hash_inputs<WARPS / 4>(dk + tile * ROWS * dk_token, dk_token, du, planes, row0, rows - tile * ROWS, warp >> 2);
+        store_hash_inputs(dk + tile * ROWS * dk_token, dk_token, du, planes, row0, rows - tile * ROWS, warp >> 2);
         if (STAGES == 1 && tile > 0) {
             barrier();
             fetch_late(tile - 1, 0);
@@ -105,15 +111,13 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) 
         Carried<CARRIERS> carried;
         carried.place();
         carried.read(matrix);
-        int part = warp >> 2;
         for (int tile = last; tile >= 0; tile--) {
             int here = count - tile * ROWS;
             float dvalue[WIDTH / 8][4];
             float added = 0.0f;
             for (int in_group = 0; in_group < GROUP; in_group++) {
-                copies_done();
-                barrier();
-                if (warp < 4) {
+                arrive(tile, in_group);
+                {
                     float t[BITS_UP / 8][4];
                     project(t, Keys{q_tile}, planes, row0);
                     store_logits(q_logits, t, row0, beta);
@@ -128,12 +132,12 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) 
                 }
                 weigh(tile, in_group);
                 Values gradients = {g_at(tile, in_group)};
-                if (part < DV_WARPS) {
+                {
                     Left<TERMS> alpha[BUCKETS_UP / 16];
 #pragma unroll
                     for (int s = 0; s < BUCKETS_UP; s += 16) alpha[s / 16] = left(keys, row0, s);
 #pragma unroll 1
-                    for (int channel = part * DV_PART; channel < (part + 1) * DV_PART; channel += WIDTH) {
+                    for (int channel = 0; channel < VALUE_DIM; channel += WIDTH) {
                         if (in_group == 0) {
                             clear(dvalue);
 #pragma unroll
@@ -190,38 +194,35 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) 
             }
         }
     } else {
-        int half = (warp - CARRIERS) >> 2, bucket0 = half * MINE;
         PlaneSums plane_sums;
         plane_sums.place(warp - CARRIERS);
         float of_beta[BITS_UP / 8][2];
 #pragma unroll
         for (int j = 0; j < BITS_UP / 8; j++) of_beta[j][0] = of_beta[j][1] = 0.0f;
-        bool reads = warp < CARRIERS + READERS;
         for (int tile = last; tile >= 0; tile--) {
             int here = count - tile * ROWS;
             Values values = {v_at(tile)};
-            float t[BITS_UP / 8][4], dalpha[MINE / 8][4];
+            float t[BITS_UP / 8][4], dalpha[BUCKETS_UP / 8][4];
             for (int in_group = 0; in_group < GROUP; in_group++) {
-                copies_done();
-                barrier();
-                if (in_group == 0 && reads) {
+                arrive(tile, in_group);
+                if (in_group == 0) {
                     project(t, Keys{k_at(tile)}, planes, row0);
-                    if (half == 0) store_logits(k_logits, t, row0, beta);
+                    store_logits(k_logits, t, row0, beta);
                 }
                 weigh(tile, in_group);
                 Values gradients = {g_at(tile, in_group)};
-                if (reads) {
+                {
                     if (in_group == 0) {
 #pragma unroll
-                        for (int j = 0; j < MINE / 8; j++) {
+                        for (int j = 0; j < BUCKETS_UP / 8; j++) {
 #pragma unroll
-                            for (int i = 0; i < 4; i++) dalpha[j][i] = masses[bucket0 + j * 8 + (lane & 3) * 2 + (i & 1)];
+                            for (int i = 0; i < 4; i++) dalpha[j][i] = masses[j * 8 + (lane & 3) * 2 + (i & 1)];
                         }
 #pragma unroll
                         for (int c = 0; c < VALUE_DIM; c += 16) {
                             auto value = left(values, row0, c);
 #pragma unroll
-                            for (int s = 0; s < MINE; s += 16) multiply(dalpha[s / 8], dalpha[s / 8 + 1], value, right(entry, bucket0 + s, c));
+                            for (int s = 0; s < BUCKETS_UP; s += 16) multiply(dalpha[s / 8], dalpha[s / 8 + 1], value, right(entry, s, c));
                         }
                     }
                     for (int other = row0; other < ROWS; other += 16) {
@@ -244,21 +245,21 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) 
                         }
                         auto a = as_left<TERMS>(z[0], z[1]);
 #pragma unroll
-                        for (int s = 0; s < MINE; s += 16) multiply(dalpha[s / 8], dalpha[s / 8 + 1], a, right_turned(queries, other, bucket0 + s));
+                        for (int s = 0; s < BUCKETS_UP; s += 16) multiply(dalpha[s / 8], dalpha[s / 8 + 1], a, right_turned(queries, other, s));
                     }
                     if (in_group + 1 == GROUP) {
 #pragma unroll
-                        for (int j = 0; j < MINE / 8; j++) {
+                        for (int j = 0; j < BUCKETS_UP / 8; j++) {
 #pragma unroll
                             for (int i = 0; i < 2; i++) {
                                 int row = row0 + (lane >> 2) + i * 8;
-                                float2 x = keys.get(row, bucket0 + j * 8 + (lane & 3) * 2);
+                                float2 x = keys.get(row, j * 8 + (lane & 3) * 2);
                                 bool real = row < here;
                                 dalpha[j][2 * i] = real ? dalpha[j][2 * i] * (x.x + centre) : 0.0f;
                                 dalpha[j][2 * i + 1] = real ? dalpha[j][2 * i + 1] * (x.y + centre) : 0.0f;
                             }
                         }
-                        through_hash<SPLIT, MINE>(dalpha, t, corners, du, of_beta, row0, beta, bucket0);
+                        through_hash(dalpha, t, corners, du, of_beta, row0, beta);
                     }
                 }
                 barrier();
@@ -267,8 +268,8 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) 
             }
         }
         plane_sums.write(all_shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1));
-        if (reads) keep_of_beta(room, of_beta, warp - CARRIERS);
+        keep_of_beta(room, of_beta, warp - CARRIERS);
     }
     barrier();
-    write_of_beta<READERS>(all_shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1), room);
+    write_of_beta(all_shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1), room);
 }

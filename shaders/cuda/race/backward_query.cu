@@ -6,8 +6,7 @@
 // dα = (values − G·o·masses) / D.
 #include "hash.cuh"
 
-extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) race_backward_query(const Walk p, const void *all_q, const void *all_k, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_matrices, void *all_dq, float *all_of_queries, float2 *all_readings, float *all_shares) {
-    constexpr int N = BACKWARD_THREADS;
+extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_backward_query(const Walk p, const void *all_q, const void *all_k, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_matrices, void *all_dq, float *all_of_queries, float2 *all_readings, float *all_shares) {
     SHARED_BYTES;
     Carve carve = {shared_bytes};
     u16 *q_tiles = carve.take<u16>(STAGES * ROWS * (HEAD_DIM + 8) * 2);
@@ -27,9 +26,7 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) 
     float *gains = carve.take<float>(ROWS * 4);
     float *inverses = carve.take<float>(ROWS * 4);
     float *factors = carve.take<float>(ROWS * 4);
-    float *room = carve.take<float>(READERS * BITS_UP * 4);
-    // What each half of the buckets gives to D and G·o.
-    float2 *found = carve.take<float2>(SPLIT ? 2 * ROWS * 8 : 0);
+    float *room = carve.take<float>(4 * BITS_UP * 4);
 
     int q_head = blockIdx.x % p.q_heads, span = blockIdx.x / p.q_heads % p.spans, b = blockIdx.x / (p.q_heads * p.spans);
     int head = q_head / GROUP;
@@ -49,16 +46,16 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) 
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     int row0 = (warp & 3) * 16;
 
-    fetch<HEAD_DIM, N>(q_tiles, q, p.q_token, count);
-    fetch<HEAD_DIM, N>(k_tile, k, p.k_token, count);
-    fetch<VALUE_DIM, N>(v_tiles, v, p.v_token, count);
-    fetch<VALUE_DIM, N>(g_tiles, g, p.g_token, count);
-    load_planes<N>(planes, all_planes + head * p.planes_stride);
-    load_corners<N>(corners);
-    clear_tile<N>(queries);
-    clear_tile<N>(keys);
-    clear_tile<N>(du);
-    Carried<WARPS> of_queries;
+    fetch<HEAD_DIM>(q_tiles, q, p.q_token, count);
+    fetch<HEAD_DIM>(k_tile, k, p.k_token, count);
+    fetch<VALUE_DIM>(v_tiles, v, p.v_token, count);
+    fetch<VALUE_DIM>(g_tiles, g, p.g_token, count);
+    load_planes(planes, all_planes + head * p.planes_stride);
+    load_corners(corners);
+    clear_tile(queries);
+    clear_tile(keys);
+    clear_tile(du);
+    Carried<8> of_queries;
     of_queries.place();
     float before = matrix[BUCKETS * COLUMNS + VALUE_DIM], sums_row = 0.0f;
     if (threadIdx.x < VALUE_DIM) means[threadIdx.x] = centre != 0.0f ? matrix[BUCKETS * COLUMNS + threadIdx.x] : 0.0f;
@@ -69,25 +66,33 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) 
     auto g_at = [&](int tile) { return g_tiles + tile % STAGES * ROWS * (VALUE_DIM + 8); };
     auto fetch_late = [&](int tile) {
         i64 next = tile * ROWS;
-        fetch<HEAD_DIM, N>(q_at(tile), q + next * p.q_token, p.q_token, count - (int)next);
-        fetch<VALUE_DIM, N>(v_at(tile), v + next * p.v_token, p.v_token, count - (int)next);
-        fetch<VALUE_DIM, N>(g_at(tile), g + next * p.g_token, p.g_token, count - (int)next);
+        fetch<HEAD_DIM>(q_at(tile), q + next * p.q_token, p.q_token, count - (int)next);
+        fetch<VALUE_DIM>(v_at(tile), v + next * p.v_token, p.v_token, count - (int)next);
+        fetch<VALUE_DIM>(g_at(tile), g + next * p.g_token, p.g_token, count - (int)next);
+    };
+    auto arrive = [&](int tile) {
+        copies_done();
+        clean<HEAD_DIM>(q_at(tile));
+        clean<HEAD_DIM>(k_tile);
+        clean<VALUE_DIM>(v_at(tile));
+        clean<VALUE_DIM>(g_at(tile));
+        barrier();
     };
     // Once a tile is hashed: the next one's way here, and weights.
     auto weigh = [&](int tile) {
         barrier();
         int next = (tile + 1) * ROWS;
         if (next < rows) {
-            fetch<HEAD_DIM, N>(k_tile, k + next * p.k_token, p.k_token, count - next);
+            fetch<HEAD_DIM>(k_tile, k + next * p.k_token, p.k_token, count - next);
             if (STAGES > 1) fetch_late(tile + 1);
         }
-        store_weights<N>(queries, q_logits, count - tile * ROWS, centre, nullptr);
-        store_weights<N>(keys, k_logits, count - tile * ROWS, centre, nullptr);
+        store_weights(queries, q_logits, count - tile * ROWS, centre, nullptr);
+        store_weights(keys, k_logits, count - tile * ROWS, centre, nullptr);
         barrier();
     };
     auto finish = [&](int tile) {
         of_queries.add_scaled(queries, Values{g_at(tile)}, factors);
-        store_hash_inputs<WARPS / 4>(dq + tile * ROWS * dq_token, dq_token, du, planes, row0, rows - tile * ROWS, warp >> 2);
+        store_hash_inputs(dq + tile * ROWS * dq_token, dq_token, du, planes, row0, rows - tile * ROWS, warp >> 2);
         if (STAGES == 1 && (tile + 1) * ROWS < rows) {
             barrier();
             fetch_late(tile + 1);
@@ -101,9 +106,8 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) 
         PlaneSums plane_sums;
         plane_sums.place(warp);
         for (int tile = 0; tile * ROWS < rows; tile++) {
-            copies_done();
-            barrier();
-            if (warp < 4) {
+            arrive(tile);
+            {
                 float t[BITS_UP / 8][4];
                 project(t, Keys{k_tile}, planes, row0);
                 store_logits(k_logits, t, row0, beta);
@@ -133,32 +137,30 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) 
         }
         plane_sums.write(all_shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1));
     } else {
-        int half = (warp - CARRIERS) >> 2, bucket0 = half * MINE;
         float of_beta[BITS_UP / 8][2];
 #pragma unroll
         for (int j = 0; j < BITS_UP / 8; j++) of_beta[j][0] = of_beta[j][1] = 0.0f;
         for (int tile = 0; tile * ROWS < rows; tile++) {
             int here = count - tile * ROWS;
-            copies_done();
-            barrier();
+            arrive(tile);
             float t[BITS_UP / 8][4];
-            if (warp < CARRIERS + READERS) project(t, Keys{q_at(tile)}, planes, row0);
-            if (half == 0) store_logits(q_logits, t, row0, beta);
+            project(t, Keys{q_at(tile)}, planes, row0);
+            store_logits(q_logits, t, row0, beta);
             weigh(tile);
-            if (warp < CARRIERS + READERS) {
+            {
                 Values values = {v_at(tile)}, gradients = {g_at(tile)};
-                float value[MINE / 8][4], mass[MINE / 8][4];
+                float value[BUCKETS_UP / 8][4], mass[BUCKETS_UP / 8][4];
                 clear(value);
 #pragma unroll
-                for (int j = 0; j < MINE / 8; j++) {
+                for (int j = 0; j < BUCKETS_UP / 8; j++) {
 #pragma unroll
-                    for (int i = 0; i < 4; i++) mass[j][i] = masses[bucket0 + j * 8 + (lane & 3) * 2 + (i & 1)];
+                    for (int i = 0; i < 4; i++) mass[j][i] = masses[j * 8 + (lane & 3) * 2 + (i & 1)];
                 }
 #pragma unroll
                 for (int c = 0; c < VALUE_DIM; c += 16) {
                     auto grad = left(gradients, row0, c);
 #pragma unroll
-                    for (int s = 0; s < MINE; s += 16) multiply(value[s / 8], value[s / 8 + 1], grad, right(entry, bucket0 + s, c));
+                    for (int s = 0; s < BUCKETS_UP; s += 16) multiply(value[s / 8], value[s / 8 + 1], grad, right(entry, s, c));
                 }
                 float gain[2] = {0.0f, 0.0f};
                 for (int other = 0; other <= row0; other += 16) {
@@ -179,18 +181,18 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) 
                     auto a = as_left<TERMS>(z[0], z[1]);
                     auto ones = seen(1.0f, diagonal);
 #pragma unroll
-                    for (int s = 0; s < MINE; s += 16) {
-                        auto x = right_turned(keys, other, bucket0 + s);
+                    for (int s = 0; s < BUCKETS_UP; s += 16) {
+                        auto x = right_turned(keys, other, s);
                         multiply(value[s / 8], value[s / 8 + 1], a, x);
                         multiply(mass[s / 8], mass[s / 8 + 1], ones, x);
                     }
                 }
                 float divisor[2] = {0.0f, 0.0f}, output[2] = {0.0f, 0.0f};
 #pragma unroll
-                for (int j = 0; j < MINE / 8; j++) {
+                for (int j = 0; j < BUCKETS_UP / 8; j++) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        float2 x = queries.get(row0 + (lane >> 2) + i * 8, bucket0 + j * 8 + (lane & 3) * 2);
+                        float2 x = queries.get(row0 + (lane >> 2) + i * 8, j * 8 + (lane & 3) * 2);
                         divisor[i] += x.x * mass[j][2 * i] + x.y * mass[j][2 * i + 1];
                         output[i] += x.x * value[j][2 * i] + x.y * value[j][2 * i + 1];
                     }
@@ -199,20 +201,6 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) 
                 for (int i = 0; i < 2; i++) {
                     divisor[i] = row_sum(divisor[i]);
                     output[i] = row_sum(output[i]);
-                }
-                if constexpr (SPLIT) {
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        if ((lane & 3) == 0) found[half * ROWS + row0 + (lane >> 2) + i * 8] = make_pair(divisor[i], output[i]);
-                    }
-                    barrier_of(READERS * 32);
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        // In the order of the buckets, so that both halves have the same sum.
-                        float2 low = found[row0 + (lane >> 2) + i * 8], high = found[ROWS + row0 + (lane >> 2) + i * 8];
-                        divisor[i] = low.x + high.x;
-                        output[i] = low.y + high.y;
-                    }
                 }
                 float inverse[2], reading[2];
 #pragma unroll
@@ -223,37 +211,37 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) 
                     float n = output[i] + all * (row_sum(gain[i]) + gains[row]);
                     inverse[i] = d > 0.0f && row < here ? 1.0f / d : 0.0f;
                     reading[i] = -n * inverse[i];
-                    if ((lane & 3) == 0 && half == 0) {
+                    if ((lane & 3) == 0) {
                         inverses[row] = inverse[i];
                         factors[row] = reading[i];
                         if (tile * ROWS + row < rows) readings[tile * ROWS + row] = make_pair(inverse[i], reading[i]);
                     }
                 }
 #pragma unroll
-                for (int j = 0; j < MINE / 8; j++) {
+                for (int j = 0; j < BUCKETS_UP / 8; j++) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        int row = row0 + (lane >> 2) + i * 8, bucket = bucket0 + j * 8 + (lane & 3) * 2;
+                        int row = row0 + (lane >> 2) + i * 8, bucket = j * 8 + (lane & 3) * 2;
                         float2 x = queries.get(row, bucket);
                         queries.set(row, bucket, x.x * inverse[i], x.y * inverse[i]);
                         value[j][2 * i] = inverse[i] * (value[j][2 * i] + reading[i] * mass[j][2 * i]) * (x.x + centre);
                         value[j][2 * i + 1] = inverse[i] * (value[j][2 * i + 1] + reading[i] * mass[j][2 * i + 1]) * (x.y + centre);
                     }
                 }
-                through_hash<SPLIT, MINE>(value, t, corners, du, of_beta, row0, beta, bucket0);
+                through_hash(value, t, corners, du, of_beta, row0, beta);
             }
             barrier();
-            if (centre != 0.0f && threadIdx.x == N - 1) {
+            if (centre != 0.0f && threadIdx.x == THREADS - 1) {
                 for (int r = 0; r < ROWS; r++) sums_row += inverses[r] * factors[r];
             }
             finish(tile);
         }
-        if (warp < CARRIERS + READERS) keep_of_beta(room, of_beta, warp - CARRIERS);
+        keep_of_beta(room, of_beta, warp - CARRIERS);
     }
     barrier();
     float *out = all_of_queries + ((i64)(b * p.q_heads + q_head) * p.spans + span) * MATRIX;
     of_queries.write(out);
     if (threadIdx.x < VALUE_DIM) out[BUCKETS * COLUMNS + threadIdx.x] = centre * BUCKETS * sums_row;
-    if (threadIdx.x == N - 1) out[BUCKETS * COLUMNS + VALUE_DIM] = centre * BUCKETS * sums_row;
-    write_of_beta<READERS>(all_shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1), room);
+    if (threadIdx.x == THREADS - 1) out[BUCKETS * COLUMNS + VALUE_DIM] = centre * BUCKETS * sums_row;
+    write_of_beta(all_shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1), room);
 }

@@ -11,8 +11,8 @@ typedef Parts<HEAD_DIM + 8, BITS_UP, PLANE_TERMS> Planes;
 constexpr int BIT_TILES = (BITS + 7) / 8;
 typedef Parts<VALUE_DIM + 8, BUCKETS_UP, TERMS> Entry;
 
-template <int N = THREADS> __device__ __forceinline__ void load_planes(const Planes &to, const float *planes) {
-    for (int i = threadIdx.x; i < BITS_UP * HEAD_DIM / 2; i += N) {
+__device__ __forceinline__ void load_planes(const Planes &to, const float *planes) {
+    for (int i = threadIdx.x; i < BITS_UP * HEAD_DIM / 2; i += THREADS) {
         int bit = i / (HEAD_DIM / 2), c = i % (HEAD_DIM / 2) * 2;
         bool real = bit < BITS;
         to.set(bit, c, real ? planes[bit * HEAD_DIM + c] : 0.0f, real ? planes[bit * HEAD_DIM + c + 1] : 0.0f);
@@ -80,10 +80,9 @@ __device__ __forceinline__ void expand(float (&weights)[RADIX], const float *log
 }
 
 // Weights of a tile, times `factors` of its rows where there are: each thread makes whole tables of one row.
-template <int N = THREADS>
 __device__ __forceinline__ void store_weights(const Weights &to, const float *logits, int count, float centre, const float *factors) {
 #pragma unroll
-    for (int i = threadIdx.x; i < ROWS * TABLES; i += N) {
+    for (int i = threadIdx.x; i < ROWS * TABLES; i += THREADS) {
         int row = i % ROWS, table = i / ROWS;
         float weights[RADIX];
         expand(weights, logits + row * BITS + table * PLANES, centre, row < count);
@@ -102,8 +101,8 @@ __device__ __forceinline__ void store_weights(const Weights &to, const float *lo
 }
 
 // Columns past the last bucket or bit are never written again.
-template <int N = THREADS, class X> __device__ __forceinline__ void clear_tile(const X &x) {
-    for (int i = threadIdx.x; i < X::bytes / 4; i += N) ((u32 *)x.at)[i] = 0;
+template <class X> __device__ __forceinline__ void clear_tile(const X &x) {
+    for (int i = threadIdx.x; i < X::bytes / 4; i += THREADS) ((u32 *)x.at)[i] = 0;
 }
 
 // The matrix that a block carries, [S + 1, Dv + 1]: each of its first WARPS warps has sixteen buckets of some channels,
@@ -232,8 +231,8 @@ __device__ __forceinline__ u32 corner_pair(int bucket, int bit, bool sign) {
 
 // Corner signs, then ones where bit and bucket are of one table: `[bit, bucket]`.
 typedef Parts<BUCKETS_UP + 8, BITS_UP * 2, 1> Corners;
-template <int N = THREADS> __device__ __forceinline__ void load_corners(const Corners &to) {
-    for (int i = threadIdx.x; i < BITS_UP * 2 * BUCKETS_UP / 2; i += N) {
+__device__ __forceinline__ void load_corners(const Corners &to) {
+    for (int i = threadIdx.x; i < BITS_UP * 2 * BUCKETS_UP / 2; i += THREADS) {
         int row = i / (BUCKETS_UP / 2), bucket = i % (BUCKETS_UP / 2) * 2;
         *(u32 *)(to.at + row * (BUCKETS_UP + 8) + bucket) = corner_pair(bucket, row % BITS_UP, row < BITS_UP);
     }
@@ -241,39 +240,33 @@ template <int N = THREADS> __device__ __forceinline__ void load_corners(const Co
 
 // From w to du = β·s·(1 − t²), which goes to `du`; adds Σ t·s of each bit to `of_beta`.
 typedef Parts<BITS_UP + 8, ROWS, PLANE_TERMS> HashGradient;
-// With SPLIT the buckets, and with them whole tables, are shared by two warps, of which this has those from `first` on.
-template <bool SPLIT, int WIDE>
-__device__ __forceinline__ void through_hash(const float (&w)[WIDE / 8][4], const float (&t)[BITS_UP / 8][4], const Corners &corners,
-                                             const HashGradient &du, float (&of_beta)[BITS_UP / 8][2], int row, float beta, int first) {
+__device__ __forceinline__ void through_hash(const float (&w)[BUCKETS_UP / 8][4], const float (&t)[BITS_UP / 8][4], const Corners &corners,
+                                             const HashGradient &du, float (&of_beta)[BITS_UP / 8][2], int row, float beta) {
     float signed_sums[BITS_UP / 8][4], sums[BITS_UP / 8][4];
     clear(signed_sums);
     clear(sums);
 #pragma unroll
-    for (int k = 0; k < WIDE; k += 16) {
+    for (int k = 0; k < BUCKETS_UP; k += 16) {
         auto a = as_left<PLANE_TERMS>(w[k / 8], w[k / 8 + 1]);
 #pragma unroll
         for (int n = 0; n < BITS_UP; n += 16) {
-            multiply(signed_sums[n / 8], signed_sums[n / 8 + 1], a, right(corners, n, first + k));
-            multiply(sums[n / 8], sums[n / 8 + 1], a, right(corners, BITS_UP + n, first + k));
+            multiply(signed_sums[n / 8], signed_sums[n / 8 + 1], a, right(corners, n, k));
+            multiply(sums[n / 8], sums[n / 8 + 1], a, right(corners, BITS_UP + n, k));
         }
     }
     u32 lane = threadIdx.x & 31;
 #pragma unroll
     for (int j = 0; j < BIT_TILES; j++) {
         int bit = j * 8 + (lane & 3) * 2;
-        bool mine = !SPLIT || (bit / PLANES * RADIX >= WIDE) == (first > 0);
         float d[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             float s = signed_sums[j][i] - bounded_tanh(beta * t[j][i]) * sums[j][i];
-            // Another's bits have no weights here.
             of_beta[j][i & 1] += t[j][i] * s;
             d[i] = beta * s * (1.0f - t[j][i] * t[j][i]);
         }
-        if (mine) {
-            du.set(row + (lane >> 2), bit, d[0], d[1]);
-            du.set(row + (lane >> 2) + 8, bit, d[2], d[3]);
-        }
+        du.set(row + (lane >> 2), bit, d[0], d[1]);
+        du.set(row + (lane >> 2) + 8, bit, d[2], d[3]);
     }
 }
 
@@ -355,11 +348,10 @@ template <int TYPE, int N> __device__ __forceinline__ void store_tile(void *to, 
     }
 }
 
-// dx = Wᵀ·du of sixteen rows, and of the channels one of PARTS parts.
-template <int PARTS> __device__ __forceinline__ void store_hash_inputs(void *to, i64 row_step, const HashGradient &du, const Planes &planes, int row, int rows, int part) {
-    constexpr int width = HEAD_DIM / PARTS < 16 ? 16 : HEAD_DIM / PARTS;
+// dx = Wᵀ·du of sixteen rows, half of the channels.
+__device__ __forceinline__ void store_hash_inputs(void *to, i64 row_step, const HashGradient &du, const Planes &planes, int row, int rows, int half) {
+    constexpr int width = HEAD_DIM / 2;
     constexpr int run = width % 32 == 0 ? 32 : 16;
-    if (part * width >= HEAD_DIM) return;
     Left<PLANE_TERMS> a[BITS_UP / 16];
 #pragma unroll
     for (int k = 0; k < BITS_UP; k += 16) a[k / 16] = left(du, row, k);
@@ -370,20 +362,14 @@ template <int PARTS> __device__ __forceinline__ void store_hash_inputs(void *to,
 #pragma unroll
         for (int k = 0; k < BITS_UP; k += 16) {
 #pragma unroll
-            for (int n = 0; n < run; n += 16) multiply(sums[n / 8], sums[n / 8 + 1], a[k / 16], right_turned(planes, k, part * width + c + n));
+            for (int n = 0; n < run; n += 16) multiply(sums[n / 8], sums[n / 8 + 1], a[k / 16], right_turned(planes, k, half * width + c + n));
         }
-        store_tile<GRADIENT_TYPE, run / 8>(to, row_step, sums, row, part * width + c, rows);
+        store_tile<GRADIENT_TYPE, run / 8>(to, row_step, sums, row, half * width + c, rows);
     }
 }
 
-// Both backward kernels: half of their warps carry sums, half read; where there are sixteen, two warps share the buckets
-// of the same sixteen rows if whole tables fall to each.
-constexpr int WARPS = BACKWARD_THREADS / 32;
-constexpr int CARRIERS = WARPS / 2;
-constexpr int HALF_BUCKETS = BUCKETS_UP / 2;
-constexpr bool SPLIT = WARPS == 16 && HALF_BUCKETS >= 16 && HALF_BUCKETS % RADIX == 0 && HALF_BUCKETS / RADIX * PLANES % 2 == 0;
-constexpr int MINE = SPLIT ? HALF_BUCKETS : BUCKETS_UP;
-constexpr int READERS = SPLIT ? 8 : 4;
+// Both backward kernels: four of their warps carry sums, four read.
+constexpr int CARRIERS = 4;
 
 // dW += duᵀ·x over the rows of a tile: each warp has some channels.
 constexpr int PLANE_PARTS = HEAD_DIM / 16 < CARRIERS ? HEAD_DIM / 16 : CARRIERS;
@@ -427,7 +413,7 @@ struct PlaneSums {
     }
 };
 
-// Sums of t·s that a warp holds, for a sum over PARTS warps.
+// Sums of t·s that a warp holds, for a sum over four warps.
 __device__ __forceinline__ void keep_of_beta(float *room, const float (&of_beta)[BITS_UP / 8][2], int part) {
     u32 lane = threadIdx.x & 31;
 #pragma unroll
@@ -443,11 +429,11 @@ __device__ __forceinline__ void keep_of_beta(float *room, const float (&of_beta)
     }
 }
 // Into the last column of a share.
-template <int PARTS> __device__ __forceinline__ void write_of_beta(float *to, const float *room) {
+__device__ __forceinline__ void write_of_beta(float *to, const float *room) {
     int bit = threadIdx.x;
     if (bit >= BITS) return;
     float sum = 0.0f;
-    for (int i = 0; i < PARTS; i++) sum += room[i * BITS_UP + bit];
+    for (int i = 0; i < 4; i++) sum += room[i * BITS_UP + bit];
     to[bit * (HEAD_DIM + 1) + HEAD_DIM] = sum;
 }
 
@@ -468,4 +454,4 @@ __device__ __forceinline__ Left<1> seen(float value, bool diagonal) {
 // Shared memory of both backward kernels.
 constexpr int BACKWARD_SHARED = (2 + (STAGES > 1)) * ROWS * (HEAD_DIM + 8) * 2 + 2 * STAGES * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes +
                                 2 * Weights::bytes + Entry::bytes + Corners::bytes + HashGradient::bytes + 2 * ROWS * BITS * 4 +
-                                BUCKETS_UP * 4 + VALUE_DIM * 4 + 3 * ROWS * 4 + READERS * BITS_UP * 4 + (SPLIT ? 16 * ROWS : 0) + 512;
+                                BUCKETS_UP * 4 + VALUE_DIM * 4 + 3 * ROWS * 4 + 4 * BITS_UP * 4 + 512;

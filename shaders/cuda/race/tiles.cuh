@@ -184,11 +184,11 @@ __device__ __forceinline__ float row_sum(float x) {
 }
 
 // Rows of an input with WIDTH channels; rows from `count` on are zero.
-template <int WIDTH, int N = THREADS> __device__ __forceinline__ void fetch(u16 *to, const void *from, i64 row_step, int count) {
+template <int WIDTH> __device__ __forceinline__ void fetch(u16 *to, const void *from, i64 row_step, int count) {
     constexpr int pieces = WIDTH / 8;
-    if constexpr (N % pieces == 0 && N / pieces <= ROWS) {
+    if constexpr (THREADS % pieces == 0) {
         // Each thread takes the same sixteen bytes of every STEPth row.
-        constexpr int step = N / pieces;
+        constexpr int step = THREADS / pieces;
         int r = threadIdx.x / pieces, c = threadIdx.x % pieces * 8;
         const u16 *source = (const u16 *)from + r * row_step + c;
         to += r * (WIDTH + 8) + c;
@@ -200,10 +200,28 @@ template <int WIDTH, int N = THREADS> __device__ __forceinline__ void fetch(u16 
             source += row_step;
         }
     } else {
-        for (int i = threadIdx.x; i < ROWS * pieces; i += N) {
+        for (int i = threadIdx.x; i < ROWS * pieces; i += THREADS) {
             int r = i / pieces, c = i % pieces * 8;
             copy_16(to + r * (WIDTH + 8) + c, (const u16 *)from + (r < count ? r * row_step + c : 0), r < count ? 16u : 0u);
         }
+    }
+}
+
+// Once this thread's copies have arrived: NaN and infinities among them read as zero.
+template <int WIDTH> __device__ __forceinline__ void clean(u16 *tile) {
+    constexpr int pieces = WIDTH / 8;
+    u32 largest = 0;
+#pragma unroll
+    for (int i = threadIdx.x; i < ROWS * pieces; i += THREADS) {
+        uint4 w = *(const uint4 *)(tile + i / pieces * (WIDTH + 8) + i % pieces * 8);
+        largest = larger_sizes<IN_TYPE>(larger_sizes<IN_TYPE>(largest, w.x), w.y);
+        largest = larger_sizes<IN_TYPE>(larger_sizes<IN_TYPE>(largest, w.z), w.w);
+    }
+    if (!not_finite<IN_TYPE>(largest)) return;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < ROWS * pieces; i += THREADS) {
+        u32 *w = (u32 *)(tile + i / pieces * (WIDTH + 8) + i % pieces * 8);
+        for (int j = 0; j < 4; j++) w[j] = finite_pair<IN_TYPE>(w[j]);
     }
 }
 
