@@ -193,3 +193,12 @@ static float2 f16_floats(unsigned pair) {
 static float exp2_fast(float x) { return exp2f(x); }
 static unsigned count_up(unsigned *counter) { return (*counter)++; }
 static float quotient(float x, float y) { return x / y; }
+template <int TYPE> static unsigned larger_sizes(unsigned a, unsigned b) {
+    unsigned r = 0;
+    // As integers: among sizes NaN is the largest.
+    for (int h = 0; h < 32; h += 16) {
+        unsigned x = a >> h & 0x7fff, y = b >> h & 0x7fff;
+        r |= (x > y ? x : y) << h;
+    }
+    return r;
+}

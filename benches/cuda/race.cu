@@ -46,6 +46,7 @@ __global__ void noise(u32 *x, size_t pairs, u32 seed) {
 #endif
 
 static double widen(u16 x, int type) {
+    if ((x & (type == BF16 ? 0x7f80 : 0x7c00)) == (type == BF16 ? 0x7f80 : 0x7c00)) return 0;
     if (type == BF16) { u32 u = (u32)x << 16; float f; memcpy(&f, &u, 4); return f; }
     int e = x >> 10 & 31; double m = x & 1023;
     double v = e ? ldexp(1024 + m, e - 25) : ldexp(m, -24);
@@ -243,6 +244,9 @@ static bool check(int batch, int tokens, int kv_heads, int span, float beta, std
     for (auto &x : g) x = narrow(normal(random), IN_TYPE);
     // Values that keys tell something of.
     for (size_t i = 0; i < nk; i++) for (int c = 0; c < std::min(D, E); c++) v[i * E + c] = narrow(widen(v[i * E + c], IN_TYPE) + 4 * widen(k[i * D + c], IN_TYPE), IN_TYPE);
+    // NaN and infinities read as zero.
+    u16 infinite = IN_TYPE == BF16 ? 0x7f80 : 0x7c00;
+    for (auto *x : {&q, &k, &v, &g}) for (size_t i = 5; i < x->size(); i += 9973) (*x)[i] = infinite | (i % 3 ? 0x8001 : 0);
     std::vector<float> w(BITS * D);
     for (auto &x : w) x = normal(random);
     V wd(w.begin(), w.end());
@@ -336,7 +340,7 @@ static bool check(int batch, int tokens, int kv_heads, int span, float beta, std
         {"o", error(go, wo), 2e-3 * wide + out_wide}, {"A", error(ga, wa), 1e-3 * wide}, {"B", error(gb, wb), 2e-3 * wide},
         {"dq", error(gq, wq), 2e-2 * wide + grad_wide}, {"dk", error(gk, wk), 2e-2 * wide + grad_wide}, {"dv", error(gv, wv), 4e-3 * wide + grad_wide},
         {"dW", error(gw, ww), 2e-2 * wide}, {"dbeta", fabs(gbeta - wbeta) / std::max(fabs(wbeta), 0.01 * sqrt(scale)), 5e-2 * wide},
-        {"dA", error(gda, wda), 4e-3 * wide}, {"dB", error(gdb, wdb), 4e-3 * wide}};
+        {"dA", error(gda, wda), 8e-3 * wide}, {"dB", error(gdb, wdb), 4e-3 * wide}};
     bool good = padding;
     std::string line;
     for (auto &x : all) {
@@ -351,6 +355,39 @@ static bool check(int batch, int tokens, int kv_heads, int span, float beta, std
     return good;
 }
 
+#if !defined ON_HOST && defined ANY_SHAPE
+// Microseconds of a decode step, by replays of a graph of twenty.
+static void bench_step(int batch, int kv_heads) {
+    Run r{batch, 1, kv_heads, 64, 1.0f, std::vector<u32>(batch, 1)};
+    r.allocate();
+    size_t rows = (size_t)batch * r.q_heads();
+    for (auto x : {std::make_pair(r.w.q, rows * HEAD_DIM), std::make_pair(r.w.k, rows / GROUP * HEAD_DIM), std::make_pair(r.w.v, rows / GROUP * VALUE_DIM)})
+        noise<<<256, 256>>>((u32 *)x.first, x.second / 2, 77);
+    put((float *)r.w.planes, std::vector<float>(BITS * HEAD_DIM, 0.5f));
+    u32 *counters = make<u32>(batch * kv_heads);
+    zero(counters, batch * kv_heads);
+    Step s = {r.w.q_batch, HEAD_DIM, r.w.k_batch, HEAD_DIM, r.w.v_batch, VALUE_DIM, 0, (u32)kv_heads, 1.0f};
+    cudaStream_t stream;
+    CHECK(cudaStreamCreate(&stream));
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    for (int i = 0; i < 20; i++)
+        any_step<<<batch * kv_heads * CHANNEL_BLOCKS, BLOCK, 0, stream>>>(s, r.w.q, r.w.k, r.w.v, r.w.planes, r.heads, nullptr, r.state, counters, r.w.o);
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    CHECK(cudaStreamEndCapture(stream, &graph));
+    CHECK(cudaGraphInstantiate(&exec, graph, 0));
+    std::vector<float> all;
+    cudaEvent_t a, b;
+    CHECK(cudaEventCreate(&a)); CHECK(cudaEventCreate(&b));
+    for (int i = 0; i < 25; i++) {
+        CHECK(cudaEventRecord(a, stream)); CHECK(cudaGraphLaunch(exec, stream)); CHECK(cudaEventRecord(b, stream)); CHECK(cudaEventSynchronize(b));
+        float ms; CHECK(cudaEventElapsedTime(&ms, a, b)); all.push_back(ms);
+    }
+    std::sort(all.begin(), all.end());
+    printf("step (P,L)=(%d,%d) batch %d heads %dx%d: %.2f us\n", PLANES, TABLES, batch, kv_heads, GROUP, all[12] * 1000 / 20);
+    r.free_all();
+}
+#endif
 #if !defined ON_HOST && !defined ANY_SHAPE
 template <class F> static float timed(F work, int runs) {
     cudaEvent_t a, b;
@@ -425,7 +462,9 @@ int main(int argc, char **argv) {
     good &= check(1, 1000, 2, 64, 0.0884f, {1000}, 2, false);
     good &= check(3, 500, 2, 128, 0.3f, {500, 0, 77}, 1, true);
     good &= check(1, 700, 1, 192, 4.0f, {700}, 0, true);
-#ifndef ANY_SHAPE
+#ifdef ANY_SHAPE
+    if (argc > 1) bench_step(1, 32), bench_step(64, 32);
+#else
     if (argc > 1) {
         int span = argc > 2 ? atoi(argv[2]) : 4096;
         int runs = argc > 3 ? atoi(argv[3]) : 5;

@@ -44,199 +44,232 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     float beta = all_heads[head].x, centre = all_heads[head].y;
     const float *matrix = all_after + ((i64)(b * p.kv_heads + head) * p.spans + span) * MATRIX;
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    int role = warp >> 2, row0 = (warp & 3) * 16;
+    int row0 = (warp & 3) * 16;
+    int last = (rows + ROWS - 1) / ROWS - 1;
 
-    int tile = (rows + ROWS - 1) / ROWS - 1;
-    fetch<HEAD_DIM>(q_tile, q + tile * ROWS * p.q_token, p.q_token, count - tile * ROWS);
-    fetch<HEAD_DIM>(k_tiles, k + tile * ROWS * p.k_token, p.k_token, count - tile * ROWS);
-    fetch<VALUE_DIM>(v_tiles, v + tile * ROWS * p.v_token, p.v_token, count - tile * ROWS);
-    fetch<VALUE_DIM>(g_tiles, g + tile * ROWS * p.g_token, p.g_token, count - tile * ROWS);
+    auto k_at = [&](int tile) { return k_tiles + (last - tile) % STAGES * ROWS * (HEAD_DIM + 8); };
+    auto v_at = [&](int tile) { return v_tiles + (last - tile) % STAGES * ROWS * (VALUE_DIM + 8); };
+    auto g_at = [&](int tile, int in_group) { return g_tiles + ((last - tile) * GROUP + in_group) % STAGES * ROWS * (VALUE_DIM + 8); };
+    auto fetch_q = [&](int tile, int in_group) {
+        i64 at = tile * ROWS;
+        fetch<HEAD_DIM>(q_tile, q + in_group * p.q_head + at * p.q_token, p.q_token, count - (int)at);
+    };
+    auto fetch_late = [&](int tile, int in_group) {
+        i64 at = tile * ROWS;
+        fetch<VALUE_DIM>(g_at(tile, in_group), g + in_group * p.g_head + at * p.g_token, p.g_token, count - (int)at);
+        if (in_group > 0) return;
+        fetch<HEAD_DIM>(k_at(tile), k + at * p.k_token, p.k_token, count - (int)at);
+        fetch<VALUE_DIM>(v_at(tile), v + at * p.v_token, p.v_token, count - (int)at);
+    };
+    fetch_q(last, 0);
+    fetch_late(last, 0);
     load_planes(planes, all_planes + head * p.planes_stride);
     load_corners(corners);
     clear_tile(queries);
-    clear_tile(du);
     clear_tile(keys);
-    Carried<4> carried;
-    carried.place();
-    if (role == 0) carried.read(matrix);
-    PlaneSums plane_sums;
-    plane_sums.place();
-    float of_beta[BITS_UP / 8][2];
-#pragma unroll
-    for (int j = 0; j < BITS_UP / 8; j++) of_beta[j][0] = of_beta[j][1] = 0.0f;
+    clear_tile(du);
     if (threadIdx.x < VALUE_DIM) later[threadIdx.x] = centre != 0.0f ? matrix[BUCKETS * COLUMNS + threadIdx.x] : 0.0f;
 
-    // What the stage's number changes by.
-    constexpr int OTHER = STAGES - 1;
-    int step = 0, turn = 0;
-    for (; tile >= 0; tile--, turn ^= OTHER) {
-        int here = count - tile * ROWS;
-        Keys queries_in = {q_tile}, keys_in = {k_tiles + turn * ROWS * (HEAD_DIM + 8)};
-        Values values = {v_tiles + turn * ROWS * (VALUE_DIM + 8)};
-        float t[BITS_UP / 8][4];
-        float dalpha[BUCKETS_UP / 8][4], dvalue[WIDTH / 8][4];
-        float added = 0.0f;
-        for (int in_group = 0; in_group < GROUP; in_group++, step ^= OTHER) {
-            Values gradients = {g_tiles + step * ROWS * (VALUE_DIM + 8)};
-            copies_done();
-            barrier();
-            if (role == 0) {
-                float u[BITS_UP / 8][4];
-                project(u, queries_in, planes, row0);
-                store_logits(q_logits, u, row0, beta);
-                if (in_group == 0) carried.show(entry, masses);
-            } else if (in_group == 0) {
-                project(t, keys_in, planes, row0);
-                store_logits(k_logits, t, row0, beta);
+    auto arrive = [&](int tile, int in_group) {
+        copies_done();
+        clean<HEAD_DIM>(q_tile);
+        clean<VALUE_DIM>(g_at(tile, in_group));
+        if (in_group == 0) {
+            clean<HEAD_DIM>(k_at(tile));
+            clean<VALUE_DIM>(v_at(tile));
+        }
+        barrier();
+    };
+    // Once a head of a tile is hashed: the next one's way here, and weights.
+    auto weigh = [&](int tile, int in_group) {
+        barrier();
+        bool same = in_group + 1 < GROUP;
+        if (same || tile > 0) {
+            fetch_q(same ? tile : tile - 1, same ? in_group + 1 : 0);
+            if (STAGES > 1) fetch_late(same ? tile : tile - 1, same ? in_group + 1 : 0);
+        }
+        store_weights(queries, q_logits, count - tile * ROWS, centre, inverses);
+        if (in_group == 0) store_weights(keys, k_logits, count - tile * ROWS, centre, nullptr);
+        barrier();
+    };
+    auto finish = [&](int tile, int in_group) {
+        if (in_group + 1 < GROUP) {
+            if (STAGES == 1) {
+                barrier();
+                fetch_late(tile, in_group + 1);
             }
-            if (threadIdx.x < ROWS) {
-                int row = threadIdx.x;
-                float2 reading = {0.0f, 0.0f};
-                if (row < here) reading = readings[(i64)in_group * p.tokens + tile * ROWS + row];
-                inverses[row] = reading.x;
-                factors[row] = reading.y;
-            }
+            return;
+        }
+        store_hash_inputs(dk + tile * ROWS * dk_token, dk_token, du, planes, row0, rows - tile * ROWS, warp >> 2);
+        if (STAGES == 1 && tile > 0) {
             barrier();
-            bool same = in_group + 1 < GROUP;
-            int next = same ? tile : tile - 1, next_head = same ? in_group + 1 : 0;
-            i64 at = next * ROWS;
-            auto fetch_late = [&] {
-                fetch<VALUE_DIM>(g_tiles + (step ^ OTHER) * ROWS * (VALUE_DIM + 8), g + next_head * p.g_head + at * p.g_token, p.g_token, count - (int)at);
-                if (!same) {
-                    fetch<HEAD_DIM>(k_tiles + (turn ^ OTHER) * ROWS * (HEAD_DIM + 8), k + at * p.k_token, p.k_token, count - (int)at);
-                    fetch<VALUE_DIM>(v_tiles + (turn ^ OTHER) * ROWS * (VALUE_DIM + 8), v + at * p.v_token, p.v_token, count - (int)at);
+            fetch_late(tile - 1, 0);
+        }
+    };
+
+    if (warp < CARRIERS) {
+        Carried<CARRIERS> carried;
+        carried.place();
+        carried.read(matrix);
+        for (int tile = last; tile >= 0; tile--) {
+            int here = count - tile * ROWS;
+            float dvalue[WIDTH / 8][4];
+            float added = 0.0f;
+            for (int in_group = 0; in_group < GROUP; in_group++) {
+                arrive(tile, in_group);
+                {
+                    float t[BITS_UP / 8][4];
+                    project(t, Keys{q_tile}, planes, row0);
+                    store_logits(q_logits, t, row0, beta);
                 }
-            };
-            if (next >= 0) {
-                fetch<HEAD_DIM>(q_tile, q + next_head * p.q_head + at * p.q_token, p.q_token, count - (int)at);
-                if (STAGES > 1) fetch_late();
-            }
-            store_weights(queries, q_logits, here, centre, inverses);
-            if (in_group == 0) store_weights(keys, k_logits, here, centre, nullptr);
-            barrier();
-            if (role == 0) {
-                Left<TERMS> alpha[BUCKETS_UP / 16];
+                if (in_group == 0) carried.show(entry, masses);
+                if (threadIdx.x < ROWS) {
+                    int row = threadIdx.x;
+                    float2 reading = make_pair(0.0f, 0.0f);
+                    if (row < here) reading = readings[(i64)in_group * p.tokens + tile * ROWS + row];
+                    inverses[row] = reading.x;
+                    factors[row] = reading.y;
+                }
+                weigh(tile, in_group);
+                Values gradients = {g_at(tile, in_group)};
+                {
+                    Left<TERMS> alpha[BUCKETS_UP / 16];
 #pragma unroll
-                for (int s = 0; s < BUCKETS_UP; s += 16) alpha[s / 16] = left(keys, row0, s);
+                    for (int s = 0; s < BUCKETS_UP; s += 16) alpha[s / 16] = left(keys, row0, s);
 #pragma unroll 1
-                for (int channel = 0; channel < VALUE_DIM; channel += WIDTH) {
-                    if (in_group == 0) {
-                        clear(dvalue);
+                    for (int channel = 0; channel < VALUE_DIM; channel += WIDTH) {
+                        if (in_group == 0) {
+                            clear(dvalue);
 #pragma unroll
-                        for (int s = 0; s < BUCKETS_UP; s += 16) {
+                            for (int s = 0; s < BUCKETS_UP; s += 16) {
 #pragma unroll
-                            for (int c = 0; c < WIDTH; c += 16) multiply(dvalue[c / 8], dvalue[c / 8 + 1], alpha[s / 16], right_turned(entry, s, channel + c));
-                        }
-                    }
-                    for (int other = row0; other < ROWS; other += 16) {
-                        float product[2][4];
-                        clear(product);
-#pragma unroll
-                        for (int s = 0; s < BUCKETS_UP; s += 16) multiply(product[0], product[1], alpha[s / 16], right(queries, other, s));
-                        bool diagonal = other == row0;
-                        float all[2][4];
-#pragma unroll
-                        for (int j = 0; j < 2; j++) {
-#pragma unroll
-                            for (int i = 0; i < 4; i++) {
-                                int column = j * 8 + (lane & 3) * 2 + (i & 1), row = (lane >> 2) + (i >> 1) * 8;
-                                bool sees = !diagonal || column >= row;
-                                if (!sees) product[j][i] = 0.0f;
-                                all[j][i] = sees ? centre * BUCKETS * inverses[other + column] : 0.0f;
+                                for (int c = 0; c < WIDTH; c += 16) multiply(dvalue[c / 8], dvalue[c / 8 + 1], alpha[s / 16], right_turned(entry, s, channel + c));
                             }
                         }
-                        auto a = as_left<TERMS>(product[0], product[1]);
-                        auto of_all = as_left<PLANE_TERMS>(all[0], all[1]);
+                        for (int other = row0; other < ROWS; other += 16) {
+                            float product[2][4];
+                            clear(product);
 #pragma unroll
-                        for (int c = 0; c < WIDTH; c += 16) {
-                            auto x = right_turned(gradients, other, channel + c);
-                            multiply(dvalue[c / 8], dvalue[c / 8 + 1], a, x);
-                            if (centre != 0.0f) multiply(dvalue[c / 8], dvalue[c / 8 + 1], of_all, x);
-                        }
-                    }
-                    if (in_group + 1 == GROUP) {
+                            for (int s = 0; s < BUCKETS_UP; s += 16) multiply(product[0], product[1], alpha[s / 16], right(queries, other, s));
+                            bool diagonal = other == row0;
+                            float all[2][4];
 #pragma unroll
-                        for (int j = 0; j < WIDTH / 8; j++) {
+                            for (int j = 0; j < 2; j++) {
 #pragma unroll
-                            for (int i = 0; i < 4; i++) {
-                                if (row0 + (lane >> 2) + (i >> 1) * 8 < here) dvalue[j][i] += later[channel + j * 8 + (lane & 3) * 2 + (i & 1)];
+                                for (int i = 0; i < 4; i++) {
+                                    int column = j * 8 + (lane & 3) * 2 + (i & 1), row = (lane >> 2) + (i >> 1) * 8;
+                                    bool sees = !diagonal || column >= row;
+                                    if (!sees) product[j][i] = 0.0f;
+                                    all[j][i] = sees ? centre * BUCKETS * inverses[other + column] : 0.0f;
+                                }
+                            }
+                            auto a = as_left<TERMS>(product[0], product[1]);
+                            auto of_all = as_left<PLANE_TERMS>(all[0], all[1]);
+#pragma unroll
+                            for (int c = 0; c < WIDTH; c += 16) {
+                                auto x = right_turned(gradients, other, channel + c);
+                                multiply(dvalue[c / 8], dvalue[c / 8 + 1], a, x);
+                                if (centre != 0.0f) multiply(dvalue[c / 8], dvalue[c / 8 + 1], of_all, x);
                             }
                         }
-                        store_tile<GRADIENT_TYPE, WIDTH / 8>(dv + tile * ROWS * dv_token, dv_token, dvalue, row0, channel, rows - tile * ROWS);
+                        if (in_group + 1 == GROUP) {
+#pragma unroll
+                            for (int j = 0; j < WIDTH / 8; j++) {
+#pragma unroll
+                                for (int i = 0; i < 4; i++) {
+                                    if (row0 + (lane >> 2) + (i >> 1) * 8 < here) dvalue[j][i] += later[channel + j * 8 + (lane & 3) * 2 + (i & 1)];
+                                }
+                            }
+                            store_tile<GRADIENT_TYPE, WIDTH / 8>(dv + tile * ROWS * dv_token, dv_token, dvalue, row0, channel, rows - tile * ROWS);
+                        }
                     }
                 }
                 carried.add_scaled(queries, gradients, factors);
                 if (centre != 0.0f && threadIdx.x < VALUE_DIM) {
                     for (int r = 0; r < ROWS; r++) added += inverses[r] * input_at(gradients.at, VALUE_DIM + 8, r, threadIdx.x);
                 }
-            } else {
+                barrier();
+                if (in_group + 1 == GROUP && centre != 0.0f && threadIdx.x < VALUE_DIM) later[threadIdx.x] += centre * BUCKETS * added;
+                finish(tile, in_group);
+            }
+        }
+    } else {
+        PlaneSums plane_sums;
+        plane_sums.place(warp - CARRIERS);
+        float of_beta[BITS_UP / 8][2];
+#pragma unroll
+        for (int j = 0; j < BITS_UP / 8; j++) of_beta[j][0] = of_beta[j][1] = 0.0f;
+        for (int tile = last; tile >= 0; tile--) {
+            int here = count - tile * ROWS;
+            Values values = {v_at(tile)};
+            float t[BITS_UP / 8][4], dalpha[BUCKETS_UP / 8][4];
+            for (int in_group = 0; in_group < GROUP; in_group++) {
+                arrive(tile, in_group);
                 if (in_group == 0) {
-#pragma unroll
-                    for (int j = 0; j < BUCKETS_UP / 8; j++) {
-#pragma unroll
-                        for (int i = 0; i < 4; i++) dalpha[j][i] = masses[j * 8 + (lane & 3) * 2 + (i & 1)];
-                    }
-#pragma unroll
-                    for (int c = 0; c < VALUE_DIM; c += 16) {
-                        auto value = left(values, row0, c);
-#pragma unroll
-                        for (int s = 0; s < BUCKETS_UP; s += 16) multiply(dalpha[s / 8], dalpha[s / 8 + 1], value, right(entry, s, c));
-                    }
+                    project(t, Keys{k_at(tile)}, planes, row0);
+                    store_logits(k_logits, t, row0, beta);
                 }
-                for (int other = row0; other < ROWS; other += 16) {
-                    float z[2][4];
+                weigh(tile, in_group);
+                Values gradients = {g_at(tile, in_group)};
+                {
+                    if (in_group == 0) {
 #pragma unroll
-                    for (int j = 0; j < 2; j++) {
+                        for (int j = 0; j < BUCKETS_UP / 8; j++) {
 #pragma unroll
-                        for (int i = 0; i < 4; i++) z[j][i] = factors[other + j * 8 + (lane & 3) * 2 + (i & 1)];
+                            for (int i = 0; i < 4; i++) dalpha[j][i] = masses[j * 8 + (lane & 3) * 2 + (i & 1)];
+                        }
+#pragma unroll
+                        for (int c = 0; c < VALUE_DIM; c += 16) {
+                            auto value = left(values, row0, c);
+#pragma unroll
+                            for (int s = 0; s < BUCKETS_UP; s += 16) multiply(dalpha[s / 8], dalpha[s / 8 + 1], value, right(entry, s, c));
+                        }
                     }
-#pragma unroll
-                    for (int c = 0; c < VALUE_DIM; c += 16) multiply(z[0], z[1], left(values, row0, c), right(gradients, other, c));
-                    if (other == row0) {
+                    for (int other = row0; other < ROWS; other += 16) {
+                        float z[2][4];
 #pragma unroll
                         for (int j = 0; j < 2; j++) {
 #pragma unroll
-                            for (int i = 0; i < 4; i++) {
-                                if (j * 8 + (lane & 3) * 2 + (i & 1) < (lane >> 2) + (i >> 1) * 8) z[j][i] = 0.0f;
+                            for (int i = 0; i < 4; i++) z[j][i] = factors[other + j * 8 + (lane & 3) * 2 + (i & 1)];
+                        }
+#pragma unroll
+                        for (int c = 0; c < VALUE_DIM; c += 16) multiply(z[0], z[1], left(values, row0, c), right(gradients, other, c));
+                        if (other == row0) {
+#pragma unroll
+                            for (int j = 0; j < 2; j++) {
+#pragma unroll
+                                for (int i = 0; i < 4; i++) {
+                                    if (j * 8 + (int)(lane & 3) * 2 + (i & 1) < (lane >> 2) + (i >> 1) * 8) z[j][i] = 0.0f;
+                                }
                             }
                         }
+                        auto a = as_left<TERMS>(z[0], z[1]);
+#pragma unroll
+                        for (int s = 0; s < BUCKETS_UP; s += 16) multiply(dalpha[s / 8], dalpha[s / 8 + 1], a, right_turned(queries, other, s));
                     }
-                    auto a = as_left<TERMS>(z[0], z[1]);
+                    if (in_group + 1 == GROUP) {
 #pragma unroll
-                    for (int s = 0; s < BUCKETS_UP; s += 16) multiply(dalpha[s / 8], dalpha[s / 8 + 1], a, right_turned(queries, other, s));
-                }
-                if (in_group + 1 == GROUP) {
+                        for (int j = 0; j < BUCKETS_UP / 8; j++) {
 #pragma unroll
-                    for (int j = 0; j < BUCKETS_UP / 8; j++) {
-#pragma unroll
-                        for (int i = 0; i < 2; i++) {
-                            int row = row0 + (lane >> 2) + i * 8;
-                            float2 x = keys.get(row, j * 8 + (lane & 3) * 2);
-                            bool real = row < here;
-                            dalpha[j][2 * i] = real ? dalpha[j][2 * i] * (x.x + centre) : 0.0f;
-                            dalpha[j][2 * i + 1] = real ? dalpha[j][2 * i + 1] * (x.y + centre) : 0.0f;
+                            for (int i = 0; i < 2; i++) {
+                                int row = row0 + (lane >> 2) + i * 8;
+                                float2 x = keys.get(row, j * 8 + (lane & 3) * 2);
+                                bool real = row < here;
+                                dalpha[j][2 * i] = real ? dalpha[j][2 * i] * (x.x + centre) : 0.0f;
+                                dalpha[j][2 * i + 1] = real ? dalpha[j][2 * i + 1] * (x.y + centre) : 0.0f;
+                            }
                         }
+                        through_hash(dalpha, t, corners, du, of_beta, row0, beta);
                     }
-                    through_hash(dalpha, t, corners, du, of_beta, row0, beta);
                 }
-            }
-            if (same && STAGES == 1) {
                 barrier();
-                fetch_late();
-            }
-            if (!same) {
-                barrier();
-                plane_sums.add(du, keys_in);
-                store_hash_inputs(dk + tile * ROWS * dk_token, dk_token, du, planes, row0, rows - tile * ROWS, role);
-                if (next >= 0 && STAGES == 1) {
-                    barrier();
-                    fetch_late();
-                }
+                if (in_group + 1 == GROUP) plane_sums.add(du, Keys{k_at(tile)});
+                finish(tile, in_group);
             }
         }
-        if (centre != 0.0f && threadIdx.x < VALUE_DIM) later[threadIdx.x] += centre * BUCKETS * added;
+        plane_sums.write(all_shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1));
+        keep_of_beta(room, of_beta, warp - CARRIERS);
     }
-    float *share = all_shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1);
-    plane_sums.write(share);
-    write_of_beta(share, room, of_beta, warp & 3, role == 1);
+    barrier();
+    write_of_beta(all_shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1), room);
 }

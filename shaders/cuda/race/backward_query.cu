@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     float beta = all_heads[head].x, centre = all_heads[head].y;
     const float *matrix = all_matrices + ((i64)(b * p.kv_heads + head) * p.spans + span) * MATRIX;
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    int role = warp >> 2, row0 = (warp & 3) * 16;
+    int row0 = (warp & 3) * 16;
 
     fetch<HEAD_DIM>(q_tiles, q, p.q_token, count);
     fetch<HEAD_DIM>(k_tile, k, p.k_token, count);
@@ -53,161 +53,195 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     load_planes(planes, all_planes + head * p.planes_stride);
     load_corners(corners);
     clear_tile(queries);
-    clear_tile(du);
     clear_tile(keys);
-    // The first four warps carry the sums of keys, all of them those of queries.
-    Carried<4> carried;
-    carried.place();
-    carried.read(matrix);
+    clear_tile(du);
     Carried<8> of_queries;
     of_queries.place();
-    PlaneSums plane_sums;
-    plane_sums.place();
-    float of_beta[BITS_UP / 8][2];
-#pragma unroll
-    for (int j = 0; j < BITS_UP / 8; j++) of_beta[j][0] = of_beta[j][1] = 0.0f;
     float before = matrix[BUCKETS * COLUMNS + VALUE_DIM], sums_row = 0.0f;
     if (threadIdx.x < VALUE_DIM) means[threadIdx.x] = centre != 0.0f ? matrix[BUCKETS * COLUMNS + threadIdx.x] : 0.0f;
     if (threadIdx.x < ROWS) gains[threadIdx.x] = 0.0f;
 
-    for (int tile = 0; tile * ROWS < rows; tile++) {
-        int here = count - tile * ROWS;
+    auto q_at = [&](int tile) { return q_tiles + tile % STAGES * ROWS * (HEAD_DIM + 8); };
+    auto v_at = [&](int tile) { return v_tiles + tile % STAGES * ROWS * (VALUE_DIM + 8); };
+    auto g_at = [&](int tile) { return g_tiles + tile % STAGES * ROWS * (VALUE_DIM + 8); };
+    auto fetch_late = [&](int tile) {
+        i64 next = tile * ROWS;
+        fetch<HEAD_DIM>(q_at(tile), q + next * p.q_token, p.q_token, count - (int)next);
+        fetch<VALUE_DIM>(v_at(tile), v + next * p.v_token, p.v_token, count - (int)next);
+        fetch<VALUE_DIM>(g_at(tile), g + next * p.g_token, p.g_token, count - (int)next);
+    };
+    auto arrive = [&](int tile) {
         copies_done();
+        clean<HEAD_DIM>(q_at(tile));
+        clean<HEAD_DIM>(k_tile);
+        clean<VALUE_DIM>(v_at(tile));
+        clean<VALUE_DIM>(g_at(tile));
         barrier();
-        Keys queries_in = {q_tiles + tile % STAGES * ROWS * (HEAD_DIM + 8)}, keys_in = {k_tile};
-        Values values = {v_tiles + tile % STAGES * ROWS * (VALUE_DIM + 8)}, gradients = {g_tiles + tile % STAGES * ROWS * (VALUE_DIM + 8)};
-        float t[BITS_UP / 8][4];
-        project(t, role == 1 ? queries_in : keys_in, planes, row0);
-        store_logits(role == 1 ? q_logits : k_logits, t, row0, beta);
-        if (role == 0) carried.show(entry, masses);
-        if (centre != 0.0f) {
-            int row = threadIdx.x >> 2;
-            float sum = 0.0f;
-            for (int c = threadIdx.x & 3; c < VALUE_DIM; c += 4) sum += input_at(gradients.at, VALUE_DIM + 8, row, c) * means[c];
-            sum = row_sum(sum);
-            if ((threadIdx.x & 3) == 0) gains[row] = sum;
+    };
+    // Once a tile is hashed: the next one's way here, and weights.
+    auto weigh = [&](int tile) {
+        barrier();
+        int next = (tile + 1) * ROWS;
+        if (next < rows) {
+            fetch<HEAD_DIM>(k_tile, k + next * p.k_token, p.k_token, count - next);
+            if (STAGES > 1) fetch_late(tile + 1);
         }
+        store_weights(queries, q_logits, count - tile * ROWS, centre, nullptr);
+        store_weights(keys, k_logits, count - tile * ROWS, centre, nullptr);
         barrier();
-        bool more = (tile + 1) * ROWS < rows;
-        i64 next = (tile + 1) * ROWS;
-        if (more) fetch<HEAD_DIM>(k_tile, k + next * p.k_token, p.k_token, here - ROWS);
-        if (more && STAGES > 1) {
-            int stage = (tile + 1) % STAGES;
-            fetch<HEAD_DIM>(q_tiles + stage * ROWS * (HEAD_DIM + 8), q + next * p.q_token, p.q_token, here - ROWS);
-            fetch<VALUE_DIM>(v_tiles + stage * ROWS * (VALUE_DIM + 8), v + next * p.v_token, p.v_token, here - ROWS);
-            fetch<VALUE_DIM>(g_tiles + stage * ROWS * (VALUE_DIM + 8), g + next * p.g_token, p.g_token, here - ROWS);
+    };
+    auto finish = [&](int tile) {
+        of_queries.add_scaled(queries, Values{g_at(tile)}, factors);
+        store_hash_inputs(dq + tile * ROWS * dq_token, dq_token, du, planes, row0, rows - tile * ROWS, warp >> 2);
+        if (STAGES == 1 && (tile + 1) * ROWS < rows) {
+            barrier();
+            fetch_late(tile + 1);
         }
-        store_weights(queries, q_logits, here, centre, nullptr);
-        store_weights(keys, k_logits, here, centre, nullptr);
-        barrier();
+    };
 
-        float of_mean = 0.0f;
-        if (role == 0) {
-            carried.add(keys, values);
+    if (warp < CARRIERS) {
+        Carried<CARRIERS> carried;
+        carried.place();
+        carried.read(matrix);
+        PlaneSums plane_sums;
+        plane_sums.place(warp);
+        for (int tile = 0; tile * ROWS < rows; tile++) {
+            arrive(tile);
+            {
+                float t[BITS_UP / 8][4];
+                project(t, Keys{k_tile}, planes, row0);
+                store_logits(k_logits, t, row0, beta);
+            }
+            carried.show(entry, masses);
+            if (centre != 0.0f) {
+                for (int i = threadIdx.x; i < 4 * ROWS; i += CARRIERS * 32) {
+                    float sum = 0.0f;
+                    for (int c = i & 3; c < VALUE_DIM; c += 4) sum += input_at(g_at(tile), VALUE_DIM + 8, i >> 2, c) * means[c];
+                    sum = row_sum(sum);
+                    if ((i & 3) == 0) gains[i >> 2] = sum;
+                }
+            }
+            weigh(tile);
+            carried.add(keys, Values{v_at(tile)});
+            float of_mean = 0.0f;
             if (centre != 0.0f && threadIdx.x < VALUE_DIM) {
-                for (int r = 0; r < ROWS; r++) of_mean += input_at(values.at, VALUE_DIM + 8, r, threadIdx.x);
+                for (int r = 0; r < ROWS; r++) of_mean += input_at(v_at(tile), VALUE_DIM + 8, r, threadIdx.x);
             }
-        } else {
-            float value[BUCKETS_UP / 8][4], mass[BUCKETS_UP / 8][4];
-            clear(value);
-#pragma unroll
-            for (int j = 0; j < BUCKETS_UP / 8; j++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) mass[j][i] = masses[j * 8 + (lane & 3) * 2 + (i & 1)];
+            barrier();
+            if (centre != 0.0f && threadIdx.x < VALUE_DIM) {
+                means[threadIdx.x] += of_mean;
+                for (int r = 0; r < ROWS; r++) sums_row += inverses[r] * input_at(g_at(tile), VALUE_DIM + 8, r, threadIdx.x);
             }
+            plane_sums.add(du, Keys{q_at(tile)});
+            finish(tile);
+        }
+        plane_sums.write(all_shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1));
+    } else {
+        float of_beta[BITS_UP / 8][2];
 #pragma unroll
-            for (int c = 0; c < VALUE_DIM; c += 16) {
-                auto grad = left(gradients, row0, c);
+        for (int j = 0; j < BITS_UP / 8; j++) of_beta[j][0] = of_beta[j][1] = 0.0f;
+        for (int tile = 0; tile * ROWS < rows; tile++) {
+            int here = count - tile * ROWS;
+            arrive(tile);
+            float t[BITS_UP / 8][4];
+            project(t, Keys{q_at(tile)}, planes, row0);
+            store_logits(q_logits, t, row0, beta);
+            weigh(tile);
+            {
+                Values values = {v_at(tile)}, gradients = {g_at(tile)};
+                float value[BUCKETS_UP / 8][4], mass[BUCKETS_UP / 8][4];
+                clear(value);
 #pragma unroll
-                for (int s = 0; s < BUCKETS_UP; s += 16) multiply(value[s / 8], value[s / 8 + 1], grad, right(entry, s, c));
-            }
-            float gain[2] = {0.0f, 0.0f};
-            for (int other = 0; other <= row0; other += 16) {
-                float z[2][4];
-                clear(z);
+                for (int j = 0; j < BUCKETS_UP / 8; j++) {
 #pragma unroll
-                for (int c = 0; c < VALUE_DIM; c += 16) multiply(z[0], z[1], left(gradients, row0, c), right(values, other, c));
-                bool diagonal = other == row0;
+                    for (int i = 0; i < 4; i++) mass[j][i] = masses[j * 8 + (lane & 3) * 2 + (i & 1)];
+                }
 #pragma unroll
-                for (int j = 0; j < 2; j++) {
+                for (int c = 0; c < VALUE_DIM; c += 16) {
+                    auto grad = left(gradients, row0, c);
 #pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        int column = j * 8 + (lane & 3) * 2 + (i & 1), row = (lane >> 2) + (i >> 1) * 8;
-                        if (diagonal && column > row) z[j][i] = 0.0f;
-                        gain[i >> 1] += z[j][i];
+                    for (int s = 0; s < BUCKETS_UP; s += 16) multiply(value[s / 8], value[s / 8 + 1], grad, right(entry, s, c));
+                }
+                float gain[2] = {0.0f, 0.0f};
+                for (int other = 0; other <= row0; other += 16) {
+                    float z[2][4];
+                    clear(z);
+#pragma unroll
+                    for (int c = 0; c < VALUE_DIM; c += 16) multiply(z[0], z[1], left(gradients, row0, c), right(values, other, c));
+                    bool diagonal = other == row0;
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            int column = j * 8 + (lane & 3) * 2 + (i & 1), row = (lane >> 2) + (i >> 1) * 8;
+                            if (diagonal && column > row) z[j][i] = 0.0f;
+                            gain[i >> 1] += z[j][i];
+                        }
+                    }
+                    auto a = as_left<TERMS>(z[0], z[1]);
+                    auto ones = seen(1.0f, diagonal);
+#pragma unroll
+                    for (int s = 0; s < BUCKETS_UP; s += 16) {
+                        auto x = right_turned(keys, other, s);
+                        multiply(value[s / 8], value[s / 8 + 1], a, x);
+                        multiply(mass[s / 8], mass[s / 8 + 1], ones, x);
                     }
                 }
-                auto a = as_left<TERMS>(z[0], z[1]);
-                auto ones = seen(1.0f, diagonal);
+                float divisor[2] = {0.0f, 0.0f}, output[2] = {0.0f, 0.0f};
 #pragma unroll
-                for (int s = 0; s < BUCKETS_UP; s += 16) {
-                    auto x = right_turned(keys, other, s);
-                    multiply(value[s / 8], value[s / 8 + 1], a, x);
-                    multiply(mass[s / 8], mass[s / 8 + 1], ones, x);
+                for (int j = 0; j < BUCKETS_UP / 8; j++) {
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        float2 x = queries.get(row0 + (lane >> 2) + i * 8, j * 8 + (lane & 3) * 2);
+                        divisor[i] += x.x * mass[j][2 * i] + x.y * mass[j][2 * i + 1];
+                        output[i] += x.x * value[j][2 * i] + x.y * value[j][2 * i + 1];
+                    }
                 }
-            }
-            float divisor[2] = {0.0f, 0.0f}, output[2] = {0.0f, 0.0f};
-#pragma unroll
-            for (int j = 0; j < BUCKETS_UP / 8; j++) {
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    float2 x = queries.get(row0 + (lane >> 2) + i * 8, j * 8 + (lane & 3) * 2);
-                    divisor[i] += x.x * mass[j][2 * i] + x.y * mass[j][2 * i + 1];
-                    output[i] += x.x * value[j][2 * i] + x.y * value[j][2 * i + 1];
+                    divisor[i] = row_sum(divisor[i]);
+                    output[i] = row_sum(output[i]);
                 }
-            }
-            float inverse[2], reading[2];
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                int row = row0 + (lane >> 2) + i * 8;
-                float all = centre * BUCKETS;
-                float d = row_sum(divisor[i]) + all * (before + (float)(tile * ROWS + row + 1));
-                float n = row_sum(output[i]) + all * (row_sum(gain[i]) + gains[row]);
-                inverse[i] = d > 0.0f && row < here ? 1.0f / d : 0.0f;
-                reading[i] = -n * inverse[i];
-                if ((lane & 3) == 0) {
-                    inverses[row] = inverse[i];
-                    factors[row] = reading[i];
-                    float2 pair = {inverse[i], reading[i]};
-                    if (tile * ROWS + row < rows) readings[tile * ROWS + row] = pair;
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < BUCKETS_UP / 8; j++) {
+                float inverse[2], reading[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    int row = row0 + (lane >> 2) + i * 8, bucket = j * 8 + (lane & 3) * 2;
-                    float2 x = queries.get(row, bucket);
-                    queries.set(row, bucket, x.x * inverse[i], x.y * inverse[i]);
-                    value[j][2 * i] = inverse[i] * (value[j][2 * i] + reading[i] * mass[j][2 * i]) * (x.x + centre);
-                    value[j][2 * i + 1] = inverse[i] * (value[j][2 * i + 1] + reading[i] * mass[j][2 * i + 1]) * (x.y + centre);
+                    int row = row0 + (lane >> 2) + i * 8;
+                    float all = centre * BUCKETS;
+                    float d = divisor[i] + all * (before + (float)(tile * ROWS + row + 1));
+                    float n = output[i] + all * (row_sum(gain[i]) + gains[row]);
+                    inverse[i] = d > 0.0f && row < here ? 1.0f / d : 0.0f;
+                    reading[i] = -n * inverse[i];
+                    if ((lane & 3) == 0) {
+                        inverses[row] = inverse[i];
+                        factors[row] = reading[i];
+                        if (tile * ROWS + row < rows) readings[tile * ROWS + row] = make_pair(inverse[i], reading[i]);
+                    }
                 }
+#pragma unroll
+                for (int j = 0; j < BUCKETS_UP / 8; j++) {
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        int row = row0 + (lane >> 2) + i * 8, bucket = j * 8 + (lane & 3) * 2;
+                        float2 x = queries.get(row, bucket);
+                        queries.set(row, bucket, x.x * inverse[i], x.y * inverse[i]);
+                        value[j][2 * i] = inverse[i] * (value[j][2 * i] + reading[i] * mass[j][2 * i]) * (x.x + centre);
+                        value[j][2 * i + 1] = inverse[i] * (value[j][2 * i + 1] + reading[i] * mass[j][2 * i + 1]) * (x.y + centre);
+                    }
+                }
+                through_hash(value, t, corners, du, of_beta, row0, beta);
             }
-            through_hash(value, t, corners, du, of_beta, row0, beta);
-        }
-        barrier();
-        if (centre != 0.0f && threadIdx.x < VALUE_DIM) {
-            means[threadIdx.x] += of_mean;
-            for (int r = 0; r < ROWS; r++) sums_row += inverses[r] * input_at(gradients.at, VALUE_DIM + 8, r, threadIdx.x);
-        }
-        if (centre != 0.0f && threadIdx.x == THREADS - 1) {
-            for (int r = 0; r < ROWS; r++) sums_row += inverses[r] * factors[r];
-        }
-        of_queries.add_scaled(queries, gradients, factors);
-        plane_sums.add(du, queries_in);
-        store_hash_inputs(dq + tile * ROWS * dq_token, dq_token, du, planes, row0, rows - tile * ROWS, role);
-        if (more && STAGES == 1) {
             barrier();
-            fetch<HEAD_DIM>(q_tiles, q + next * p.q_token, p.q_token, here - ROWS);
-            fetch<VALUE_DIM>(v_tiles, v + next * p.v_token, p.v_token, here - ROWS);
-            fetch<VALUE_DIM>(g_tiles, g + next * p.g_token, p.g_token, here - ROWS);
+            if (centre != 0.0f && threadIdx.x == THREADS - 1) {
+                for (int r = 0; r < ROWS; r++) sums_row += inverses[r] * factors[r];
+            }
+            finish(tile);
         }
+        keep_of_beta(room, of_beta, warp - CARRIERS);
     }
+    barrier();
     float *out = all_of_queries + ((i64)(b * p.q_heads + q_head) * p.spans + span) * MATRIX;
     of_queries.write(out);
     if (threadIdx.x < VALUE_DIM) out[BUCKETS * COLUMNS + threadIdx.x] = centre * BUCKETS * sums_row;
     if (threadIdx.x == THREADS - 1) out[BUCKETS * COLUMNS + VALUE_DIM] = centre * BUCKETS * sums_row;
-    float *share = all_shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1);
-    plane_sums.write(share);
-    write_of_beta(share, room, of_beta, warp & 3, role == 1);
+    write_of_beta(all_shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1), room);
 }

@@ -54,6 +54,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
     for (int tile = 0; tile * ROWS < rows; tile++) {
         int here = count - tile * ROWS;
         copies_done();
+        clean<HEAD_DIM>(q_tile);
+        clean<HEAD_DIM>(k_tile);
+        clean<VALUE_DIM>(v_tiles + tile % FORWARD_STAGES * ROWS * (VALUE_DIM + 8));
         barrier();
         Keys queries_in = {q_tile}, keys_in = {k_tile};
         Values values = {v_tiles + tile % FORWARD_STAGES * ROWS * (VALUE_DIM + 8)};

@@ -257,6 +257,7 @@ __device__ __forceinline__ void through_hash(const float (&w)[BUCKETS_UP / 8][4]
     u32 lane = threadIdx.x & 31;
 #pragma unroll
     for (int j = 0; j < BIT_TILES; j++) {
+        int bit = j * 8 + (lane & 3) * 2;
         float d[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -264,8 +265,8 @@ __device__ __forceinline__ void through_hash(const float (&w)[BUCKETS_UP / 8][4]
             of_beta[j][i & 1] += t[j][i] * s;
             d[i] = beta * s * (1.0f - t[j][i] * t[j][i]);
         }
-        du.set(row + (lane >> 2), j * 8 + (lane & 3) * 2, d[0], d[1]);
-        du.set(row + (lane >> 2) + 8, j * 8 + (lane & 3) * 2, d[2], d[3]);
+        du.set(row + (lane >> 2), bit, d[0], d[1]);
+        du.set(row + (lane >> 2) + 8, bit, d[2], d[3]);
     }
 }
 
@@ -367,14 +368,17 @@ __device__ __forceinline__ void store_hash_inputs(void *to, i64 row_step, const 
     }
 }
 
+// Both backward kernels: four of their warps carry sums, four read.
+constexpr int CARRIERS = 4;
+
 // dW += duᵀ·x over the rows of a tile: each warp has some channels.
-constexpr int PLANE_PARTS = HEAD_DIM / 16 < 8 ? HEAD_DIM / 16 : 8;
+constexpr int PLANE_PARTS = HEAD_DIM / 16 < CARRIERS ? HEAD_DIM / 16 : CARRIERS;
 constexpr int PLANE_PART = (HEAD_DIM / 16 + PLANE_PARTS - 1) / PLANE_PARTS * 16;
 struct PlaneSums {
     float sums[BITS_UP / 16][PLANE_PART / 8][4];
     int channel;
-    __device__ __forceinline__ void place() {
-        channel = (threadIdx.x >> 5) * PLANE_PART;
+    __device__ __forceinline__ void place(int warp) {
+        channel = warp < PLANE_PARTS ? warp * PLANE_PART : HEAD_DIM;
 #pragma unroll
         for (int i = 0; i < BITS_UP / 16; i++) clear(sums[i]);
     }
@@ -409,8 +413,8 @@ struct PlaneSums {
     }
 };
 
-// Sums of t·s that four warps hold, into the last column of a share. Barriers are the caller's.
-__device__ __forceinline__ void write_of_beta(float *to, float *room, float (&of_beta)[BITS_UP / 8][2], int part, bool mine) {
+// Sums of t·s that a warp holds, for a sum over four warps.
+__device__ __forceinline__ void keep_of_beta(float *room, const float (&of_beta)[BITS_UP / 8][2], int part) {
     u32 lane = threadIdx.x & 31;
 #pragma unroll
     for (int j = 0; j < BITS_UP / 8; j++) {
@@ -420,13 +424,17 @@ __device__ __forceinline__ void write_of_beta(float *to, float *room, float (&of
             x += from_lane(x, 4);
             x += from_lane(x, 8);
             x += from_lane(x, 16);
-            if (mine && lane < 4) room[part * BITS_UP + j * 8 + lane * 2 + i] = x;
+            if (lane < 4) room[part * BITS_UP + j * 8 + lane * 2 + i] = x;
         }
     }
-    barrier();
-    for (int bit = threadIdx.x; bit < BITS; bit += THREADS) {
-        to[bit * (HEAD_DIM + 1) + HEAD_DIM] = room[bit] + room[BITS_UP + bit] + room[2 * BITS_UP + bit] + room[3 * BITS_UP + bit];
-    }
+}
+// Into the last column of a share.
+__device__ __forceinline__ void write_of_beta(float *to, const float *room) {
+    int bit = threadIdx.x;
+    if (bit >= BITS) return;
+    float sum = 0.0f;
+    for (int i = 0; i < 4; i++) sum += room[i * BITS_UP + bit];
+    to[bit * (HEAD_DIM + 1) + HEAD_DIM] = sum;
 }
 
 // Left side of a product with ones, or `value`, where a key is seen: of 16 queries and keys of the same sixteen.
@@ -446,4 +454,4 @@ __device__ __forceinline__ Left<1> seen(float value, bool diagonal) {
 // Shared memory of both backward kernels.
 constexpr int BACKWARD_SHARED = (2 + (STAGES > 1)) * ROWS * (HEAD_DIM + 8) * 2 + 2 * STAGES * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes +
                                 2 * Weights::bytes + Entry::bytes + Corners::bytes + HashGradient::bytes + 2 * ROWS * BITS * 4 +
-                                BUCKETS_UP * 4 + VALUE_DIM * 4 + 3 * ROWS * 4 + 4 * BITS_UP * 4 + 2048;
+                                BUCKETS_UP * 4 + VALUE_DIM * 4 + 3 * ROWS * 4 + 4 * BITS_UP * 4 + 512;

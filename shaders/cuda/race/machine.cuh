@@ -51,6 +51,14 @@ __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 __device__ __forceinline__ float from_lane(float x, u32 mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ __forceinline__ u32 from_lane(u32 x, u32 mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
+// Of two pairs of 16-bit floats the larger sizes; NaN where either is.
+template <int TYPE> __device__ __forceinline__ u32 larger_sizes(u32 a, u32 b) {
+    u32 r;
+    if (TYPE == BF16) asm("{.reg .b32 x; abs.bf16x2 x, %2; max.NaN.bf16x2 %0, %1, x;}" : "=r"(r) : "r"(a), "r"(b));
+    else asm("{.reg .b32 x; abs.f16x2 x, %2; max.NaN.f16x2 %0, %1, x;}" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
 // Two floats as bf16, rounded to nearest; `low` in the low half.
 __device__ __forceinline__ u32 bf16_pair(float low, float high) {
     u32 r;
@@ -91,6 +99,15 @@ __device__ __forceinline__ float2 bf16_floats(u32 pair) {
     r.x = float_of(pair << 16);
     r.y = float_of(pair & 0xffff0000u);
     return r;
+}
+
+// Those of a pair of 16-bit floats that are NaN or infinite, as the top bits of their halves.
+template <int TYPE> __device__ __forceinline__ u32 not_finite(u32 pair) {
+    return TYPE == BF16 ? ((pair & 0x7f807f80u) + 0x00800080u) & 0x80008000u : ((pair & 0x7c007c00u) + 0x04000400u) & 0x80008000u;
+}
+template <int TYPE> __device__ __forceinline__ u32 finite_pair(u32 pair) {
+    u32 bad = not_finite<TYPE>(pair);
+    return pair & ~((bad & 0x8000u ? 0xffffu : 0u) | (bad & 0x80000000u ? 0xffff0000u : 0u));
 }
 
 // Sizes of what is hashed: of one ensemble.

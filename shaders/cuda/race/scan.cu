@@ -55,17 +55,17 @@ __device__ __forceinline__ void scan(const Scan &p, const float *all_sums, float
     double of_buckets = 0.0;
     for (int s = first_row; inside && s <= BUCKETS; s += step) {
         double value = s == BUCKETS ? last : REVERSE ? state[s * COLUMNS] / radix - last / BUCKETS : state[s * COLUMNS] * radix - centre * last;
-        for (int base = 0; base < (int)p.spans; base += 8) {
-            float x[8];
+        for (int base = 0; base < (int)p.spans; base += 16) {
+            float x[16];
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
+            for (int i = 0; i < 16; i++) {
                 int at = base + i < (int)p.spans ? base + i : (int)p.spans - 1;
                 at = REVERSE ? p.spans - 1 - at : at;
                 x[i] = 0.0f;
                 for (int g = 0; g < (int)p.group; g++) x[i] += sums[((i64)g * p.slots + at) * MATRIX + s * COLUMNS];
             }
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
+            for (int i = 0; i < 16; i++) {
                 if (base + i < (int)p.spans) {
                     int at = REVERSE ? p.spans - 1 - base - i : base + i;
                     before[(i64)at * MATRIX + s * COLUMNS] = (float)value;

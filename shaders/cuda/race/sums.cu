@@ -31,6 +31,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) race_sums(const Walk p,
     for (int tile = 0; tile * ROWS < count; tile++) {
         int left_over = count - tile * ROWS;
         copies_done();
+        clean<HEAD_DIM>(k_tiles + (tile & 1) * ROWS * (HEAD_DIM + 8));
+        clean<VALUE_DIM>(v_tiles + (tile & 1) * ROWS * (VALUE_DIM + 8));
         barrier();
         if (left_over > ROWS) {
             fetch<HEAD_DIM>(k_tiles + ((tile + 1) & 1) * ROWS * (HEAD_DIM + 8), k + (tile + 1) * ROWS * p.k_token, p.k_token, left_over - ROWS);

@@ -207,6 +207,24 @@ template <int WIDTH> __device__ __forceinline__ void fetch(u16 *to, const void *
     }
 }
 
+// Once this thread's copies have arrived: NaN and infinities among them read as zero.
+template <int WIDTH> __device__ __forceinline__ void clean(u16 *tile) {
+    constexpr int pieces = WIDTH / 8;
+    u32 largest = 0;
+#pragma unroll
+    for (int i = threadIdx.x; i < ROWS * pieces; i += THREADS) {
+        uint4 w = *(const uint4 *)(tile + i / pieces * (WIDTH + 8) + i % pieces * 8);
+        largest = larger_sizes<IN_TYPE>(larger_sizes<IN_TYPE>(largest, w.x), w.y);
+        largest = larger_sizes<IN_TYPE>(larger_sizes<IN_TYPE>(largest, w.z), w.w);
+    }
+    if (!not_finite<IN_TYPE>(largest)) return;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < ROWS * pieces; i += THREADS) {
+        u32 *w = (u32 *)(tile + i / pieces * (WIDTH + 8) + i % pieces * 8);
+        for (int j = 0; j < 4; j++) w[j] = finite_pair<IN_TYPE>(w[j]);
+    }
+}
+
 // Where shared memory goes, in order.
 struct Carve {
     u8 *at;

@@ -1,6 +1,6 @@
 //! The kernels: a typed key each, from which alone its source is made.
 
-use super::shared;
+use super::shared::Fit;
 use crate::engine::cuda::{KernelKey, KernelSource, Stage};
 use crate::race::plan::Geometry;
 use crate::tensor::DType;
@@ -11,9 +11,9 @@ use crate::tensor::DType;
 pub(super) enum Kernel {
     // Walking through spans, on the tensor cores.
     Sums { terms: usize },
-    Forward { terms: usize, output: DType },
-    BackwardQuery { terms: usize },
-    BackwardKey { terms: usize },
+    Forward { terms: usize, fit: Fit, output: DType },
+    BackwardQuery { terms: usize, fit: Fit },
+    BackwardKey { terms: usize, fit: Fit },
     // For both.
     Scan { reverse: bool },
     AddParameters,
@@ -103,23 +103,17 @@ impl Kernel {
         let flag = |name, on: bool| if on { vec![(name, "1".to_string())] } else { Vec::new() };
         let mut defines = match self {
             Self::Sums { terms } => vec![("TERMS", terms.to_string())],
-            Self::BackwardQuery { terms } | Self::BackwardKey { terms } => {
-                let fit = shared::backward(g, terms);
-                vec![
-                    ("TERMS", terms.to_string()),
-                    ("BACKWARD_BLOCKS", fit.blocks.to_string()),
-                    ("STAGES", fit.stages.to_string()),
-                ]
-            }
-            Self::Forward { terms, output } => {
-                let fit = shared::forward(g, terms);
-                vec![
-                    ("TERMS", terms.to_string()),
-                    ("OUT_TYPE", code(output)),
-                    ("FORWARD_BLOCKS", fit.blocks.to_string()),
-                    ("FORWARD_STAGES", fit.stages.to_string()),
-                ]
-            }
+            Self::BackwardQuery { terms, fit } | Self::BackwardKey { terms, fit } => vec![
+                ("TERMS", terms.to_string()),
+                ("BACKWARD_BLOCKS", fit.blocks.to_string()),
+                ("STAGES", fit.stages.to_string()),
+            ],
+            Self::Forward { terms, fit, output } => vec![
+                ("TERMS", terms.to_string()),
+                ("OUT_TYPE", code(output)),
+                ("FORWARD_BLOCKS", fit.blocks.to_string()),
+                ("FORWARD_STAGES", fit.stages.to_string()),
+            ],
             Self::Scan { reverse } => flag("REVERSED", reverse),
             Self::ReadWeights { read } | Self::Query { read } => flag("READ", read),
             Self::Output { output, read } => [vec![("OUT_TYPE", code(output))], flag("READ", read)].concat(),
@@ -135,6 +129,10 @@ impl Kernel {
             | Self::HashParameters { queries } => per_head(queries),
             Self::AddParameters | Self::FinishParameters | Self::ChunkSums | Self::Products => Vec::new(),
         };
+        // Headers speak of both kinds of kernels that walk.
+        if !defines.iter().any(|(name, _)| *name == "STAGES") {
+            defines.push(("STAGES", "1".into()));
+        }
         // Of all gradients of inputs.
         defines.push(("GRADIENT_TYPE", code(DType::F32)));
         defines

@@ -144,10 +144,10 @@ impl RaceExecutor for CudaRace {
         if call.pass == Pass::Causal && call.tokens == 1 {
             return self.step(call, inputs, state).map(Some);
         }
-        if let Some(terms) = self.walks(call, inputs, false) {
+        if let Some(gait) = self.walks(call, inputs, false) {
             let staged = self.staged(call, inputs, false)?;
             if self.walkable(&staged) {
-                return self.walk_forward(call, &staged, state, terms);
+                return self.walk_forward(call, &staged, state, gait);
             }
         }
         self.any_forward(call, inputs, state)
@@ -167,10 +167,10 @@ impl RaceExecutor for CudaRace {
         let gradient = self.own_state(op, grad_state.cuda_mut(op)?)?;
         let sums = &*sums.cuda_mut(op)?;
         self.own_sums(op, sums)?;
-        if let Some(terms) = self.walks(call, inputs, true) {
+        if let Some(gait) = self.walks(call, inputs, true) {
             let staged = self.staged(call, inputs, true)?;
             if self.walkable(&staged) {
-                return self.walk_backward(call, &staged, state, gradient, sums, terms);
+                return self.walk_backward(call, &staged, state, gradient, sums, gait);
             }
         }
         self.any_backward(call, inputs, state, gradient, sums)
@@ -193,7 +193,9 @@ impl RaceExecutor for CudaRace {
         let call = Call { op: "warm_up", pass, lengths: vec![2], tokens: 2, output, into: None };
         let mut kernels = vec![Kernel::Scan { reverse: false }];
         match self.walks(&call, &Inputs::default(), false) {
-            Some(terms) => kernels.extend([Kernel::Sums { terms }, Kernel::Forward { terms, output }]),
+            Some(walk::Gait { terms, fit }) => {
+                kernels.extend([Kernel::Sums { terms }, Kernel::Forward { terms, fit, output }]);
+            }
             None => kernels.extend([
                 Kernel::Project { queries: false },
                 Kernel::Weights { queries: false },

@@ -43,41 +43,42 @@ pub(super) fn sums(g: &Geometry, terms: usize) -> usize {
     2 * p.keys + 2 * p.values + p.planes + p.weights + p.logits + 1024
 }
 
-/// How many blocks a multiprocessor is to take, and tiles of an input that a block keeps at a time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How a kernel is laid out on a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Fit {
+    /// Blocks of a multiprocessor.
     pub blocks: usize,
+    /// Tiles of an input that a block keeps at a time.
     pub stages: usize,
     /// Shared memory of a block.
     pub bytes: usize,
 }
 
-/// Shared memory of each of two blocks of a multiprocessor with 228 KB.
-const HALF: usize = (227 << 10) / 2 - 1024;
-
-/// Two blocks where they have room, with one tile of each input; else one with two.
-fn fit(bytes: impl Fn(usize) -> usize) -> Fit {
-    if bytes(1) <= HALF {
-        return Fit { blocks: 2, stages: 1, bytes: bytes(1) };
-    }
-    Fit { blocks: 1, stages: 2, bytes: bytes(2) }
+/// Two blocks where they have room, then two tiles of each input. `most` is what a block may have; a multiprocessor has a
+/// kibibyte more, and keeps one for each block.
+fn fit(most: usize, bytes: impl Fn(usize) -> usize) -> Option<Fit> {
+    let half = (most + 1024) / 2 - 1024;
+    let choices = [(2, 2, half), (2, 1, half), (1, 2, most), (1, 1, most)];
+    let mut fits =
+        choices.into_iter().map(|(blocks, stages, limit)| (Fit { blocks, stages, bytes: bytes(stages) }, limit));
+    fits.find(|(fit, limit)| fit.bytes <= *limit).map(|(fit, _)| fit)
 }
 
 /// Of the forward kernel.
-pub(super) fn forward(g: &Geometry, terms: usize) -> Fit {
+pub(super) fn forward(g: &Geometry, terms: usize, most: usize) -> Option<Fit> {
     let p = parts(g, terms);
-    fit(|stages| {
+    fit(most, |stages| {
         let tiles = 2 * p.keys + stages * p.values + p.planes + 2 * p.weights + p.entry + 2 * p.logits;
         tiles + p.buckets_up * 4 + g.value_dim * 4 + ROWS * 4 + 1024
     })
 }
 
 /// Of both backward kernels.
-pub(super) fn backward(g: &Geometry, terms: usize) -> Fit {
+pub(super) fn backward(g: &Geometry, terms: usize, most: usize) -> Option<Fit> {
     let p = parts(g, terms);
-    fit(|stages| {
+    fit(most, |stages| {
         let tiles = (1 + stages) * p.keys + 2 * stages * p.values + p.planes + 2 * p.weights + p.entry;
-        let small = p.corners + p.hash_gradient + 2 * p.logits + p.buckets_up * 4 + g.value_dim * 4;
-        tiles + small + 3 * ROWS * 4 + 4 * p.bits_up * 4 + 2048
+        let small = p.corners + p.hash_gradient + 2 * p.logits + p.buckets_up * 4 + g.value_dim * 4 + 3 * ROWS * 4;
+        tiles + small + 4 * p.bits_up * 4 + 512
     })
 }

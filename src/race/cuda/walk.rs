@@ -12,7 +12,7 @@
 use super::CudaRace;
 use super::kernels::Kernel;
 use super::params::{Scan, Shares, Walk};
-use super::shared;
+use super::shared::{self, Fit};
 use super::state::{CudaParameterSums, CudaState};
 use crate::engine::cuda::{Bind, Buffer, Grid, Input, Passes, stage};
 use crate::error::Result;
@@ -27,6 +27,15 @@ const SPAN: usize = 8192;
 /// Threads of the scan, and columns that a block of them takes.
 const SCAN_THREADS: u32 = 512;
 const SCAN_COLUMNS: usize = 8;
+
+/// How a call walks.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Gait {
+    /// Parts of computed operands.
+    pub terms: usize,
+    /// Of the forward kernel, or of both backward ones.
+    pub fit: Fit,
+}
 
 /// Inputs of a pass on the device.
 pub(super) struct Staged {
@@ -70,8 +79,8 @@ impl CudaRace {
         })
     }
 
-    /// Parts of computed operands, where the kernels that walk take the call.
-    pub(super) fn walks(&self, call: &Call, inputs: &Inputs<'_>, backward: bool) -> Option<usize> {
+    /// How the kernels that walk take the call, where they do.
+    pub(super) fn walks(&self, call: &Call, inputs: &Inputs<'_>, backward: bool) -> Option<Gait> {
         let g = &self.geometry;
         let fits = g.ratio
             && g.ensembles == 1
@@ -87,9 +96,9 @@ impl CudaRace {
             return None;
         }
         let most = self.ctx.caps().shared_memory as usize;
-        let room = |terms: usize| {
-            let bytes = if backward { shared::backward(g, terms).bytes } else { shared::forward(g, terms).bytes };
-            bytes.max(shared::sums(g, terms)) <= most
+        let gait = |terms: usize| {
+            let fit = if backward { shared::backward(g, terms, most) } else { shared::forward(g, terms, most) };
+            fit.filter(|_| shared::sums(g, terms) <= most).map(|fit| Gait { terms, fit })
         };
         let least = if g.dtype == DType::F16 { 2 } else { 1 };
         let wanted: &[usize] = match call.output {
@@ -97,7 +106,7 @@ impl CudaRace {
             _ if least == 2 => &[2],
             _ => &[1],
         };
-        wanted.iter().copied().find(|&terms| room(terms))
+        wanted.iter().find_map(|&terms| gait(terms))
     }
 
     /// Whether staged inputs can be read sixteen bytes at a time.
@@ -199,9 +208,10 @@ impl CudaRace {
         call: &Call,
         staged: &Staged,
         state: &CudaState,
-        terms: usize,
+        gait: Gait,
     ) -> Result<Option<Tensor>> {
         let (op, g, ctx) = (call.op, self.geometry, self.ctx.clone());
+        let Gait { terms, fit } = gait;
         let walk = self.walk(call, staged);
         let mut passes = Passes::new(&ctx, op);
         let lengths = lengths(&mut passes, call);
@@ -220,8 +230,8 @@ impl CudaRace {
                 Bind::from(&matrices),
                 Bind::from(&buffer),
             ];
-            let grid = Self::walk_grid(&walk, walk.q_heads, shared::forward(&g, terms).bytes);
-            passes.dispatch(self.key(Kernel::Forward { terms, output: call.output }), walk, grid, binds)?;
+            let grid = Self::walk_grid(&walk, walk.q_heads, fit.bytes);
+            passes.dispatch(self.key(Kernel::Forward { terms, fit, output: call.output }), walk, grid, binds)?;
             let shape = vec![call.batch(), call.tokens, g.num_q_heads, g.value_dim];
             o = Some(Tensor::cuda(call.output, shape, buffer));
         }
@@ -237,9 +247,10 @@ impl CudaRace {
         state: &CudaState,
         gradient: &CudaState,
         sums: &CudaParameterSums,
-        terms: usize,
+        gait: Gait,
     ) -> Result<InputGradients> {
         let (op, g, ctx) = (call.op, self.geometry, self.ctx.clone());
+        let Gait { terms, fit } = gait;
         let walk = self.walk(call, staged);
         let mut passes = Passes::new(&ctx, op);
         let lengths = lengths(&mut passes, call);
@@ -273,12 +284,11 @@ impl CudaRace {
             binds.extend(with.into_iter().take(6));
             binds
         };
-        let bytes = shared::backward(&g, terms).bytes;
 
         let mut binds = inputs([&matrices, &dq, &of_queries, &readings, &shares, &shares].map(Bind::from));
         binds.truncate(12);
-        let grid = Self::walk_grid(&walk, walk.q_heads, bytes);
-        passes.dispatch(self.key(Kernel::BackwardQuery { terms }), walk, grid, binds)?;
+        let grid = Self::walk_grid(&walk, walk.q_heads, fit.bytes);
+        passes.dispatch(self.key(Kernel::BackwardQuery { terms, fit }), walk, grid, binds)?;
         self.add_shares(&mut passes, &shares, parts as usize, g.num_q_heads, g.group, 0, 0, sums)?;
         let scan = Scan {
             state_batch: (g.num_kv_heads * g.state_unit()) as u64,
@@ -294,8 +304,8 @@ impl CudaRace {
         self.scan(&mut passes, scan, call_units(&walk), [&of_queries, &matrices], 0, moving, true)?;
         let mut binds = inputs([&matrices, &readings, &dk, &dv, &shares, &shares].map(Bind::from));
         binds.truncate(12);
-        let grid = Self::walk_grid(&walk, walk.kv_heads, bytes);
-        passes.dispatch(self.key(Kernel::BackwardKey { terms }), walk, grid, binds)?;
+        let grid = Self::walk_grid(&walk, walk.kv_heads, fit.bytes);
+        passes.dispatch(self.key(Kernel::BackwardKey { terms, fit }), walk, grid, binds)?;
         self.add_shares(&mut passes, &shares, parts as usize, g.num_kv_heads, 1, 0, 0, sums)?;
         passes.ready()?.run(&ctx, op)?;
         Ok(InputGradients { dq: Some(dq_tensor), dk: Some(dk_tensor), dv: Some(dv_tensor) })
