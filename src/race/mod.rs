@@ -8,7 +8,7 @@
 //! | `state`, `persist` | what is kept of a sequence |
 //! | `executor` | what a backend must do: three passes, forward and backward |
 //! | [`mod@reference`] | the formulas in f64 |
-//! | `cpu`, `gpu` | the executors |
+//! | `cpu`, `gpu`, `cuda` | the executors |
 //!
 //! **The window, once it is built.** Exact attention over the last W tokens, mixed in by a gate per head
 //! (`o = g·o_window + (1 − g)·o_race`), takes a fourth pass beside the three of `executor`: it reads q, k, v and a ring of
