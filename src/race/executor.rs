@@ -87,7 +87,6 @@ pub(crate) enum StateStorage {
     #[cfg(feature = "wgpu")]
     Gpu(GpuState),
     #[cfg(feature = "cuda")]
-    #[allow(dead_code, reason = "until the executor is there")]
     Cuda(CudaState),
 }
 
@@ -98,7 +97,6 @@ pub(crate) enum ParameterSums {
     #[cfg(feature = "wgpu")]
     Gpu(GpuParameterSums),
     #[cfg(feature = "cuda")]
-    #[allow(dead_code, reason = "until the executor is there")]
     Cuda(CudaParameterSums),
 }
 

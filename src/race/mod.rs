@@ -9,7 +9,7 @@
 //! | `executor` | what a backend must do: three passes, forward and backward |
 //! | `window` | exact attention over the last tokens, mixed in by a gate per head |
 //! | [`mod@reference`] | the formulas in f64 |
-//! | `cpu`, `gpu` | the executors |
+//! | `cpu`, `gpu`, `cuda` | the executors |
 //!
 //! The ring of the window belongs to the state (a fork copies it, a saved state has two tensors more), so `append` and the
 //! streams are the same with a window and without: a segment's first tokens read the ring that the segment before left.

@@ -147,6 +147,7 @@ impl CudaRace {
     }
 
     /// Sums of each span's keys, then of all before it; the state moves on but with `keep`.
+    #[allow(clippy::too_many_arguments, reason = "one launch's arguments, all different")]
     fn walk_sums(
         &mut self,
         passes: &mut Passes<'_>,
