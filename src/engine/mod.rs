@@ -9,7 +9,7 @@ pub(crate) mod gpu;
 pub(crate) mod lost;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub(crate) mod seal;
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", all(feature = "wgpu", not(target_arch = "wasm32"))))]
 pub(crate) mod waiter;
 
 #[cfg(feature = "cuda")]

@@ -429,7 +429,7 @@ fn launches_are_timed() {
     let taken: Vec<_> = (0..1000).map(|_| ctx.uninit(OP, 1 << 16).unwrap()).collect();
     println!("host: {submitted:?} for three launches, {:?} for memory", start.elapsed() / 1000);
     drop(taken);
-    assert!(spans[..3].iter().all(|span| span.is_some_and(|ns| ns > 0.0 && ns < 1e7)));
+    assert!(spans[..3].iter().all(|span| span.is_some_and(|ns| ns > 0.0)));
     assert_eq!(spans[3], None);
     assert!(matches!(Timer::new(&ctx, 0), Err(Error::Limit { .. })));
 }

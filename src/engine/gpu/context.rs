@@ -27,6 +27,8 @@ pub(crate) struct Setup {
 /// A device, its queue and what was found out about them.
 #[derive(Debug)]
 pub(crate) struct Context {
+    /// Dropped first: its thread must end before the device does.
+    readback: Readback,
     device: wgpu::Device,
     queue: wgpu::Queue,
     info: wgpu::AdapterInfo,
@@ -34,7 +36,6 @@ pub(crate) struct Context {
     lost: Arc<Lost>,
     arena: Arena,
     pipelines: Pipelines,
-    readback: Readback,
     results: Results,
 }
 
@@ -55,7 +56,7 @@ impl Context {
         let caps = Caps::new(&info, &device, &queue, unchecked);
         let pipelines = Pipelines::new(&device, &caps, pipeline_cache.as_deref())?;
         let arena = Arena::new(&caps);
-        let readback = Readback::new(device.clone(), lost.clone());
+        let readback = Readback::default();
         let results = Results::default();
         let context = Self { device, queue, info, caps, lost, arena, pipelines, readback, results };
         context.check_alive("device")?;
@@ -86,7 +87,7 @@ impl Context {
         &self.results
     }
 
-    pub(super) fn lost(&self) -> &Lost {
+    pub(super) fn lost(&self) -> &Arc<Lost> {
         &self.lost
     }
 

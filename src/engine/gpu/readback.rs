@@ -1,10 +1,14 @@
 //! Reading buffers back, without ever waiting on a device that is gone.
 
 use super::context::Context;
+#[cfg(not(target_arch = "wasm32"))]
 use crate::engine::lost::Lost;
+#[cfg(not(target_arch = "wasm32"))]
+use crate::engine::waiter::Waiter;
 use crate::error::{Error, Result};
 use futures::channel::oneshot;
-use std::sync::Arc;
+#[cfg(not(target_arch = "wasm32"))]
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// How long one wait for the GPU lasts before the device's life is checked again.
 #[cfg(not(target_arch = "wasm32"))]
@@ -12,10 +16,10 @@ const PATIENCE: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// Reads buffers through staging copies. Off the browser somebody has to poll the device while a read is under way:
 /// the calling thread where it may block, else a thread that starts with the first asynchronous read.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Readback {
     #[cfg(not(target_arch = "wasm32"))]
-    poller: poller::Poller,
+    waiter: Waiter,
 }
 
 /// A copy under way.
@@ -30,14 +34,6 @@ struct Pending {
 }
 
 impl Readback {
-    #[cfg_attr(target_arch = "wasm32", allow(unused_variables))]
-    pub fn new(device: wgpu::Device, lost: Arc<Lost>) -> Self {
-        Self {
-            #[cfg(not(target_arch = "wasm32"))]
-            poller: poller::Poller::new(device, lost),
-        }
-    }
-
     pub async fn read(
         &self,
         ctx: &Context,
@@ -48,7 +44,12 @@ impl Readback {
     ) -> Result<Vec<u8>> {
         let Some(pending) = Pending::start(ctx, op, buffer, offset, bytes)? else { return Ok(Vec::new()) };
         #[cfg(not(target_arch = "wasm32"))]
-        self.poller.wait(pending.index.clone()).await.map_err(|message| ctx.gone_or(op, message))?;
+        {
+            let (device, lost, index) = (ctx.device().clone(), ctx.lost().clone(), pending.index.clone());
+            let waited = self.waiter.run(move || wait(&device, &lost, &index)).await;
+            let waited = waited.unwrap_or_else(|| Err("the polling thread ended".into()));
+            waited.map_err(|message| ctx.gone_or(op, message))?;
+        }
         let mapped = pending.mapped.await;
         finish(ctx, op, &pending.staging, mapped, pending.skip, pending.bytes)
     }
@@ -57,7 +58,7 @@ impl Readback {
     #[cfg(not(target_arch = "wasm32"))]
     pub fn settle(&self, ctx: &Context, op: &'static str) -> Result<()> {
         let index = ctx.submit_indexed(op, ctx.encoder("settle"))?;
-        poller::wait(ctx.device(), ctx.lost(), &index).map_err(|message| ctx.gone_or(op, message))
+        wait(ctx.device(), ctx.lost(), &index).map_err(|message| ctx.gone_or(op, message))
     }
 
     #[cfg(not(target_arch = "wasm32"))]
@@ -70,7 +71,7 @@ impl Readback {
         bytes: u64,
     ) -> Result<Vec<u8>> {
         let Some(pending) = Pending::start(ctx, op, buffer, offset, bytes)? else { return Ok(Vec::new()) };
-        poller::wait(ctx.device(), ctx.lost(), &pending.index).map_err(|message| ctx.gone_or(op, message))?;
+        wait(ctx.device(), ctx.lost(), &pending.index).map_err(|message| ctx.gone_or(op, message))?;
         // Another thread's poll may have taken the mapping up and be about to announce it.
         let mapped = pollster::block_on(pending.mapped);
         finish(ctx, op, &pending.staging, mapped, pending.skip, pending.bytes)
@@ -120,73 +121,21 @@ fn finish(
     view.get(skip..skip + bytes).map(<[u8]>::to_vec).ok_or_else(|| failed("the mapping is too short".into()))
 }
 
+/// Polls until the submission is done. wgpu panics where the driver reports the device's loss during a poll, which must
+/// not take the caller down.
 #[cfg(not(target_arch = "wasm32"))]
-mod poller {
-    use super::{Lost, PATIENCE};
-    use crate::engine::lock;
-    use futures::channel::oneshot;
-    use std::panic::{AssertUnwindSafe, catch_unwind};
-    use std::sync::{Arc, Mutex, mpsc};
-
-    type Waited = Result<(), String>;
-    type Request = (wgpu::SubmissionIndex, oneshot::Sender<Waited>);
-
-    /// A thread that polls the device while reads wait, started by the first of them; it ends with its context.
-    #[derive(Debug)]
-    pub struct Poller {
-        device: wgpu::Device,
-        lost: Arc<Lost>,
-        requests: Mutex<Option<mpsc::Sender<Request>>>,
-    }
-
-    impl Poller {
-        pub fn new(device: wgpu::Device, lost: Arc<Lost>) -> Self {
-            Self { device, lost, requests: Mutex::default() }
-        }
-
-        /// Resolves when the submission is done, or never will be.
-        pub async fn wait(&self, index: wgpu::SubmissionIndex) -> Waited {
-            let (sender, done) = oneshot::channel();
-            if !self.send((index.clone(), sender)) {
-                // No thread to be had: the caller's has to do.
-                return wait(&self.device, &self.lost, &index);
+fn wait(device: &wgpu::Device, lost: &Lost, index: &wgpu::SubmissionIndex) -> Result<(), String> {
+    loop {
+        let poll = wgpu::PollType::Wait { submission_index: Some(index.clone()), timeout: Some(PATIENCE) };
+        match catch_unwind(AssertUnwindSafe(|| device.poll(poll))) {
+            Ok(Ok(_)) => return Ok(()),
+            Ok(Err(wgpu::PollError::Timeout)) => {
+                lost.check("read").map_err(|error| error.to_string())?;
             }
-            done.await.unwrap_or_else(|_| Err("the polling thread ended".into()))
-        }
-
-        fn send(&self, request: Request) -> bool {
-            let mut requests = lock(&self.requests);
-            if requests.is_none() {
-                let (sender, receiver) = mpsc::channel::<Request>();
-                let (device, lost) = (self.device.clone(), self.lost.clone());
-                let run = move || {
-                    while let Ok((index, done)) = receiver.recv() {
-                        let _ = done.send(wait(&device, &lost, &index));
-                    }
-                };
-                if std::thread::Builder::new().name("softhash readback".into()).spawn(run).is_ok() {
-                    *requests = Some(sender);
-                }
-            }
-            requests.as_ref().is_some_and(|sender| sender.send(request).is_ok())
-        }
-    }
-
-    /// Polls until the submission is done. wgpu panics where the driver reports the device's loss during a poll,
-    /// which must not take the caller down.
-    pub fn wait(device: &wgpu::Device, lost: &Lost, index: &wgpu::SubmissionIndex) -> Waited {
-        loop {
-            let poll = wgpu::PollType::Wait { submission_index: Some(index.clone()), timeout: Some(PATIENCE) };
-            match catch_unwind(AssertUnwindSafe(|| device.poll(poll))) {
-                Ok(Ok(_)) => return Ok(()),
-                Ok(Err(wgpu::PollError::Timeout)) => {
-                    lost.check("read").map_err(|error| error.to_string())?;
-                }
-                Ok(Err(error)) => return Err(error.to_string()),
-                Err(_) => {
-                    lost.set("the driver failed while waiting".into());
-                    return Err("the driver failed while waiting".into());
-                }
+            Ok(Err(error)) => return Err(error.to_string()),
+            Err(_) => {
+                lost.set("the driver failed while waiting".into());
+                return Err("the driver failed while waiting".into());
             }
         }
     }
