@@ -53,7 +53,6 @@ impl WarmUp {
     }
 
     #[cfg(feature = "cuda")]
-    #[allow(dead_code, reason = "the executors' word")]
     pub fn cuda(ctx: Arc<cuda::Context>, keys: Vec<Box<dyn cuda::KernelKey>>) -> Self {
         Self::Cuda(ctx, keys)
     }
@@ -110,7 +109,6 @@ impl Recording<'_> {
 #[cfg(feature = "cuda")]
 impl Recording<'_> {
     /// On CUDA the stream is what commands are recorded into: work is submitted at once, and graphs are captured.
-    #[allow(dead_code, reason = "the executors' word")]
     pub fn only_run(&self, op: &'static str) -> Result<()> {
         match self {
             Self::Run => Ok(()),

@@ -20,8 +20,6 @@ pub(crate) struct Caps {
     pub multiprocessors: u32,
     /// Bytes of shared memory that a block can have, asked for.
     pub shared_memory: u32,
-    /// Bytes of shared memory of a multiprocessor.
-    pub shared_memory_per_multiprocessor: u32,
     /// Bytes of the L2 cache.
     pub l2_cache: u64,
     /// Bytes of device memory.
@@ -48,9 +46,6 @@ impl Caps {
             nvrtc: versions.1,
             multiprocessors: count(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
             shared_memory: count(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN),
-            shared_memory_per_multiprocessor: count(
-                Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
-            ),
             l2_cache: count(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE).into(),
             // SAFETY: the device is that of a context that is open.
             memory: unsafe { result::device::total_mem(device) }? as u64,

@@ -22,6 +22,7 @@ impl Strides {
     ///
     /// # Errors
     /// [`Error::Limit`] for strides that do not fit.
+    #[cfg_attr(not(test), allow(dead_code, reason = "no kernel here wants it yet"))]
     pub fn narrow(self, op: &'static str) -> Result<crate::engine::Strides> {
         let limit = u64::from(u32::MAX);
         let fit = |value: u64| u32::try_from(value).map_err(|_| Error::Limit { op, what: "stride", value, limit });

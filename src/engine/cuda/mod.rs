@@ -9,9 +9,6 @@
 //! `unsafe` is the driver's: each block says why the call is allowed. What no block can say by itself is that kernels
 //! stay within their memory; that is the plans' part, as on the wgpu path.
 
-// Until both executors are there, some of it has no caller but tests.
-#![allow(dead_code, unused_imports)]
-
 mod cache;
 mod caps;
 mod compile;
@@ -33,16 +30,18 @@ pub(crate) mod resources;
 mod tests;
 
 pub(crate) use cache::Place;
-pub(crate) use caps::Caps;
 pub(crate) use context::Context;
-pub(crate) use driver::{Found, devices, driver, nvrtc};
+pub(crate) use driver::{Found, devices, driver};
 pub use graph::CudaGraph;
 pub(crate) use input::{Input, Strides, stage};
 pub(crate) use memory::Buffer;
 pub(crate) use module::{Kernel, KernelKey, KernelSource};
-pub(crate) use passes::{Bind, Grid, Passes, Ready, Stage, WriteKey};
+#[cfg(test)]
+pub(crate) use passes::WriteKey;
+pub(crate) use passes::{Bind, Grid, Passes, Ready, Stage};
 pub(crate) use scratch::Scratch;
 pub use timing::CudaTimer;
+#[cfg(test)]
 pub(crate) use timing::Timer;
 
 /// What every kernel may include.

@@ -50,11 +50,13 @@ impl Grid {
         Self { shared: bytes, ..self }
     }
 
+    #[cfg_attr(not(test), allow(dead_code, reason = "no kernel here wants it yet"))]
     /// Blocks of a cluster along x, which must divide those of the grid.
     pub fn cluster(self, blocks: u32) -> Self {
         Self { cluster: blocks, ..self }
     }
 
+    #[cfg_attr(not(test), allow(dead_code, reason = "no kernel here wants it yet"))]
     /// All blocks run at once and may wait for each other.
     pub fn cooperative(self) -> Self {
         Self { cooperative: true, ..self }
@@ -91,13 +93,6 @@ impl Bind {
     pub fn null() -> Self {
         Self::lent(0)
     }
-
-    /// The same memory from `bytes` further on.
-    pub fn offset(mut self, bytes: u64) -> Self {
-        self.pointer += bytes;
-        self
-    }
-
     /// Largest power of two, up to 16, that the address is a multiple of.
     pub fn alignment(&self) -> u64 {
         1 << self.pointer.trailing_zeros().min(4)
@@ -120,8 +115,16 @@ struct Launch {
 
 enum Step {
     Launch(Launch),
-    Copy { from: Bind, to: Bind, bytes: u64 },
-    Clear { at: Bind, bytes: u64 },
+    Copy {
+        from: Bind,
+        to: Bind,
+        bytes: u64,
+    },
+    #[cfg_attr(not(test), allow(dead_code, reason = "no kernel here wants it yet"))]
+    Clear {
+        at: Bind,
+        bytes: u64,
+    },
 }
 
 /// See the module.
@@ -159,6 +162,7 @@ impl<'a> Passes<'a> {
     }
 
     /// Zeros, after what was added before.
+    #[cfg_attr(not(test), allow(dead_code, reason = "no kernel here wants it yet"))]
     pub fn clear(&mut self, at: Bind, bytes: u64) {
         self.steps.push(Step::Clear { at, bytes });
     }

@@ -62,8 +62,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK) any_step(const Step p, const
         }
         for (int ensemble = 0; live && ensemble < ENSEMBLES; ensemble++) {
             double *of_unit = state + (i64)(unit * ENSEMBLES + ensemble) * BUCKETS * COLUMNS;
-            double sums[HEADS], masses[HEADS];
-            for (int h = 0; h < HEADS; h++) sums[h] = masses[h] = 0.0;
+            double sums[HEADS];
+            for (int h = 0; h < HEADS; h++) sums[h] = 0.0;
+#ifdef RATIO
+            double masses[HEADS];
+            for (int h = 0; h < HEADS; h++) masses[h] = 0.0;
+#endif
             barrier();
             hash_rows(odds, rows, HEADS + 1, planes + head * p.planes_step + ensemble * BITS * HEAD_DIM, beta);
             for (int base = 0; base < BUCKETS; base += BLOCK) {
