@@ -3,7 +3,7 @@
 // o = (Ψ·M + tril(Ψ·αᵀ + c·S)·V + c·S·m) / D over the sums M before the tile, and the tile's own keys.
 #include "hash.cuh"
 
-constexpr int FORWARD_SHARED = 2 * ROWS * (HEAD_DIM + 8) * 2 + FORWARD_STAGES * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes + 2 * Weights::bytes +
+[[maybe_unused]] constexpr int FORWARD_SHARED = 2 * ROWS * (HEAD_DIM + 8) * 2 + FORWARD_STAGES * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes + 2 * Weights::bytes +
                                Entry::bytes + 2 * ROWS * BITS * 4 + BUCKETS_UP * 4 + VALUE_DIM * 4 + ROWS * 4 + 1024;
 
 extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forward(const Walk p, const void *all_q, const void *all_k, const void *all_v, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_matrices, void *all_o) {

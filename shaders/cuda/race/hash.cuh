@@ -452,6 +452,6 @@ __device__ __forceinline__ Left<1> seen(float value, bool diagonal) {
 }
 
 // Shared memory of both backward kernels.
-constexpr int BACKWARD_SHARED = (2 + (STAGES > 1)) * ROWS * (HEAD_DIM + 8) * 2 + 2 * STAGES * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes +
+[[maybe_unused]] constexpr int BACKWARD_SHARED = (2 + (STAGES > 1)) * ROWS * (HEAD_DIM + 8) * 2 + 2 * STAGES * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes +
                                 2 * Weights::bytes + Entry::bytes + Corners::bytes + HashGradient::bytes + 2 * ROWS * BITS * 4 +
                                 BUCKETS_UP * 4 + VALUE_DIM * 4 + 3 * ROWS * 4 + 4 * BITS_UP * 4 + 512;

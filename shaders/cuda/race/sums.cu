@@ -1,7 +1,7 @@
 // [α, 1]ᵀ[v, 1] over the keys of each span: one block per (sequence, span, kv head).
 #include "hash.cuh"
 
-constexpr int SUMS_SHARED = 2 * ROWS * (HEAD_DIM + 8) * 2 + 2 * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes + Weights::bytes + ROWS * BITS * 4 + 1024;
+[[maybe_unused]] constexpr int SUMS_SHARED = 2 * ROWS * (HEAD_DIM + 8) * 2 + 2 * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes + Weights::bytes + ROWS * BITS * 4 + 1024;
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) race_sums(const Walk p, const void *all_k, const void *all_v, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, float *all_matrices) {
     SHARED_BYTES;
