@@ -1,5 +1,23 @@
 //! Puts shader text together.
 
+use crate::tensor::DType;
+
+/// The word that tells a text the element type of what it calls `prefix`: `KV`, `Q`, `IN`, `IN2` or `OUT`.
+pub(crate) fn dtype_define(prefix: &'static str, dtype: DType) -> &'static str {
+    let [f16, bf16, f32] = match prefix {
+        "KV" => ["KV_F16", "KV_BF16", "KV_F32"],
+        "Q" => ["Q_F16", "Q_BF16", "Q_F32"],
+        "IN" => ["IN_F16", "IN_BF16", "IN_F32"],
+        "IN2" => ["IN2_F16", "IN2_BF16", "IN2_F32"],
+        _ => ["OUT_F16", "OUT_BF16", "OUT_F32"],
+    };
+    match dtype {
+        DType::F16 => f16,
+        DType::Bf16 => bf16,
+        _ => f32,
+    }
+}
+
 /// Assembles shader text from a main part and shared snippets.
 ///
 /// Directives stand on lines of their own: `#import name` is replaced by the snippet of that name the first time

@@ -18,7 +18,7 @@ pub(crate) mod shader_tests;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use assemble::Assembler;
+pub(crate) use assemble::{Assembler, dtype_define};
 pub(crate) use caps::{is_software, requirements};
 pub(crate) use context::{Context, Setup};
 pub(crate) use input::{Input, stage, staged_bytes};

@@ -1,6 +1,6 @@
 //! The kernels of the backward passes.
 
-use super::kernels::dtype_define;
+use crate::engine::gpu::dtype_define;
 use crate::race::plan::Geometry;
 use crate::tensor::DType;
 

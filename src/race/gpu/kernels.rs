@@ -1,6 +1,6 @@
 //! The kernels: a typed key each, from which alone its shader is made.
 
-use crate::engine::gpu::{Assembler, KernelKey, KernelSource, Stage};
+use crate::engine::gpu::{Assembler, KernelKey, KernelSource, Stage, dtype_define};
 use crate::race::gpu::backward_kernels::BackwardKernel;
 use crate::race::gpu::params::Params;
 use crate::race::plan::{CHUNK, Geometry, SCAN_WIDTH};
@@ -92,21 +92,6 @@ impl Kernel {
             Self::Step { .. } => &[R, R, R, W, R, R, W],
             Self::StepMass => &[R, R, R, W],
         }
-    }
-}
-
-/// `prefix` is `IN`, `IN2` or `OUT`.
-pub(super) fn dtype_define(prefix: &'static str, dtype: DType) -> &'static str {
-    match (prefix, dtype) {
-        ("IN", DType::F16) => "IN_F16",
-        ("IN", DType::Bf16) => "IN_BF16",
-        ("IN", _) => "IN_F32",
-        ("IN2", DType::F16) => "IN2_F16",
-        ("IN2", DType::Bf16) => "IN2_BF16",
-        ("IN2", _) => "IN2_F32",
-        (_, DType::F16) => "OUT_F16",
-        (_, DType::Bf16) => "OUT_BF16",
-        _ => "OUT_F32",
     }
 }
 

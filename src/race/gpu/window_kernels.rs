@@ -1,7 +1,7 @@
 //! The kernels of the window.
 
-use super::kernels::{SNIPPETS, dtype_define};
-use crate::engine::gpu::{Assembler, GridParams, KernelKey, KernelSource, Stage, Strides};
+use super::kernels::SNIPPETS;
+use crate::engine::gpu::{Assembler, GridParams, KernelKey, KernelSource, Stage, Strides, dtype_define};
 use crate::race::window::WindowSpec;
 use crate::tensor::DType;
 use bytemuck::{Pod, Zeroable};

@@ -1,6 +1,6 @@
 //! The kernels: a typed key each, from which alone its shader is made.
 
-use crate::engine::gpu::{Assembler, KernelKey, KernelSource, Stage};
+use crate::engine::gpu::{Assembler, KernelKey, KernelSource, Stage, dtype_define};
 use crate::socket::config::Scoring;
 use crate::socket::gpu::params::Params;
 use crate::socket::plan::{BINS, CANDIDATES, Geometry, HISTOGRAM_ROW, SPAN};
@@ -108,20 +108,6 @@ impl Kernel {
             Self::MergePartials { .. } => &[R, R, W, W],
             Self::Prefill { .. } => &[R, R, R, R, R, W],
         }
-    }
-}
-
-pub(super) fn dtype_define(prefix: &'static str, dtype: DType) -> &'static str {
-    match (prefix, dtype) {
-        ("KV", DType::F16) => "KV_F16",
-        ("KV", DType::Bf16) => "KV_BF16",
-        ("KV", _) => "KV_F32",
-        ("Q", DType::F16) => "Q_F16",
-        ("Q", DType::Bf16) => "Q_BF16",
-        ("Q", _) => "Q_F32",
-        (_, DType::F16) => "OUT_F16",
-        (_, DType::Bf16) => "OUT_BF16",
-        _ => "OUT_F32",
     }
 }
 

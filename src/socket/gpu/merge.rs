@@ -1,8 +1,8 @@
 //! Merging attention results that live on the GPU.
 
-use super::kernels::{SNIPPETS, dtype_define};
+use super::kernels::SNIPPETS;
 use super::params::Params;
-use crate::engine::gpu::{Assembler, Bind, Context, KernelKey, KernelSource, Passes, Stage, stage};
+use crate::engine::gpu::{Assembler, Bind, Context, KernelKey, KernelSource, Passes, Stage, dtype_define, stage};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor, TensorView};
 use std::sync::Arc;
