@@ -1,4 +1,5 @@
 #import window_params
+#import window_last
 // What the gradient of the ring after a call holds for the call's own tokens goes to their dk and dv, one element for
 // each invocation; what is left is of the tokens before.
 @group(0) @binding(2) var<storage, read_write> ring: array<f32>;
@@ -13,19 +14,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if index >= p.groups {
         return;
     }
-    let count = min(p.window, p.tokens);
-    let at = index * 256u + local;
-    let channel = at % ROW;
-    let kv_head = at / ROW % KV_HEADS;
-    let b = at / (ROW * KV_HEADS) / count;
-    if b >= p.batch {
+    let place = place_of(index * 256u + local, ROW);
+    if !place.is_inside {
         return;
     }
-    let length = length_of(b);
-    let token = max(p.first, length - min(length, p.window)) + at / (ROW * KV_HEADS) % count;
-    if token >= end_of(b) {
-        return;
-    }
+    let b = place.b;
+    let token = place.token;
+    let kv_head = place.kv_head;
+    let channel = place.piece;
     let source = ring_row(b, i32(token), kv_head) + channel;
     let row = (token - p.first) * KV_HEADS + kv_head;
     if channel < HEAD_DIM {

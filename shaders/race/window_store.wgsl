@@ -1,4 +1,5 @@
 #import window_params
+#import window_last
 #import input
 // The last keys and values of a call into their slots of the ring, one word for each invocation.
 @group(0) @binding(3) var<storage, read> values: array<u32>;
@@ -43,19 +44,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if index >= p.groups {
         return;
     }
-    let count = min(p.window, p.tokens);
-    let at = index * 256u + local;
-    let word = at % WORDS;
-    let kv_head = at / WORDS % KV_HEADS;
-    let b = at / (WORDS * KV_HEADS) / count;
-    if b >= p.batch {
+    let place = place_of(index * 256u + local, WORDS);
+    if !place.is_inside {
         return;
     }
-    let length = length_of(b);
-    let token = max(p.first, length - min(length, p.window)) + at / (WORDS * KV_HEADS) % count;
-    if token >= end_of(b) {
-        return;
-    }
+    let b = place.b;
+    let token = place.token;
+    let kv_head = place.kv_head;
+    let word = place.piece;
     let to = ring_row(b, i32(token), kv_head) / PER_WORD + word;
 #ifdef IN_F32
     ring[to] = bits_of(b, token, kv_head, word);

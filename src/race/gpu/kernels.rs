@@ -50,7 +50,7 @@ pub(super) const SNIPPETS: &[(&str, &str)] = snippets!(
     "common": ["elements", "output", "reduce", "tanh", "square_weights", "online_softmax"],
     "race": ["info", "params", "input", "input2", "hash", "features", "matrices", "double", "store"],
     "race": ["weights", "tile", "sums", "through_hash", "readings", "hash_rows"],
-    "race": ["window_params", "window_keys", "window_rows"],
+    "race": ["window_params", "window_last", "window_keys", "window_rows"],
 );
 
 impl Kernel {
