@@ -509,10 +509,7 @@ impl Device {
             #[cfg(feature = "wgpu")]
             Kind::Gpu(context) => Ok(Box::new(crate::race::gpu::GpuWindow::new(context.clone(), spec)?)),
             #[cfg(feature = "cuda")]
-            Kind::Cuda(_) => {
-                let why = "a window beside RACE on CUDA; open the same GPU through Vulkan, or the CPU";
-                Err(Error::Unsupported { op: "new", why: why.into() })
-            }
+            Kind::Cuda(context) => Ok(Box::new(crate::race::cuda::CudaWindow::new(context.clone(), spec)?)),
         }
     }
 }

@@ -156,7 +156,7 @@ impl Race {
     pub fn set_gate(&mut self, gate: Gate) -> Result<()> {
         check_gate(&gate, &self.shape)?;
         if let Some(window) = &mut self.window {
-            window.set_gate(&gate);
+            window.set_gate(&gate)?;
         }
         self.config.gate = gate;
         Ok(())

@@ -35,7 +35,9 @@ use crate::error::{Error, Result};
 use crate::race::attention::Race;
 use crate::race::config::{Gate, RaceConfig, RaceShape};
 use crate::race::cpu::CpuRing;
-use crate::race::executor::{Call, InputGradients, Inputs, ParameterSums, Pass};
+#[cfg(feature = "cuda")]
+use crate::race::cuda::CudaRing;
+use crate::race::executor::{Call, InputGradients, Inputs, ParameterSums, Pass, access, elsewhere, place};
 #[cfg(feature = "wgpu")]
 use crate::race::gpu::GpuRing;
 use crate::race::state::{RaceState, StateGradient};
@@ -87,6 +89,8 @@ pub(crate) enum Ring {
     Cpu(CpuRing),
     #[cfg(feature = "wgpu")]
     Gpu(GpuRing),
+    #[cfg(feature = "cuda")]
+    Cuda(CudaRing),
 }
 
 /// A ring in its backend-free form, see [`crate::StateParts`].
@@ -96,52 +100,21 @@ pub(crate) struct RingData {
     pub v: Vec<f32>,
 }
 
+place!(Ring);
+access!(Ring, "state", Cpu, CpuRing, cpu, cpu_mut, "the CPU");
 #[cfg(feature = "wgpu")]
-fn elsewhere(op: &'static str, is_cpu: bool) -> Error {
-    let (got, expected) = if is_cpu { ("the CPU", "a GPU") } else { ("a GPU", "the CPU") };
-    Error::WrongDevice { op, tensor: "state", got, expected }
-}
+access!(Ring, "state", Gpu, GpuRing, gpu, gpu_mut, "a GPU");
+#[cfg(feature = "cuda")]
+access!(Ring, "state", Cuda, CudaRing, cuda, cuda_mut, "a CUDA device");
 
-// Without the GPU path nothing can be elsewhere, and `op` has nothing to name.
-#[cfg_attr(not(feature = "wgpu"), allow(unused_variables, clippy::unnecessary_wraps))]
 impl Ring {
     pub fn bytes(&self) -> u64 {
         match self {
             Self::Cpu(ring) => ring.bytes(),
             #[cfg(feature = "wgpu")]
             Self::Gpu(ring) => ring.bytes(),
-        }
-    }
-
-    pub fn cpu(&self, op: &'static str) -> Result<&CpuRing> {
-        match self {
-            Self::Cpu(ring) => Ok(ring),
-            #[cfg(feature = "wgpu")]
-            Self::Gpu(_) => Err(elsewhere(op, false)),
-        }
-    }
-
-    pub fn cpu_mut(&mut self, op: &'static str) -> Result<&mut CpuRing> {
-        match self {
-            Self::Cpu(ring) => Ok(ring),
-            #[cfg(feature = "wgpu")]
-            Self::Gpu(_) => Err(elsewhere(op, false)),
-        }
-    }
-
-    #[cfg(feature = "wgpu")]
-    pub fn gpu(&self, op: &'static str) -> Result<&GpuRing> {
-        match self {
-            Self::Cpu(_) => Err(elsewhere(op, true)),
-            Self::Gpu(ring) => Ok(ring),
-        }
-    }
-
-    #[cfg(feature = "wgpu")]
-    pub fn gpu_mut(&mut self, op: &'static str) -> Result<&mut GpuRing> {
-        match self {
-            Self::Cpu(_) => Err(elsewhere(op, true)),
-            Self::Gpu(ring) => Ok(ring),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(ring) => ring.bytes(),
         }
     }
 }
@@ -174,23 +147,36 @@ pub(crate) enum Kept {
     /// g·grad_o, lse and g·grad_o·o_window, `[batch, token, num_q_heads, value_dim + 2]`.
     #[cfg(feature = "wgpu")]
     Gpu(wgpu::Buffer),
+    /// As on the CPU.
+    #[cfg(feature = "cuda")]
+    Cuda(crate::engine::cuda::Buffer),
 }
 
-#[cfg_attr(not(feature = "wgpu"), allow(unused_variables, clippy::unnecessary_wraps))]
+place!(Kept);
+
+// Without a GPU path nothing can be elsewhere.
+#[allow(unreachable_patterns, unused_variables, reason = "where there is one path only")]
 impl Kept {
     pub fn cpu(self, op: &'static str) -> Result<Vec<[f32; 2]>> {
         match self {
             Self::Cpu(rows) => Ok(rows),
-            #[cfg(feature = "wgpu")]
-            Self::Gpu(_) => Err(elsewhere(op, false)),
+            other => Err(elsewhere(op, "state", other.place(), "the CPU")),
         }
     }
 
     #[cfg(feature = "wgpu")]
     pub fn gpu(self, op: &'static str) -> Result<wgpu::Buffer> {
         match self {
-            Self::Cpu(_) => Err(elsewhere(op, true)),
             Self::Gpu(buffer) => Ok(buffer),
+            other => Err(elsewhere(op, "state", other.place(), "a GPU")),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub fn cuda(self, op: &'static str) -> Result<crate::engine::cuda::Buffer> {
+        match self {
+            Self::Cuda(buffer) => Ok(buffer),
+            other => Err(elsewhere(op, "state", other.place(), "a CUDA device")),
         }
     }
 }
@@ -198,7 +184,7 @@ impl Kept {
 /// A backend of the window. [`crate::Race`] checks and composes; a failed call leaves rings as they were.
 pub(crate) trait WindowExecutor: Send {
     /// Takes new gates.
-    fn set_gate(&mut self, gate: &Gate);
+    fn set_gate(&mut self, gate: &Gate) -> Result<()>;
     /// A ring of zeros; of a gradient, f32.
     fn new_ring(&self, op: &'static str, batch: usize, gradient: bool) -> Result<Ring>;
     /// A copy of its own.

@@ -110,9 +110,11 @@ template <int TYPE> __device__ __forceinline__ u32 finite_pair(u32 pair) {
     return pair & ~((bad & 0x8000u ? 0xffffu : 0u) | (bad & 0x80000000u ? 0xffff0000u : 0u));
 }
 
+#ifdef TABLES
 // Sizes of what is hashed: of one ensemble.
 constexpr int RADIX = 1 << PLANES;
 constexpr int BUCKETS = TABLES * RADIX;
 constexpr int BITS = TABLES * PLANES;
 constexpr int COLUMNS = VALUE_DIM + 1;
 constexpr int MATRIX = (BUCKETS + 1) * COLUMNS;
+#endif

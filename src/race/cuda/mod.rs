@@ -6,6 +6,7 @@
 //! | `any` | passes for every other |
 //! | `step` | one token of each sequence |
 //! | `state` | states and sums, in doubles |
+//! | `window`, `window_kernels` | the exact window beside it |
 //! | `kernels`, `params`, `shared` | the kernels, and what they are given |
 
 mod any;
@@ -15,11 +16,14 @@ mod shared;
 mod state;
 mod step;
 mod walk;
+mod window;
+mod window_kernels;
 
 #[cfg(test)]
 mod tests;
 
 pub(crate) use state::{CudaParameterSums, CudaState};
+pub(crate) use window::{CudaRing, CudaWindow};
 #[cfg(test)]
 pub(crate) use tests::test_keys;
 

@@ -1,0 +1,384 @@
+//! The exact window on CUDA: its own launches beside RACE's, each over the whole call.
+//!
+//! The ring of a state is `[sequence, slot, kv head, D + Dv]` in the dtype of k and v, a row padded to an even number of
+//! elements; that of a gradient is the same in f32.
+
+use super::window_kernels::{Params, Sequence, WindowGeometry, WindowKernel, WindowKey};
+use crate::engine::cuda::{Bind, Buffer, Context, Grid, Input, KernelKey, Passes, Ready, stage};
+use crate::engine::{Recording, WarmUp};
+use crate::error::{Error, Result};
+use crate::race::config::Gate;
+use crate::race::executor::{InputGradients, Inputs, Pass, needed};
+use crate::race::window::{Halved, Kept, Prepared, Ring, RingData, WindowCall, WindowExecutor, WindowSpec};
+use crate::tensor::convert::encode;
+use crate::tensor::{DType, HostTensor, Tensor, TensorView};
+use std::sync::Arc;
+
+/// Query rows, or keys, of a tile.
+const TILE: usize = 32;
+
+/// Keys and values of the last tokens, or gradients of them, on a device.
+#[derive(Debug)]
+pub(crate) struct CudaRing {
+    buffer: Buffer,
+    batch: usize,
+    dtype: DType,
+}
+
+impl CudaRing {
+    pub fn bytes(&self) -> u64 {
+        self.buffer.size()
+    }
+}
+
+/// The window on CUDA.
+pub(crate) struct CudaWindow {
+    ctx: Arc<Context>,
+    spec: WindowSpec,
+    geometry: WindowGeometry,
+    /// One per query head.
+    gates: Buffer,
+}
+
+/// What all launches of a call have in common.
+struct Stand {
+    params: Params,
+    far: Bind,
+}
+
+/// A call's inputs on the device.
+struct Seen {
+    q: Input,
+    k: Input,
+    v: Input,
+}
+
+impl CudaWindow {
+    pub fn new(ctx: Arc<Context>, spec: WindowSpec) -> Result<Self> {
+        let op = "new";
+        ctx.check_alive(op)?;
+        let geometry = WindowGeometry::new(&spec);
+        let gates = gates(&ctx, op, &spec)?;
+        Ok(Self { ctx, spec, geometry, gates })
+    }
+
+    fn key(&self, kernel: WindowKernel) -> WindowKey {
+        WindowKey { kernel, geometry: self.geometry }
+    }
+
+    /// Bytes of the rings of a batch.
+    fn ring_bytes(&self, batch: usize, dtype: DType) -> u64 {
+        let g = &self.geometry;
+        let one = (self.spec.tokens * g.num_kv_heads) as u64 * (g.ring_row() * dtype.size()) as u64;
+        one.saturating_mul(batch as u64)
+    }
+
+    fn own<'a>(&self, op: &'static str, ring: &'a CudaRing) -> Result<&'a CudaRing> {
+        if Arc::ptr_eq(&self.ctx, ring.buffer.context()) {
+            return Ok(ring);
+        }
+        Err(Error::WrongDevice { op, tensor: "state", got: "another CUDA device", expected: "this CUDA device" })
+    }
+
+    /// Where each sequence stands. A graph that is captured would stand there for ever.
+    fn stand(&self, passes: &mut Passes<'_>, at: WindowCall<'_>) -> Result<Stand> {
+        let op = at.call.op;
+        if self.ctx.is_capturing() {
+            let why = "a window's ring moves on with each call, which a replayed CUDA graph would not see; call it \
+                       without capturing";
+            return Err(Error::Unsupported { op, why: why.into() });
+        }
+        let window = self.spec.tokens;
+        let sequence = |b: usize| Sequence {
+            length: at.call.lengths[b] as u32,
+            past: at.past(b, window) as u32,
+            slot: at.slot(b, window) as u32,
+            reserved: 0,
+        };
+        let sequences: Vec<_> = (0..at.call.batch()).map(sequence).collect();
+        let mut params = Params {
+            batch: sequences.len() as u32,
+            tokens: at.call.tokens as u32,
+            window: window as u32,
+            scale: self.spec.scale,
+            ..Params::default()
+        };
+        let far = match params.near.get_mut(..sequences.len()) {
+            Some(near) => {
+                near.copy_from_slice(&sequences);
+                Bind::null()
+            }
+            None => passes.part(&sequences),
+        };
+        Ok(Stand { params, far })
+    }
+
+    fn take(&self, at: WindowCall<'_>, name: &'static str, view: Option<TensorView<'_>>) -> Result<Input> {
+        let view = needed(at.call.op, name, view)?;
+        stage(&self.ctx, at.call.op, name, &view, 0..at.call.batch(), 0..at.call.tokens)
+    }
+
+    fn seen(&self, at: WindowCall<'_>, inputs: &Inputs<'_>) -> Result<Seen> {
+        let q = self.take(at, "q", inputs.q)?;
+        Ok(Seen { q, k: self.take(at, "k", inputs.k)?, v: self.take(at, "v", inputs.v)? })
+    }
+
+    /// Where a call stands and what each launch over its tokens begins with: sequences, gates, q, k, v, the ring.
+    fn begin(
+        &self,
+        passes: &mut Passes<'_>,
+        at: WindowCall<'_>,
+        seen: &Seen,
+        ring: &CudaRing,
+    ) -> Result<(Params, Vec<Bind>)> {
+        let Stand { params, far } = self.stand(passes, at)?;
+        let Seen { q, k, v } = seen;
+        let params = Params { q: q.strides, k: k.strides, v: v.strides, ..params };
+        let inputs = [q, k, v].map(|input| input.bind.clone());
+        let mut binds = vec![far, Bind::from(&self.gates)];
+        binds.extend(inputs);
+        binds.push(Bind::from(&ring.buffer));
+        Ok((params, binds))
+    }
+
+    /// Tiles of a sequence's query rows.
+    fn query_tiles(&self, at: WindowCall<'_>) -> usize {
+        (at.call.tokens * self.geometry.group()).div_ceil(TILE)
+    }
+
+    /// A grid of a block for each (kv head, tile, sequence).
+    fn tiles_grid(&self, at: WindowCall<'_>, tiles: usize) -> Grid {
+        Grid::new(at.call.batch() as u64 * tiles as u64 * self.geometry.num_kv_heads as u64, 256)
+    }
+
+    /// A grid of a thread for each channel of the keys and values of the last tokens.
+    fn last_grid(&self, at: WindowCall<'_>) -> Grid {
+        let g = &self.geometry;
+        let rows = at.call.batch() * at.call.tokens.min(self.spec.tokens) * g.num_kv_heads;
+        Grid::new((rows as u64 * g.channels() as u64).div_ceil(256), 256)
+    }
+
+    fn result(&self, at: WindowCall<'_>, dtype: DType) -> Result<(Buffer, Tensor)> {
+        let g = &self.geometry;
+        let shape = vec![at.call.batch(), at.call.tokens, g.num_q_heads, g.value_dim];
+        let bytes = shape.iter().product::<usize>() as u64 * dtype.size() as u64;
+        let buffer = self.ctx.uninit(at.call.op, bytes)?;
+        Ok((buffer.clone(), Tensor::cuda(dtype, shape, buffer)))
+    }
+
+    fn buffer_of<'a>(&self, op: &'static str, tensor: Option<&'a Tensor>) -> Result<&'a Buffer> {
+        let why = || Error::Unsupported { op, why: "the pass gave no such result".into() };
+        tensor.and_then(Tensor::cuda_buffer).ok_or_else(why)
+    }
+}
+
+fn gates(ctx: &Arc<Context>, op: &'static str, spec: &WindowSpec) -> Result<Buffer> {
+    ctx.buffer_with(op, bytemuck::cast_slice(&spec.gate.of_heads(spec.shape.num_q_heads)))
+}
+
+/// A forward pass whose kernels are there and whose inputs are on the device.
+struct CudaPrepared<'a> {
+    window: &'a CudaWindow,
+    at: WindowCall<'a>,
+    /// q and the result where the pass reads.
+    reads: Option<(Input, Buffer, Tensor)>,
+    k: Input,
+    v: Input,
+}
+
+impl CudaPrepared<'_> {
+    fn ready(&self, ring: &CudaRing, race: Option<&Tensor>) -> Result<Ready> {
+        let (window, at) = (self.window, self.at);
+        let op = at.call.op;
+        let mut passes = Passes::new(&window.ctx, op);
+        let Stand { params, far } = window.stand(&mut passes, at)?;
+        let (k, v) = (&self.k, &self.v);
+        let params = Params { k: k.strides, v: v.strides, ..params };
+        let of_ring = Bind::from(&ring.buffer);
+        let mut stored = false;
+        if let Some((q, out, _)) = &self.reads {
+            let race = Bind::from(window.buffer_of(op, race)?);
+            let inputs = [far.clone(), Bind::from(&window.gates), q.bind.clone(), k.bind.clone(), v.bind.clone()];
+            let mut binds = inputs.to_vec();
+            binds.extend([of_ring.clone(), race, Bind::from(out)]);
+            let output = at.call.output;
+            stored = at.call.tokens == 1;
+            let (kernel, tiles) =
+                if stored { (WindowKernel::Step { output }, 1) } else { (WindowKernel::Attend { output }, window.query_tiles(at)) };
+            let params = Params { q: q.strides, tiles: tiles as u32, ..params };
+            passes.dispatch(window.key(kernel), params, window.tiles_grid(at, tiles), binds)?;
+        }
+        // The ring moves on when all have read it.
+        if !stored {
+            let binds = vec![far, k.bind.clone(), v.bind.clone(), of_ring];
+            passes.dispatch(window.key(WindowKernel::Store), params, window.last_grid(at), binds)?;
+        }
+        passes.ready()
+    }
+}
+
+impl Prepared for CudaPrepared<'_> {
+    fn run(self: Box<Self>, rec: Recording<'_>, ring: &mut Ring, race: Option<Tensor>) -> Result<Option<Tensor>> {
+        let op = self.at.call.op;
+        rec.only_run(op)?;
+        let ring = self.window.own(op, ring.cuda(op)?)?;
+        self.ready(ring, race.as_ref())?.run(&self.window.ctx, op)?;
+        Ok(self.reads.map(|(.., o)| o))
+    }
+}
+
+impl WindowExecutor for CudaWindow {
+    /// Into memory of their own: work submitted before keeps the old ones.
+    fn set_gate(&mut self, gate: &Gate) -> Result<()> {
+        let spec = WindowSpec { gate: gate.clone(), ..self.spec.clone() };
+        self.gates = gates(&self.ctx, "set_gate", &spec)?;
+        self.spec = spec;
+        Ok(())
+    }
+
+    fn new_ring(&self, op: &'static str, batch: usize, gradient: bool) -> Result<Ring> {
+        let dtype = if gradient { DType::F32 } else { self.geometry.dtype };
+        let buffer = self.ctx.buffer(op, self.ring_bytes(batch, dtype))?;
+        Ok(Ring::Cuda(CudaRing { buffer, batch, dtype }))
+    }
+
+    fn fork(&self, op: &'static str, ring: &Ring) -> Result<Ring> {
+        let CudaRing { buffer: from, batch, dtype } = self.own(op, ring.cuda(op)?)?;
+        let buffer = self.ctx.uninit(op, from.size())?;
+        self.ctx.copy(op, (from, 0), (&buffer, 0), from.size())?;
+        Ok(Ring::Cuda(CudaRing { buffer, batch: *batch, dtype: *dtype }))
+    }
+
+    fn prepare<'a>(
+        &'a mut self,
+        at: WindowCall<'a>,
+        inputs: &Inputs<'a>,
+        ring: &Ring,
+    ) -> Result<Box<dyn Prepared + 'a>> {
+        let op = at.call.op;
+        self.ctx.check_alive(op)?;
+        self.own(op, ring.cuda(op)?)?;
+        let reads = if at.call.pass == Pass::Absorb {
+            None
+        } else {
+            let (buffer, tensor) = self.result(at, at.call.output)?;
+            Some((self.take(at, "q", inputs.q)?, buffer, tensor))
+        };
+        let (k, v) = (self.take(at, "k", inputs.k)?, self.take(at, "v", inputs.v)?);
+        // What can fail of the launches fails here: their kernels are compiled.
+        for kernel in self.forward_kernels(at, reads.is_some()) {
+            self.ctx.kernel(op, &self.key(kernel))?;
+        }
+        let mut passes = Passes::new(&self.ctx, op);
+        self.stand(&mut passes, at)?;
+        Ok(Box::new(CudaPrepared { window: self, at, reads, k, v }))
+    }
+
+    fn halve(&mut self, at: WindowCall<'_>, inputs: &Inputs<'_>, ring: &Ring, race: Tensor) -> Result<Halved> {
+        let (op, g) = (at.call.op, self.geometry);
+        let ring = self.own(op, ring.cuda(op)?)?;
+        let rows = at.call.batch() * at.call.tokens * g.num_q_heads;
+        let kept = self.ctx.uninit(op, rows as u64 * 8)?;
+        let of_race = self.buffer_of(op, Some(&race))?;
+        let tiles = self.query_tiles(at);
+        let shares = at.call.batch() * tiles;
+        let of_gates = self.ctx.uninit(op, (shares * g.num_q_heads * 4) as u64)?;
+        let gates = self.spec.gate.values().len();
+        let out = self.ctx.uninit(op, (gates * 4) as u64)?;
+        let grad_o = self.take(at, "grad_o", inputs.grad_o)?;
+        let grad = needed(op, "grad_o", inputs.grad_o)?.dtype();
+        let mut passes = Passes::new(&self.ctx, op);
+        let (params, mut binds) = self.begin(&mut passes, at, &self.seen(at, inputs)?, ring)?;
+        let params = Params { grad_o: grad_o.strides, tiles: tiles as u32, gates: gates as u32, ..params };
+        binds.extend([Bind::from(of_race), grad_o.bind, Bind::from(of_race), Bind::from(&kept), Bind::from(&of_gates)]);
+        passes.dispatch(self.key(WindowKernel::Halve { grad }), params, self.tiles_grid(at, tiles), binds)?;
+        let params = Params { tiles: shares as u32, gates: gates as u32, ..Params::default() };
+        let binds = vec![Bind::from(&of_gates), Bind::from(&out)];
+        passes.dispatch(self.key(WindowKernel::Gates), params, Grid::new(gates as u64, 256), binds)?;
+        passes.ready()?.run(&self.ctx, op)?;
+        Ok(Halved { race, kept: Kept::Cuda(kept), d_gate: Tensor::cuda(DType::F32, vec![gates], out) })
+    }
+
+    fn backward(
+        &mut self,
+        at: WindowCall<'_>,
+        inputs: &Inputs<'_>,
+        ring: &Ring,
+        kept: Kept,
+        gradient: &mut Ring,
+        gradients: InputGradients,
+    ) -> Result<InputGradients> {
+        let op = at.call.op;
+        let ring = self.own(op, ring.cuda(op)?)?;
+        let gradient = self.own(op, gradient.cuda_mut(op)?)?;
+        let kept = kept.cuda(op)?;
+        let [dq, dk, dv] = [&gradients.dq, &gradients.dk, &gradients.dv].map(|x| self.buffer_of(op, x.as_ref()));
+        let (dq, dk, dv) = (Bind::from(dq?), Bind::from(dk?), Bind::from(dv?));
+        let of_ring = Bind::from(&gradient.buffer);
+        let grad_o = self.take(at, "grad_o", inputs.grad_o)?;
+        let grad = needed(op, "grad_o", inputs.grad_o)?.dtype();
+        let mut passes = Passes::new(&self.ctx, op);
+        let (params, mut binds) = self.begin(&mut passes, at, &self.seen(at, inputs)?, ring)?;
+        let params = Params { grad_o: grad_o.strides, ..params };
+        binds.extend([grad_o.bind, Bind::from(&kept)]);
+        // Before anything is added to slots that tokens of the call have taken over.
+        let of_last = vec![binds[0].clone(), of_ring.clone(), dk.clone(), dv.clone()];
+        passes.dispatch(self.key(WindowKernel::HandOver), params, self.last_grid(at), of_last)?;
+
+        let tiles = self.query_tiles(at);
+        let of_queries = [binds.as_slice(), &[dq]].concat();
+        let of_query = Params { tiles: tiles as u32, ..params };
+        passes.dispatch(self.key(WindowKernel::Query { grad }), of_query, self.tiles_grid(at, tiles), of_queries)?;
+
+        let past = (0..at.call.batch()).map(|b| at.past(b, self.spec.tokens)).max().unwrap_or(0);
+        let ring_tiles = past.div_ceil(TILE);
+        let tiles = ring_tiles + at.call.tokens.div_ceil(TILE);
+        binds.extend([dk, dv, of_ring]);
+        let of_key = Params { tiles: tiles as u32, ring_tiles: ring_tiles as u32, ..params };
+        passes.dispatch(self.key(WindowKernel::Key { grad }), of_key, self.tiles_grid(at, tiles), binds)?;
+        passes.ready()?.run(&self.ctx, op)?;
+        Ok(gradients)
+    }
+
+    fn export(&self, op: &'static str, ring: &Ring) -> Result<RingData> {
+        let (g, ring) = (&self.geometry, self.own(op, ring.cuda(op)?)?);
+        let bytes = self.ctx.read_buffer_blocking(op, &ring.buffer, 0, ring.buffer.size())?;
+        let values = HostTensor::new(ring.dtype, vec![bytes.len() / ring.dtype.size()], bytes).to_f32();
+        let mut data = RingData::default();
+        for row in values.chunks_exact(g.ring_row()) {
+            data.k.extend(&row[..g.head_dim]);
+            data.v.extend(&row[g.head_dim..g.channels()]);
+        }
+        Ok(data)
+    }
+
+    fn import(&self, op: &'static str, data: &RingData, batch: usize, gradient: bool) -> Result<Ring> {
+        let g = &self.geometry;
+        let dtype = if gradient { DType::F32 } else { g.dtype };
+        let mut values = Vec::with_capacity(batch * self.spec.tokens * g.num_kv_heads * g.ring_row());
+        for (k, v) in data.k.chunks_exact(g.head_dim).zip(data.v.chunks_exact(g.value_dim)) {
+            values.extend(k.iter().chain(v));
+            values.resize(values.len().next_multiple_of(2), 0.0);
+        }
+        let buffer = self.ctx.buffer_with(op, &encode(dtype, &values))?;
+        Ok(Ring::Cuda(CudaRing { buffer, batch, dtype }))
+    }
+
+    fn warm_up(&self, output: DType) -> WarmUp {
+        let boxed = |kernel| Box::new(self.key(kernel)) as Box<dyn KernelKey>;
+        let kernels = [WindowKernel::Attend { output }, WindowKernel::Step { output }, WindowKernel::Store];
+        WarmUp::cuda(self.ctx.clone(), kernels.into_iter().map(boxed).collect())
+    }
+}
+
+impl CudaWindow {
+    /// The kernels of a forward pass.
+    fn forward_kernels(&self, at: WindowCall<'_>, reads: bool) -> Vec<WindowKernel> {
+        let output = at.call.output;
+        match (reads, at.call.tokens) {
+            (true, 1) => vec![WindowKernel::Step { output }],
+            (true, _) => vec![WindowKernel::Attend { output }, WindowKernel::Store],
+            (false, _) => vec![WindowKernel::Store],
+        }
+    }
+}
