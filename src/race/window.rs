@@ -11,7 +11,7 @@
 //!
 //! | forward | |
 //! |---|---|
-//! | RACE | o_race in f32 |
+//! | RACE | o_race, in f32 (on the tensor cores of CUDA in o's dtype) |
 //! | window | o_window, mixed with o_race into o; then the ring takes in the last keys and values |
 //!
 //! | backward | |
@@ -24,7 +24,7 @@
 //! Both outputs are computed again rather than kept by the caller, as all of RACE's backward is. Beyond inputs and
 //! results, a forward call holds o_race, 4·Dv bytes per token and query head. A backward call holds as much for
 //! (1 − g)·grad_o (on the CPU twice that while it replaces o_race), and beside it 8 bytes on the CPU, lse and
-//! g·grad_o·o_window, or 4·(Dv + 2) on a GPU, where the window's kernels read g·grad_o with them. The ring takes
+//! g·grad_o·o_window (on CUDA too), or 4·(Dv + 2) on wgpu, where the window's kernels read g·grad_o with them. The ring takes
 //! W·(D + Dv) elements per sequence and kv head.
 //!
 //! dg needs both outputs of every query head. RACE's share of it, Σ grad_o·o_race, is the same number as Σ v·dv where
@@ -121,7 +121,7 @@ impl Ring {
 
 /// A forward pass of the window that has everything that it needs.
 pub(crate) trait Prepared {
-    /// Where RACE may put its o, in f32.
+    /// Where RACE may put its o.
     fn race_o(&self) -> Option<Tensor> {
         None
     }
@@ -132,7 +132,7 @@ pub(crate) trait Prepared {
 
 /// Between the two halves of a backward pass.
 pub(crate) struct Halved {
-    /// (1 − g)·grad_o, f32.
+    /// (1 − g)·grad_o.
     pub race: Tensor,
     /// What the window's half goes on from.
     pub kept: Kept,
@@ -189,6 +189,10 @@ pub(crate) trait WindowExecutor: Send {
     fn new_ring(&self, op: &'static str, batch: usize, gradient: bool) -> Result<Ring>;
     /// A copy of its own.
     fn fork(&self, op: &'static str, ring: &Ring) -> Result<Ring>;
+    /// Element type in which it takes RACE's o, and gives RACE's half of the gradient of o.
+    fn race_dtype(&self, _call: &Call, _inputs: &Inputs<'_>) -> DType {
+        DType::F32
+    }
     /// Takes all that can fail of a forward pass ([`Pass::Causal`], or [`Pass::Absorb`]: the ring alone moves on).
     fn prepare<'a>(
         &'a mut self,
@@ -196,7 +200,7 @@ pub(crate) trait WindowExecutor: Send {
         inputs: &Inputs<'a>,
         ring: &Ring,
     ) -> Result<Box<dyn Prepared + 'a>>;
-    /// Computes the window's output again, and parts the gradient of o; `race` is RACE's o in f32.
+    /// Computes the window's output again, and parts the gradient of o; `race` is RACE's o.
     fn halve(&mut self, call: WindowCall<'_>, inputs: &Inputs<'_>, ring: &Ring, race: Tensor) -> Result<Halved>;
     /// Adds the window's half to `gradients`; `gradient` becomes that of the ring before the tokens.
     fn backward(
@@ -241,8 +245,9 @@ impl Race {
             return Err(Error::Unsupported { op, why });
         }
         let ring = state.ring.as_mut().ok_or_else(|| missing(op))?;
+        let race_dtype = window.race_dtype(call, inputs);
         let prepared = window.prepare(WindowCall { call, seen: &state.tokens }, inputs, ring)?;
-        let of_race = Call { output: DType::F32, into: prepared.race_o(), ..call.clone() };
+        let of_race = Call { output: race_dtype, into: prepared.race_o(), ..call.clone() };
         let o = self.executor.forward(rec.part(), &of_race, inputs, &mut state.storage)?;
         prepared.run(rec, ring, o)
     }
@@ -264,7 +269,7 @@ impl Race {
         };
         let (ring, grad_ring) = state.ring.as_ref().zip(gradient.ring.as_mut()).ok_or_else(|| missing(op))?;
         let of_window = WindowCall { call, seen: &state.tokens };
-        let of_race = Call { output: DType::F32, ..call.clone() };
+        let of_race = Call { output: window.race_dtype(call, inputs), ..call.clone() };
         let mut moving = executor.fork(op, &state.storage)?;
         let o = executor.forward(Recording::Run, &of_race, inputs, &mut moving)?.ok_or_else(|| missing(op))?;
         drop(moving);

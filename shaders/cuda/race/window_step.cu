@@ -13,7 +13,7 @@ constexpr int OWN_VALUES = (VALUE_DIM + 31) / 32;
 constexpr int HEADS = GROUP < 4 ? GROUP : 4;
 
 extern "C" __global__ void __launch_bounds__(BLOCK) window_step(const Params p, const Sequence *far, const float *gates, const void *q, const void *k, const void *v,
-                                                                void *ring, const float *race, void *out) {
+                                                                void *ring, const void *race, void *out) {
     __shared__ float peaks[WARPS][HEADS], sums[WARPS][HEADS], parts[WARPS][VALUE_DIM];
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, head = blockIdx.x % KV_HEADS, b = blockIdx.x / KV_HEADS;
     Sequence s = sequence_of(p, far, b);
@@ -88,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) window_step(const Params p, 
             for (int c = threadIdx.x; c < VALUE_DIM; c += BLOCK) {
                 float x = 0.0f;
                 for (int w = 0; w < WARPS; w++) x += parts[w][c];
-                x = gates[q_head] * x + (1.0f - gates[q_head]) * race[at + c];
+                x = gates[q_head] * x + (1.0f - gates[q_head]) * load<RACE_TYPE>(race, at + c);
                 store<OUT_TYPE>(out, at + c, keys > 0 ? x : 0.0f);
             }
         }

@@ -23,9 +23,9 @@ mod window_kernels;
 mod tests;
 
 pub(crate) use state::{CudaParameterSums, CudaState};
-pub(crate) use window::{CudaRing, CudaWindow};
 #[cfg(test)]
 pub(crate) use tests::test_keys;
+pub(crate) use window::{CudaRing, CudaWindow};
 
 use crate::engine::cuda::{Buffer, Context, KernelKey, Scratch};
 use crate::engine::{Recording, WarmUp};

@@ -3,19 +3,16 @@
 //! The ring of a state is `[sequence, slot, kv head, D + Dv]` in the dtype of k and v, a row padded to an even number of
 //! elements; that of a gradient is the same in f32.
 
-use super::window_kernels::{Params, Sequence, WindowGeometry, WindowKernel, WindowKey};
+use super::window_kernels::{Params, Sequence, Way, WindowGeometry, WindowKernel, WindowKey};
 use crate::engine::cuda::{Bind, Buffer, Context, Grid, Input, KernelKey, Passes, Ready, stage};
 use crate::engine::{Recording, WarmUp};
 use crate::error::{Error, Result};
 use crate::race::config::Gate;
-use crate::race::executor::{InputGradients, Inputs, Pass, needed};
+use crate::race::executor::{Call, InputGradients, Inputs, Pass, needed};
 use crate::race::window::{Halved, Kept, Prepared, Ring, RingData, WindowCall, WindowExecutor, WindowSpec};
 use crate::tensor::convert::encode;
 use crate::tensor::{DType, HostTensor, Tensor, TensorView};
 use std::sync::Arc;
-
-/// Query rows, or keys, of a tile.
-const TILE: usize = 32;
 
 /// Keys and values of the last tokens, or gradients of them, on a device.
 #[derive(Debug)]
@@ -141,14 +138,44 @@ impl CudaWindow {
         Ok((params, binds))
     }
 
-    /// Tiles of a sequence's query rows.
-    fn query_tiles(&self, at: WindowCall<'_>) -> usize {
-        (at.call.tokens * self.geometry.group()).div_ceil(TILE)
+    /// How rows are tiled, those of the gradient of o, if there is one, being of `grad`.
+    fn way(&self, at: WindowCall<'_>, inputs: &[&Input], grad: Option<DType>) -> Way {
+        let g = &self.geometry;
+        let aligned = inputs.iter().all(|input| input.alignment >= 16);
+        if !g.has_tiles() || !aligned || grad.is_some_and(|grad| grad != g.dtype) {
+            return Way::Any;
+        }
+        Way::Tiles { terms: self.terms(at.call.output) }
     }
 
-    /// A grid of a block for each (kv head, tile, sequence).
-    fn tiles_grid(&self, at: WindowCall<'_>, tiles: usize) -> Grid {
-        Grid::new(at.call.batch() as u64 * tiles as u64 * self.geometry.num_kv_heads as u64, 256)
+    /// As many parts as the result's rounding asks for, as in RACE's own passes.
+    fn terms(&self, output: DType) -> usize {
+        match (self.geometry.dtype, output) {
+            (DType::F16, _) => 2,
+            (_, DType::F32) => 3,
+            _ => 1,
+        }
+    }
+
+    /// Tiles of a sequence's query rows.
+    fn query_tiles(&self, at: WindowCall<'_>, way: Way) -> usize {
+        (at.call.tokens * self.geometry.group()).div_ceil(way.rows())
+    }
+
+    /// Launches a kernel with a block for each (kv head, tile, sequence).
+    fn over_tiles(
+        &self,
+        passes: &mut Passes<'_>,
+        at: WindowCall<'_>,
+        (kernel, way): (WindowKernel, Way),
+        tiles: usize,
+        params: Params,
+        binds: Vec<Bind>,
+    ) -> Result<()> {
+        let blocks = at.call.batch() as u64 * tiles as u64 * self.geometry.num_kv_heads as u64;
+        let key = self.key(kernel);
+        let grid = Grid::new(blocks, way.threads()).shared(key.shared());
+        passes.dispatch(key, Params { tiles: tiles as u32, ..params }, grid, binds)
     }
 
     /// A grid of a thread for each channel of the keys and values of the last tokens.
@@ -184,6 +211,7 @@ struct CudaPrepared<'a> {
     reads: Option<(Input, Buffer, Tensor)>,
     k: Input,
     v: Input,
+    way: Way,
 }
 
 impl CudaPrepared<'_> {
@@ -197,16 +225,24 @@ impl CudaPrepared<'_> {
         let of_ring = Bind::from(&ring.buffer);
         let mut stored = false;
         if let Some((q, out, _)) = &self.reads {
+            let race_dtype = race.map_or(DType::F32, Tensor::dtype);
             let race = Bind::from(window.buffer_of(op, race)?);
             let inputs = [far.clone(), Bind::from(&window.gates), q.bind.clone(), k.bind.clone(), v.bind.clone()];
             let mut binds = inputs.to_vec();
             binds.extend([of_ring.clone(), race, Bind::from(out)]);
             let output = at.call.output;
             stored = at.call.tokens == 1;
-            let (kernel, tiles) =
-                if stored { (WindowKernel::Step { output }, 1) } else { (WindowKernel::Attend { output }, window.query_tiles(at)) };
-            let params = Params { q: q.strides, tiles: tiles as u32, ..params };
-            passes.dispatch(window.key(kernel), params, window.tiles_grid(at, tiles), binds)?;
+            let params = Params { q: q.strides, ..params };
+            let (kernel, way, tiles) = if stored {
+                (WindowKernel::Step { output }, Way::Any, 1)
+            } else {
+                (
+                    WindowKernel::Attend { way: self.way, output, race: race_dtype },
+                    self.way,
+                    window.query_tiles(at, self.way),
+                )
+            };
+            window.over_tiles(&mut passes, at, (kernel, way), tiles, params, binds)?;
         }
         // The ring moves on when all have read it.
         if !stored {
@@ -228,6 +264,13 @@ impl Prepared for CudaPrepared<'_> {
 }
 
 impl WindowExecutor for CudaWindow {
+    /// On the tensor cores RACE's own numbers have the rounding of the result, and its backward takes that dtype.
+    fn race_dtype(&self, call: &Call, inputs: &Inputs<'_>) -> DType {
+        let g = &self.geometry;
+        let narrow = inputs.grad_o.is_none_or(|view| view.dtype() == g.dtype) && call.output == g.dtype;
+        if g.has_tiles() && narrow && call.tokens > 1 { g.dtype } else { DType::F32 }
+    }
+
     /// Into memory of their own: work submitted before keeps the old ones.
     fn set_gate(&mut self, gate: &Gate) -> Result<()> {
         let spec = WindowSpec { gate: gate.clone(), ..self.spec.clone() };
@@ -265,13 +308,16 @@ impl WindowExecutor for CudaWindow {
             Some((self.take(at, "q", inputs.q)?, buffer, tensor))
         };
         let (k, v) = (self.take(at, "k", inputs.k)?, self.take(at, "v", inputs.v)?);
+        let mut staged = vec![&k, &v];
+        staged.extend(reads.iter().map(|(q, ..)| q));
+        let way = self.way(at, &staged, None);
         // What can fail of the launches fails here: their kernels are compiled.
-        for kernel in self.forward_kernels(at, reads.is_some()) {
+        for kernel in self.forward_kernels(at, inputs, way, reads.is_some()) {
             self.ctx.kernel(op, &self.key(kernel))?;
         }
         let mut passes = Passes::new(&self.ctx, op);
         self.stand(&mut passes, at)?;
-        Ok(Box::new(CudaPrepared { window: self, at, reads, k, v }))
+        Ok(Box::new(CudaPrepared { window: self, at, reads, k, v, way }))
     }
 
     fn halve(&mut self, at: WindowCall<'_>, inputs: &Inputs<'_>, ring: &Ring, race: Tensor) -> Result<Halved> {
@@ -280,18 +326,27 @@ impl WindowExecutor for CudaWindow {
         let rows = at.call.batch() * at.call.tokens * g.num_q_heads;
         let kept = self.ctx.uninit(op, rows as u64 * 8)?;
         let of_race = self.buffer_of(op, Some(&race))?;
-        let tiles = self.query_tiles(at);
+        let grad_o = self.take(at, "grad_o", inputs.grad_o)?;
+        let grad = needed(op, "grad_o", inputs.grad_o)?.dtype();
+        let seen = self.seen(at, inputs)?;
+        let way = self.way(at, &[&seen.q, &seen.k, &seen.v, &grad_o], Some(grad));
+        let tiles = self.query_tiles(at, way);
         let shares = at.call.batch() * tiles;
         let of_gates = self.ctx.uninit(op, (shares * g.num_q_heads * 4) as u64)?;
         let gates = self.spec.gate.values().len();
         let out = self.ctx.uninit(op, (gates * 4) as u64)?;
-        let grad_o = self.take(at, "grad_o", inputs.grad_o)?;
-        let grad = needed(op, "grad_o", inputs.grad_o)?.dtype();
         let mut passes = Passes::new(&self.ctx, op);
-        let (params, mut binds) = self.begin(&mut passes, at, &self.seen(at, inputs)?, ring)?;
-        let params = Params { grad_o: grad_o.strides, tiles: tiles as u32, gates: gates as u32, ..params };
+        let (params, mut binds) = self.begin(&mut passes, at, &seen, ring)?;
+        let params = Params { grad_o: grad_o.strides, ..params };
         binds.extend([Bind::from(of_race), grad_o.bind, Bind::from(of_race), Bind::from(&kept), Bind::from(&of_gates)]);
-        passes.dispatch(self.key(WindowKernel::Halve { grad }), params, self.tiles_grid(at, tiles), binds)?;
+        self.over_tiles(
+            &mut passes,
+            at,
+            (WindowKernel::Halve { way, grad, race: race.dtype() }, way),
+            tiles,
+            params,
+            binds,
+        )?;
         let params = Params { tiles: shares as u32, gates: gates as u32, ..Params::default() };
         let binds = vec![Bind::from(&of_gates), Bind::from(&out)];
         passes.dispatch(self.key(WindowKernel::Gates), params, Grid::new(gates as u64, 256), binds)?;
@@ -317,25 +372,26 @@ impl WindowExecutor for CudaWindow {
         let of_ring = Bind::from(&gradient.buffer);
         let grad_o = self.take(at, "grad_o", inputs.grad_o)?;
         let grad = needed(op, "grad_o", inputs.grad_o)?.dtype();
+        let seen = self.seen(at, inputs)?;
+        let way = self.way(at, &[&seen.q, &seen.k, &seen.v, &grad_o], Some(grad));
         let mut passes = Passes::new(&self.ctx, op);
-        let (params, mut binds) = self.begin(&mut passes, at, &self.seen(at, inputs)?, ring)?;
+        let (params, mut binds) = self.begin(&mut passes, at, &seen, ring)?;
         let params = Params { grad_o: grad_o.strides, ..params };
         binds.extend([grad_o.bind, Bind::from(&kept)]);
         // Before anything is added to slots that tokens of the call have taken over.
         let of_last = vec![binds[0].clone(), of_ring.clone(), dk.clone(), dv.clone()];
         passes.dispatch(self.key(WindowKernel::HandOver), params, self.last_grid(at), of_last)?;
 
-        let tiles = self.query_tiles(at);
+        let tiles = self.query_tiles(at, way);
         let of_queries = [binds.as_slice(), &[dq]].concat();
-        let of_query = Params { tiles: tiles as u32, ..params };
-        passes.dispatch(self.key(WindowKernel::Query { grad }), of_query, self.tiles_grid(at, tiles), of_queries)?;
+        self.over_tiles(&mut passes, at, (WindowKernel::Query { way, grad }, way), tiles, params, of_queries)?;
 
         let past = (0..at.call.batch()).map(|b| at.past(b, self.spec.tokens)).max().unwrap_or(0);
-        let ring_tiles = past.div_ceil(TILE);
-        let tiles = ring_tiles + at.call.tokens.div_ceil(TILE);
+        let ring_tiles = past.div_ceil(way.rows());
+        let tiles = ring_tiles + at.call.tokens.div_ceil(way.rows());
         binds.extend([dk, dv, of_ring]);
-        let of_key = Params { tiles: tiles as u32, ring_tiles: ring_tiles as u32, ..params };
-        passes.dispatch(self.key(WindowKernel::Key { grad }), of_key, self.tiles_grid(at, tiles), binds)?;
+        let params = Params { ring_tiles: ring_tiles as u32, ..params };
+        self.over_tiles(&mut passes, at, (WindowKernel::Key { way, grad }, way), tiles, params, binds)?;
         passes.ready()?.run(&self.ctx, op)?;
         Ok(gradients)
     }
@@ -365,19 +421,22 @@ impl WindowExecutor for CudaWindow {
     }
 
     fn warm_up(&self, output: DType) -> WarmUp {
+        let g = &self.geometry;
+        let way = if g.has_tiles() { Way::Tiles { terms: self.terms(output) } } else { Way::Any };
+        let race = if g.has_tiles() && output == g.dtype { output } else { DType::F32 };
+        let kernels = [WindowKernel::Attend { way, output, race }, WindowKernel::Step { output }, WindowKernel::Store];
         let boxed = |kernel| Box::new(self.key(kernel)) as Box<dyn KernelKey>;
-        let kernels = [WindowKernel::Attend { output }, WindowKernel::Step { output }, WindowKernel::Store];
         WarmUp::cuda(self.ctx.clone(), kernels.into_iter().map(boxed).collect())
     }
 }
 
 impl CudaWindow {
     /// The kernels of a forward pass.
-    fn forward_kernels(&self, at: WindowCall<'_>, reads: bool) -> Vec<WindowKernel> {
-        let output = at.call.output;
+    fn forward_kernels(&self, at: WindowCall<'_>, inputs: &Inputs<'_>, way: Way, reads: bool) -> Vec<WindowKernel> {
+        let (output, race) = (at.call.output, self.race_dtype(at.call, inputs));
         match (reads, at.call.tokens) {
             (true, 1) => vec![WindowKernel::Step { output }],
-            (true, _) => vec![WindowKernel::Attend { output }, WindowKernel::Store],
+            (true, _) => vec![WindowKernel::Attend { way, output, race }, WindowKernel::Store],
             (false, _) => vec![WindowKernel::Store],
         }
     }

@@ -77,21 +77,63 @@ impl WindowGeometry {
         self.head_dim + self.value_dim
     }
 
+    /// Whether the tensor cores take it, if its rows are aligned.
+    pub fn has_tiles(&self) -> bool {
+        let fits = |dim: usize| dim.is_multiple_of(16) && dim <= 128;
+        self.dtype != DType::F32 && fits(self.head_dim) && fits(self.value_dim)
+    }
+
+    /// Bytes of `count` rows of keys, or of queries, in shared memory.
+    fn key_bytes(&self, count: usize) -> usize {
+        count * (self.head_dim + 8) * 2
+    }
+
+    fn value_bytes(&self, count: usize) -> usize {
+        count * (self.value_dim + 8) * 2
+    }
+
     /// Elements of a ring's row: k's channels and v's, an even number.
     pub fn ring_row(&self) -> usize {
         self.channels().next_multiple_of(2)
     }
 }
 
+/// How kernels that tile rows do so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Way {
+    /// Any shape and type, in f32.
+    Any,
+    /// On the tensor cores, computed operands in `terms` bf16 parts.
+    Tiles { terms: usize },
+}
+
+impl Way {
+    /// Rows of a tile.
+    pub fn rows(self) -> usize {
+        match self {
+            Self::Any => 32,
+            Self::Tiles { .. } => 64,
+        }
+    }
+
+    /// Threads of a block.
+    pub fn threads(self) -> u32 {
+        match self {
+            Self::Any => 256,
+            Self::Tiles { .. } => 128,
+        }
+    }
+}
+
 /// What a kernel does. `grad` is the dtype of the gradient of o.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum WindowKernel {
-    /// o, mixed with RACE's.
-    Attend { output: DType },
+    /// o, mixed with RACE's, which is of dtype `race`.
+    Attend { way: Way, output: DType, race: DType },
     /// The same for one token of each sequence, which the ring takes in.
     Step { output: DType },
-    /// o again, and the gradient of o parted.
-    Halve { grad: DType },
+    /// o again, and the gradient of o parted: RACE's part takes the place of its o.
+    Halve { way: Way, grad: DType, race: DType },
     /// The last keys and values into the ring.
     Store,
     /// Gradients of the gates from shares.
@@ -99,9 +141,9 @@ pub(super) enum WindowKernel {
     /// The gradient of the ring to the tokens of the call.
     HandOver,
     /// dq.
-    Query { grad: DType },
+    Query { way: Way, grad: DType },
     /// dk and dv, of tokens of the call and before it.
-    Key { grad: DType },
+    Key { way: Way, grad: DType },
 }
 
 /// One kernel.
@@ -125,47 +167,76 @@ const HEADERS: &[(&str, &str)] = &[
     ("numbers.cuh", include_str!("../../../shaders/cuda/common/numbers.cuh")),
     ("machine.cuh", include_str!("../../../shaders/cuda/race/machine.cuh")),
     ("window.cuh", include_str!("../../../shaders/cuda/race/window.cuh")),
+    ("tiles.cuh", include_str!("../../../shaders/cuda/race/tiles.cuh")),
+    ("window_tiles.cuh", include_str!("../../../shaders/cuda/race/window_tiles.cuh")),
     ("window_tile.cuh", include_str!("../../../shaders/cuda/race/any/window_tile.cuh")),
 ];
 
 impl WindowKernel {
     /// File, text, function.
     fn text(self) -> (&'static str, &'static str, &'static str) {
+        match (self, self.way()) {
+            (Self::Attend { .. } | Self::Halve { .. }, Way::Any) => {
+                kernel!("any/", "window_attend", "any_window_attend")
+            }
+            (Self::Query { .. }, Way::Any) => kernel!("any/", "window_query", "any_window_query"),
+            (Self::Key { .. }, Way::Any) => kernel!("any/", "window_key", "any_window_key"),
+            (Self::Attend { .. } | Self::Halve { .. }, _) => kernel!("", "window_attend", "window_attend"),
+            (Self::Query { .. }, _) => kernel!("", "window_query", "window_query"),
+            (Self::Key { .. }, _) => kernel!("", "window_key", "window_key"),
+            (Self::Step { .. }, _) => kernel!("", "window_step", "window_step"),
+            (Self::Store, _) => kernel!("", "window_store", "window_store"),
+            (Self::Gates, _) => kernel!("", "window_gates", "window_gates"),
+            (Self::HandOver, _) => kernel!("", "window_hand_over", "window_hand_over"),
+        }
+    }
+
+    fn way(self) -> Way {
         match self {
-            Self::Attend { .. } | Self::Halve { .. } => kernel!("any/", "window_attend", "any_window_attend"),
-            Self::Query { .. } => kernel!("any/", "window_query", "any_window_query"),
-            Self::Key { .. } => kernel!("any/", "window_key", "any_window_key"),
-            Self::Step { .. } => kernel!("", "window_step", "window_step"),
-            Self::Store => kernel!("", "window_store", "window_store"),
-            Self::Gates => kernel!("", "window_gates", "window_gates"),
-            Self::HandOver => kernel!("", "window_hand_over", "window_hand_over"),
+            Self::Attend { way, .. } | Self::Halve { way, .. } | Self::Query { way, .. } | Self::Key { way, .. } => way,
+            Self::Step { .. } | Self::Store | Self::Gates | Self::HandOver => Way::Any,
         }
     }
 
     fn defines(self) -> Vec<(&'static str, String)> {
-        match self {
-            Self::Attend { output } | Self::Step { output } => vec![("OUT_TYPE", code(output))],
-            Self::Halve { grad } => {
-                vec![("HALVE", "1".into()), ("GRAD_TYPE", code(grad)), ("HALF_TYPE", code(DType::F32))]
+        let mut defines = match self {
+            Self::Attend { output, race, .. } => vec![("OUT_TYPE", code(output)), ("RACE_TYPE", code(race))],
+            Self::Step { output } => vec![("OUT_TYPE", code(output)), ("RACE_TYPE", code(DType::F32))],
+            Self::Halve { grad, race, .. } => {
+                vec![("HALVE", "1".into()), ("GRAD_TYPE", code(grad)), ("RACE_TYPE", code(race))]
             }
-            Self::Query { grad } | Self::Key { grad } => vec![("GRAD_TYPE", code(grad))],
+            Self::Query { grad, .. } | Self::Key { grad, .. } => vec![("GRAD_TYPE", code(grad))],
             Self::Store | Self::Gates | Self::HandOver => Vec::new(),
+        };
+        if let Way::Tiles { terms } = self.way() {
+            defines.push(("TERMS", terms.to_string()));
         }
+        defines
     }
 
     /// All of a geometry, for a test that goes through them.
     #[cfg(test)]
-    pub fn every(output: DType, grad: DType) -> Vec<Self> {
-        vec![
-            Self::Attend { output },
-            Self::Step { output },
-            Self::Halve { grad },
-            Self::Store,
-            Self::Gates,
-            Self::HandOver,
-            Self::Query { grad },
-            Self::Key { grad },
-        ]
+    pub fn every(way: Way, output: DType, grad: DType) -> Vec<Self> {
+        let race = if way == Way::Any { DType::F32 } else { output };
+        let attending = [Self::Attend { way, output, race }, Self::Halve { way, grad, race }];
+        let of_gradients = [Self::Query { way, grad }, Self::Key { way, grad }];
+        let small = [Self::Step { output }, Self::Store, Self::Gates, Self::HandOver];
+        let small = small.into_iter().filter(|_| way == Way::Any);
+        attending.into_iter().chain(of_gradients).chain(small).collect()
+    }
+}
+
+impl WindowKey {
+    /// Bytes of dynamic shared memory: tiles of the block's rows, and two of 32 rows of the other side.
+    pub fn shared(&self) -> u32 {
+        let g = &self.geometry;
+        let others = 2 * (g.key_bytes(32) + g.value_bytes(32));
+        let own = match self.kernel {
+            _ if self.kernel.way() == Way::Any => return 0,
+            WindowKernel::Attend { .. } | WindowKernel::Halve { .. } => g.key_bytes(64),
+            _ => g.key_bytes(64) + g.value_bytes(64),
+        };
+        (own + others) as u32
     }
 }
 

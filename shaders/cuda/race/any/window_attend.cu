@@ -4,7 +4,7 @@
 #include "window_tile.cuh"
 
 extern "C" __global__ void __launch_bounds__(BLOCK) any_window_attend(const Params p, const Sequence *far, const float *gates, const void *q, const void *k,
-                                                                      const void *v, const void *ring, const float *race,
+                                                                      const void *v, const void *ring, const void *race,
 #ifdef HALVE
                                                                       const void *grad_o, void *half, float2 *kept, float *shares) {
     __shared__ float of_rows[TILE];
@@ -57,6 +57,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) any_window_attend(const Para
             return load<IN_TYPE>(at.from, at.at + c);
         });
     }
+#pragma unroll
     for (int r = 0; r < 4; r++) {
         int row = warp * 4 + r, token = token_of(rows, row), head = head_of(rows, row);
         float inverse = sum[r] > 0.0f ? 1.0f / sum[r] : 0.0f, gate = gates[head];
@@ -71,8 +72,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) any_window_attend(const Para
                 if (c >= VALUE_DIM) continue;
                 float g = load<GRAD_TYPE>(grad_o, of_grad + c);
                 of_window += g * (total[i][r] * inverse);
-                of_race += g * race[at * VALUE_DIM + c];
-                store<HALF_TYPE>(half, at * VALUE_DIM + c, (1.0f - gate) * g);
+                of_race += g * load<RACE_TYPE>(race, at * VALUE_DIM + c);
+                store<RACE_TYPE>(half, at * VALUE_DIM + c, (1.0f - gate) * g);
             }
         }
         of_window = warp_sum(of_window);
@@ -88,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) any_window_attend(const Para
             int c = i * 32 + lane;
             if (c >= VALUE_DIM) continue;
             // Rows after a sequence's end are zero.
-            float x = token <= rows.last_token ? gate * (total[i][r] * inverse) + (1.0f - gate) * race[at * VALUE_DIM + c] : 0.0f;
+            float x = token <= rows.last_token ? gate * (total[i][r] * inverse) + (1.0f - gate) * load<RACE_TYPE>(race, at * VALUE_DIM + c) : 0.0f;
             store<OUT_TYPE>(out, at * VALUE_DIM + c, x);
         }
 #endif
