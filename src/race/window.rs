@@ -22,10 +22,10 @@
 //! | window | its backward, given g·grad_o, from lse; adds to dq, dk and dv |
 //!
 //! Both outputs are computed again rather than kept by the caller, as all of RACE's backward is. Beyond inputs and
-//! results, a forward call holds o_race, 4·Dv bytes per token and query head. A backward call holds as much for
-//! (1 − g)·grad_o (on the CPU twice that while it replaces o_race), and beside it 8 bytes on the CPU, lse and
-//! g·grad_o·o_window (on CUDA too), or 4·(Dv + 2) on wgpu, where the window's kernels read g·grad_o with them. The ring takes
-//! W·(D + Dv) elements per sequence and kv head.
+//! results, a forward call holds o_race, 4·Dv bytes per token and query head (or o's own size where o_race has its
+//! dtype). A backward call holds as much for (1 − g)·grad_o (on the CPU twice that while it replaces o_race), and beside
+//! it lse and g·grad_o·o_window, 8 bytes, or 4·(Dv + 2) on the wgpu path, where the window's kernels read g·grad_o with
+//! them. The ring takes W·(D + Dv) elements per sequence and kv head.
 //!
 //! dg needs both outputs of every query head. RACE's share of it, Σ grad_o·o_race, is the same number as Σ v·dv where
 //! o is linear in v, but only for the query heads of a kv head together: so o_race is computed again.
