@@ -226,9 +226,9 @@ impl Race {
         self.window.as_ref().zip(ring).map(|(window, ring)| window.export(op, ring)).transpose()
     }
 
-    fn import_ring(&self, op: &'static str, parts: &StateParts, batch: usize, grad: bool) -> Result<Option<Ring>> {
+    fn import_ring(&self, op: &'static str, parts: &StateParts, tokens: &[u64], grad: bool) -> Result<Option<Ring>> {
         let data = RingData { k: parts.window_k.clone(), v: parts.window_v.clone() };
-        self.window.as_ref().map(|window| window.import(op, &data, batch, grad)).transpose()
+        self.window.as_ref().map(|window| window.import(op, &data, tokens, grad)).transpose()
     }
 
     /// A and B, and the window's keys and values, on the host.
@@ -252,7 +252,7 @@ impl Race {
         let op = "write_state";
         parts.check(op, &self.state_shape(), tokens.len(), true)?;
         let storage = self.executor.import(op, &StateData { a: parts.a.clone(), b: parts.b.clone() })?;
-        let ring = self.import_ring(op, parts, tokens.len(), false)?;
+        let ring = self.import_ring(op, parts, tokens, false)?;
         Ok(RaceState { storage, ring, shape: self.state_shape(), tokens: tokens.to_vec() })
     }
 
@@ -275,7 +275,7 @@ impl Race {
         let op = "write_state_gradient";
         parts.check(op, &self.state_shape(), batch, false)?;
         let storage = self.executor.import(op, &StateData { a: parts.a.clone(), b: parts.b.clone() })?;
-        let ring = self.import_ring(op, parts, batch, true)?;
+        let ring = self.import_ring(op, parts, &vec![0; batch], true)?;
         Ok(StateGradient { storage, ring, shape: self.state_shape(), batch })
     }
 

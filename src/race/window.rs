@@ -214,8 +214,8 @@ pub(crate) trait WindowExecutor: Send {
     ) -> Result<InputGradients>;
     /// A ring in its backend-free form; waits for the device.
     fn export(&self, op: &'static str, ring: &Ring) -> Result<RingData>;
-    /// The reverse.
-    fn import(&self, op: &'static str, data: &RingData, batch: usize, gradient: bool) -> Result<Ring>;
+    /// The reverse; `tokens` is what each sequence has taken in.
+    fn import(&self, op: &'static str, data: &RingData, tokens: &[u64], gradient: bool) -> Result<Ring>;
     /// Compiles whatever forward passes need, once it is run.
     fn warm_up(&self, _output: DType) -> WarmUp {
         WarmUp::default()

@@ -4,11 +4,6 @@
 #include "machine.cuh"
 #include "common/numbers.cuh"
 
-struct Sequence {
-    // Tokens of the call; tokens before it that the window reaches; the slot of the call's first token.
-    u32 length, past, slot, reserved;
-};
-
 #define NEAR 16
 
 // The Rust twin is `Params` in src/race/cuda/window_kernels.rs.
@@ -23,8 +18,8 @@ struct Params {
     u32 ring_tiles, gates;
     float scale;
     u32 reserved;
-    // The sequences where there are few; else they come in memory.
-    Sequence near[NEAR];
+    // Tokens of the sequences where there are few; else they come in memory.
+    u32 near[NEAR];
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "the Rust twin differs");
 
@@ -34,11 +29,22 @@ constexpr float WINDOW_LOG2_E = 1.4426950408889634f;
 // Finite: no real logit comes near.
 constexpr float MASKED = -1.0e30f;
 
-__device__ __forceinline__ Sequence sequence_of(const Params &p, const Sequence *far, int b) { return far ? far[b] : p.near[b]; }
+// Where a sequence stands.
+struct Sequence {
+    // Tokens of the call; tokens before it that the window reaches; the slot of the call's first token.
+    u32 length, past, slot;
+};
+// `seen` counts the tokens that a ring has taken in, `[sequence, kv head]`: on the device, so that a replayed graph goes on.
+__device__ __forceinline__ Sequence sequence_of(const Params &p, const u32 *far, const u64 *seen, int b) {
+    u64 before = seen[(i64)b * KV_HEADS];
+    u32 slot = before >> 32 ? (u32)(before % p.window) : (u32)before % p.window;
+    return {far ? far[b] : p.near[b], before < p.window ? (u32)before : p.window - 1, slot};
+}
 
 // The element where the row of a position begins in a ring.
 __device__ __forceinline__ i64 ring_row(const Params &p, const Sequence &s, int b, int position, int head) {
-    u32 slot = position < 0 ? (s.slot + p.window - (u32)-position) % p.window : (u32)(((u64)s.slot + position) % p.window);
+    u32 slot = position < 0 ? s.slot + p.window - (u32)-position : (s.slot + (u32)position % p.window);
+    if (slot >= p.window) slot -= p.window;
     return (((i64)b * p.window + slot) * KV_HEADS + head) * RING_ROW;
 }
 

@@ -2,7 +2,7 @@
 // before the call: what they get belongs to the gradient of the ring.
 #include "window_tiles.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS, WINDOW_BLOCKS) window_key(const Params p, const Sequence *far, const float *gates, const void *q, const void *k,
+extern "C" __global__ void __launch_bounds__(THREADS, WINDOW_BLOCKS) window_key(const Params p, const u32 *far, const u64 *seen, const float *gates, const void *q, const void *k,
                                                                  const void *v, const void *ring, const void *grad_o, const float2 *kept, float *dk,
                                                                  float *dv, float *ring_grads) {
     // lse, g·grad_o·o and the gate of each query.
@@ -11,7 +11,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WINDOW_BLOCKS) window_key(
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     int head = blockIdx.x % KV_HEADS, b = blockIdx.x / KV_HEADS / p.tiles;
     int first = ((int)(blockIdx.x / KV_HEADS % p.tiles) - (int)p.ring_tiles) * ROWS;
-    Sequence s = sequence_of(p, far, b);
+    Sequence s = sequence_of(p, far, seen, b);
     // The end of the keys on this side of the call's beginning.
     int end = first < 0 ? 0 : (int)s.length;
     int first_token = first > 0 ? first : 0, last_token = (first + ROWS < end ? first + ROWS : end) - 2 + (int)p.window;
@@ -28,8 +28,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, WINDOW_BLOCKS) window_key(
         int query = tile * OTHERS, stage = tile & 1;
         auto token_at = [&](int i) { return first_token + (query + i) / GROUP; };
         auto head_at = [&](int i) { return head * GROUP + (query + i) % GROUP; };
-        fetch_rows<HEAD_DIM, OTHERS>(keys_of(tile_queries, tile), k, [&](int i) { return query + i < queries ? query_row(p, q, b, token_at(i), head_at(i)) : none; });
-        fetch_rows<VALUE_DIM, OTHERS>(values_of(tile_grads, tile), k, [&](int i) { return query + i < queries ? grad_row(p, grad_o, b, token_at(i), head_at(i)) : none; });
+        if (GROUP == 1 && query + OTHERS <= queries) {
+            fetch_line<HEAD_DIM, OTHERS>(keys_of(tile_queries, tile), query_row(p, q, b, token_at(0), head), p.q_token);
+            fetch_line<VALUE_DIM, OTHERS>(values_of(tile_grads, tile), grad_row(p, grad_o, b, token_at(0), head), p.g_token);
+        } else {
+            fetch_rows<HEAD_DIM, OTHERS>(keys_of(tile_queries, tile), k, [&](int i) { return query + i < queries ? query_row(p, q, b, token_at(i), head_at(i)) : none; });
+            fetch_rows<VALUE_DIM, OTHERS>(values_of(tile_grads, tile), k, [&](int i) { return query + i < queries ? grad_row(p, grad_o, b, token_at(i), head_at(i)) : none; });
+        }
         int i = threadIdx.x;
         if (i < OTHERS) {
             float2 reading = {0.0f, 0.0f};
@@ -60,6 +65,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, WINDOW_BLOCKS) window_key(
         // No query that sees the warp's keys.
         int tile_first = first_token + query / GROUP, tile_last = first_token + (query + OTHERS - 1) / GROUP;
         if (tile_last < warp_first || tile_first >= warp_first + 15 + (int)p.window) continue;
+        bool whole = tile_first >= warp_first + 15 && tile_last < warp_first + (int)p.window && query + OTHERS <= queries && warp_first + 15 < end &&
+                     warp_first >= -(int)s.past;
         float weights[OTHERS / 8][4], slopes[OTHERS / 8][4];
         clear(weights);
         clear(slopes);
@@ -72,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WINDOW_BLOCKS) window_key(
                 int r = c / 2, column = n * 8 + lane % 4 * 2 + c % 2, token = first_token + (query + column) / GROUP;
                 float lse = readings[stage][0][column], mean = readings[stage][1][column], gate = readings[stage][2][column];
                 float above = weights[n][c] * (p.scale * WINDOW_LOG2_E) - lse;
-                bool seen = query + column < queries && position[r] < end && sees(p, s, token, position[r]);
+                bool seen = whole || (query + column < queries && position[r] < end && sees(p, s, token, position[r]));
                 float weight = seen ? exp2_fast(above < 0.0f ? above : 0.0f) : 0.0f;
                 slopes[n][c] = weight * (gate * slopes[n][c] - mean) * p.scale;
                 weights[n][c] = weight * gate;

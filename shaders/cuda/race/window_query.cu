@@ -1,12 +1,12 @@
 // Adds the window's part of dq: one block per (kv head, tile of 64 query rows, sequence).
 #include "window_tiles.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS, WINDOW_BLOCKS) window_query(const Params p, const Sequence *far, const float *gates, const void *q, const void *k,
+extern "C" __global__ void __launch_bounds__(THREADS, WINDOW_BLOCKS) window_query(const Params p, const u32 *far, const u64 *seen, const float *gates, const void *q, const void *k,
                                                                    const void *v, const void *ring, const void *grad_o, const float2 *kept, float *dq) {
     SHARED_BYTES;
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     Rows rows = rows_of<ROWS>(p);
-    Sequence s = sequence_of(p, far, rows.b);
+    Sequence s = sequence_of(p, far, seen, rows.b);
     end_rows<ROWS>(rows, s.length);
     Carve carve{shared_bytes};
     u16 *queries = carve.take<u16>(KEY_BYTES<ROWS>), *grads = carve.take<u16>(VALUE_BYTES<ROWS>);
@@ -14,11 +14,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WINDOW_BLOCKS) window_quer
     int first = first_key(p, s, rows), tiles = rows.last_token < first ? 0 : (rows.last_token - first) / OTHERS + 1;
     if (tiles == 0) return;
     Row none = {nullptr, 0};
-    auto fetch_tile = [&](int tile) {
-        int position = first + tile * OTHERS;
-        fetch_rows<HEAD_DIM, OTHERS>(keys_of(of_keys, tile), k, [&](int i) { return position + i <= rows.last_token ? key_row(p, s, k, ring, rows.b, position + i, rows.head) : none; });
-        fetch_rows<VALUE_DIM, OTHERS>(values_of(of_values, tile), k, [&](int i) { return position + i <= rows.last_token ? value_row(p, s, v, ring, rows.b, position + i, rows.head) : none; });
-    };
+    auto fetch_tile = [&](int tile) { fetch_keys(p, s, rows, keys_of(of_keys, tile), values_of(of_values, tile), k, v, ring, first + tile * OTHERS); };
     fetch_rows<HEAD_DIM, ROWS>(queries, k, [&](int i) { return token_of(rows, i) <= rows.last_token ? query_row(p, q, rows.b, token_of(rows, i), head_of(rows, i)) : none; });
     fetch_rows<VALUE_DIM, ROWS>(grads, k, [&](int i) { return token_of(rows, i) <= rows.last_token ? grad_row(p, grad_o, rows.b, token_of(rows, i), head_of(rows, i)) : none; });
     fetch_tile(0);
@@ -51,6 +47,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WINDOW_BLOCKS) window_quer
         float logits[OTHERS / 8][4], slopes[OTHERS / 8][4];
         clear(logits);
         clear(slopes);
+        bool whole = warp_last <= rows.last_token && position + OTHERS - 1 <= warp_first && position > warp_last - (int)p.window;
         add_products<KEY_STEPS>(logits, Keys{queries}, warp * 16, Keys{keys_of(of_keys, tile)});
         add_products<VALUE_STEPS>(slopes, Values{grads}, warp * 16, Values{values_of(of_values, tile)});
 #pragma unroll
@@ -60,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WINDOW_BLOCKS) window_quer
                 int r = c / 2, key = position + n * 8 + lane % 4 * 2 + c % 2;
                 float above = logits[n][c] * (p.scale * WINDOW_LOG2_E) - lse[r];
                 float weight = exp2_fast(above < 0.0f ? above : 0.0f);
-                bool seen = token[r] <= rows.last_token && sees(p, s, token[r], key);
+                bool seen = whole || (token[r] <= rows.last_token && sees(p, s, token[r], key));
                 slopes[n][c] = seen ? weight * (gate[r] * slopes[n][c] - mean[r]) * p.scale : 0.0f;
             }
         }

@@ -5,18 +5,18 @@
 #define BLOCK 256
 #define WARPS (BLOCK / 32)
 // Keys that a warp has in flight.
-#define AHEAD (HEAD_DIM + VALUE_DIM <= 256 ? 4 : 1)
+#define AHEAD (HEAD_DIM + VALUE_DIM <= 256 ? 8 : 1)
 
 constexpr int OWN = (HEAD_DIM + 31) / 32;
 constexpr int OWN_VALUES = (VALUE_DIM + 31) / 32;
 // Query heads at a time.
 constexpr int HEADS = GROUP < 4 ? GROUP : 4;
 
-extern "C" __global__ void __launch_bounds__(BLOCK) window_step(const Params p, const Sequence *far, const float *gates, const void *q, const void *k, const void *v,
+extern "C" __global__ void __launch_bounds__(BLOCK) window_step(const Params p, const u32 *far, u64 *seen, const float *gates, const void *q, const void *k, const void *v,
                                                                 void *ring, const void *race, void *out) {
     __shared__ float peaks[WARPS][HEADS], sums[WARPS][HEADS], parts[WARPS][VALUE_DIM];
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, head = blockIdx.x % KV_HEADS, b = blockIdx.x / KV_HEADS;
-    Sequence s = sequence_of(p, far, b);
+    Sequence s = sequence_of(p, far, seen + head, b);
     int keys = s.length > 0 ? (int)s.past + 1 : 0;
     for (int first = 0; first < GROUP; first += HEADS) {
         float query[HEADS][OWN], total[HEADS][OWN_VALUES], peak[HEADS], sum[HEADS];
@@ -45,19 +45,35 @@ extern "C" __global__ void __launch_bounds__(BLOCK) window_step(const Params p, 
                 for (int i = 0; i < OWN_VALUES; i++) of_value[a][i] = i * 32 + lane < VALUE_DIM ? load<IN_TYPE>(at.from, at.at + i * 32 + lane) : 0.0f;
             }
 #pragma unroll
-            for (int a = 0; a < AHEAD; a++) {
-                if (key + a * WARPS >= keys) continue;
+            for (int h = 0; h < HEADS; h++) {
+                // Keys that there are not get no weight.
+                float logits[AHEAD], top = peak[h];
 #pragma unroll
-                for (int h = 0; h < HEADS; h++) {
-                    float logit = 0.0f;
+                for (int a = 0; a < AHEAD; a++) {
+                    logits[a] = 0.0f;
 #pragma unroll
-                    for (int i = 0; i < OWN; i++) logit += query[h][i] * of_key[a][i];
-                    logit = warp_sum(logit) * (p.scale * WINDOW_LOG2_E);
-                    float top = logit > peak[h] ? logit : peak[h], keep = exp2f(peak[h] - top), weight = exp2f(logit - top);
-                    peak[h] = top;
-                    sum[h] = sum[h] * keep + weight;
+                    for (int i = 0; i < OWN; i++) logits[a] += query[h][i] * of_key[a][i];
+                }
+                for (int step = 16; step > 0; step >>= 1) {
 #pragma unroll
-                    for (int i = 0; i < OWN_VALUES; i++) total[h][i] = total[h][i] * keep + weight * of_value[a][i];
+                    for (int a = 0; a < AHEAD; a++) logits[a] += from_lane(logits[a], step);
+                }
+#pragma unroll
+                for (int a = 0; a < AHEAD; a++) {
+                    logits[a] = key + a * WARPS < keys ? logits[a] * (p.scale * WINDOW_LOG2_E) : MASKED;
+                    top = top > logits[a] ? top : logits[a];
+                }
+                float keep = exp2f(peak[h] - top);
+                peak[h] = top;
+                sum[h] *= keep;
+#pragma unroll
+                for (int i = 0; i < OWN_VALUES; i++) total[h][i] *= keep;
+#pragma unroll
+                for (int a = 0; a < AHEAD; a++) {
+                    float weight = logits[a] > MASKED ? exp2f(logits[a] - top) : 0.0f;
+                    sum[h] += weight;
+#pragma unroll
+                    for (int i = 0; i < OWN_VALUES; i++) total[h][i] += weight * of_value[a][i];
                 }
             }
         }
@@ -94,6 +110,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK) window_step(const Params p, 
         }
     }
     if (keys == 0) return;
+    // Nobody else reads this count.
+    barrier();
+    if (threadIdx.x == 0) seen[(i64)b * KV_HEADS + head]++;
     i64 to = ring_row(p, s, b, 0, head);
     for (int c = threadIdx.x; c < HEAD_DIM + VALUE_DIM; c += BLOCK) {
         float x = c < HEAD_DIM ? load<IN_TYPE>(k, b * p.k_batch + head * p.k_head + c) : load<IN_TYPE>(v, b * p.v_batch + head * p.v_head + c - HEAD_DIM);

@@ -32,6 +32,58 @@ template <int WIDTH, int COUNT, class F> __device__ __forceinline__ void fetch_r
     }
 }
 
+// The same for rows that lie `step` elements apart.
+template <int WIDTH, int COUNT> __device__ __forceinline__ void fetch_line(u16 *to, Row row, i64 step) {
+    constexpr int pieces = WIDTH / 8;
+    if constexpr (THREADS % pieces == 0 && COUNT % (THREADS / pieces) == 0) {
+        constexpr int rows = THREADS / pieces;
+        int r = threadIdx.x / pieces, c = threadIdx.x % pieces * 8;
+        const u16 *from = (const u16 *)row.from + row.at + r * step + c;
+        to += r * (WIDTH + 8) + c;
+#pragma unroll
+        for (int i = 0; i < COUNT; i += rows) {
+            copy_16(to + i * (WIDTH + 8), from, 16);
+            from += rows * step;
+        }
+    } else {
+        fetch_rows<WIDTH, COUNT>(to, row.from, [&](int i) { return Row{row.from, row.at + i * step}; });
+    }
+}
+
+// Keys and values from a position on, none of them after the last token.
+__device__ __forceinline__ void fetch_keys(const Params &p, const Sequence &s, const Rows &rows, u16 *keys, u16 *values, const void *k, const void *v, const void *ring, int position) {
+    if (position >= 0 && position + OTHERS - 1 <= rows.last_token) {
+        fetch_line<HEAD_DIM, OTHERS>(keys, key_row(p, s, k, ring, rows.b, position, rows.head), p.k_token);
+        fetch_line<VALUE_DIM, OTHERS>(values, value_row(p, s, v, ring, rows.b, position, rows.head), p.v_token);
+        return;
+    }
+    Row none = {nullptr, 0};
+    fetch_rows<HEAD_DIM, OTHERS>(keys, k, [&](int i) { return position + i <= rows.last_token ? key_row(p, s, k, ring, rows.b, position + i, rows.head) : none; });
+    fetch_rows<VALUE_DIM, OTHERS>(values, v, [&](int i) { return position + i <= rows.last_token ? value_row(p, s, v, ring, rows.b, position + i, rows.head) : none; });
+}
+
+// Four elements, and back.
+template <int TYPE> __device__ __forceinline__ void load_four(float (&x)[4], const void *from, i64 at) {
+    if constexpr (TYPE == F32) {
+        float4 y = *(const float4 *)((const float *)from + at);
+        x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
+    } else {
+        uint2 y = *(const uint2 *)((const u16 *)from + at);
+        float2 low = TYPE == BF16 ? bf16_floats(y.x) : f16_floats(y.x), high = TYPE == BF16 ? bf16_floats(y.y) : f16_floats(y.y);
+        x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
+    }
+}
+template <int TYPE> __device__ __forceinline__ void store_four(void *to, i64 at, const float (&x)[4]) {
+    if constexpr (TYPE == F32) {
+        *(float4 *)((float *)to + at) = float4{x[0], x[1], x[2], x[3]};
+    } else {
+        uint2 y;
+        y.x = TYPE == BF16 ? bf16_pair(x[0], x[1]) : f16_pair(x[0], x[1]);
+        y.y = TYPE == BF16 ? bf16_pair(x[2], x[3]) : f16_pair(x[2], x[3]);
+        *(uint2 *)((u16 *)to + at) = y;
+    }
+}
+
 // sums[n] += the block's own rows, as fragments, times b's rows 8·n...
 template <int STEPS, int N, int T, class B> __device__ __forceinline__ void add_products(float (&sums)[N][4], const Left<T> (&a)[STEPS], const B &b) {
 #pragma unroll

@@ -250,8 +250,8 @@ impl WindowExecutor for CpuWindow {
         Ok(ring.cpu(op)?.export())
     }
 
-    fn import(&self, op: &'static str, data: &RingData, batch: usize, gradient: bool) -> Result<Ring> {
-        Ok(Ring::Cpu(CpuRing::import(op, &self.spec, data, batch, gradient)?))
+    fn import(&self, op: &'static str, data: &RingData, tokens: &[u64], gradient: bool) -> Result<Ring> {
+        Ok(Ring::Cpu(CpuRing::import(op, &self.spec, data, tokens.len(), gradient)?))
     }
 }
 

@@ -1,9 +1,10 @@
 //! The exact window on CUDA: its own launches beside RACE's, each over the whole call.
 //!
 //! The ring of a state is `[sequence, slot, kv head, D + Dv]` in the dtype of k and v, a row padded to an even number of
-//! elements; that of a gradient is the same in f32.
+//! elements; that of a gradient is the same in f32. How many tokens a ring has taken in is counted beside it on the
+//! device, where kernels look it up: so a step that was captured goes on from replay to replay.
 
-use super::window_kernels::{Params, Sequence, Way, WindowGeometry, WindowKernel, WindowKey};
+use super::window_kernels::{Params, Way, WindowGeometry, WindowKernel, WindowKey};
 use crate::engine::cuda::{Bind, Buffer, Context, Grid, Input, KernelKey, Passes, Ready, stage};
 use crate::engine::{Recording, WarmUp};
 use crate::error::{Error, Result};
@@ -18,13 +19,19 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub(crate) struct CudaRing {
     buffer: Buffer,
-    batch: usize,
+    /// Tokens taken in, `[sequence, kv head]`; zeros for a gradient.
+    seen: Buffer,
     dtype: DType,
 }
 
 impl CudaRing {
+    /// Of keys and values.
     pub fn bytes(&self) -> u64 {
         self.buffer.size()
+    }
+
+    fn counts(&self) -> u64 {
+        self.seen.size() / 8
     }
 }
 
@@ -40,7 +47,8 @@ pub(crate) struct CudaWindow {
 /// What all launches of a call have in common.
 struct Stand {
     params: Params,
-    far: Bind,
+    /// Tokens of each sequence of many, and those that the ring has seen.
+    place: [Bind; 2],
 }
 
 /// A call's inputs on the device.
@@ -70,6 +78,13 @@ impl CudaWindow {
         one.saturating_mul(batch as u64)
     }
 
+    /// A ring's count of `tokens`.
+    fn count(&self, op: &'static str, tokens: &[u64]) -> Result<Buffer> {
+        let heads = self.geometry.num_kv_heads;
+        let each: Vec<u64> = tokens.iter().flat_map(|&tokens| std::iter::repeat_n(tokens, heads)).collect();
+        self.ctx.buffer_with(op, bytemuck::cast_slice(&each))
+    }
+
     fn own<'a>(&self, op: &'static str, ring: &'a CudaRing) -> Result<&'a CudaRing> {
         if Arc::ptr_eq(&self.ctx, ring.buffer.context()) {
             return Ok(ring);
@@ -77,37 +92,24 @@ impl CudaWindow {
         Err(Error::WrongDevice { op, tensor: "state", got: "another CUDA device", expected: "this CUDA device" })
     }
 
-    /// Where each sequence stands. A graph that is captured would stand there for ever.
-    fn stand(&self, passes: &mut Passes<'_>, at: WindowCall<'_>) -> Result<Stand> {
-        let op = at.call.op;
-        if self.ctx.is_capturing() {
-            let why = "a window's ring moves on with each call, which a replayed CUDA graph would not see; call it \
-                       without capturing";
-            return Err(Error::Unsupported { op, why: why.into() });
-        }
-        let window = self.spec.tokens;
-        let sequence = |b: usize| Sequence {
-            length: at.call.lengths[b] as u32,
-            past: at.past(b, window) as u32,
-            slot: at.slot(b, window) as u32,
-            reserved: 0,
-        };
-        let sequences: Vec<_> = (0..at.call.batch()).map(sequence).collect();
+    /// What is the same for all launches.
+    fn stand(&self, passes: &mut Passes<'_>, at: WindowCall<'_>, ring: &CudaRing) -> Stand {
+        let lengths: Vec<u32> = at.call.lengths.iter().map(|&length| length as u32).collect();
         let mut params = Params {
-            batch: sequences.len() as u32,
+            batch: lengths.len() as u32,
             tokens: at.call.tokens as u32,
-            window: window as u32,
+            window: self.spec.tokens as u32,
             scale: self.spec.scale,
             ..Params::default()
         };
-        let far = match params.near.get_mut(..sequences.len()) {
+        let far = match params.near.get_mut(..lengths.len()) {
             Some(near) => {
-                near.copy_from_slice(&sequences);
+                near.copy_from_slice(&lengths);
                 Bind::null()
             }
-            None => passes.part(&sequences),
+            None => passes.part(&lengths),
         };
-        Ok(Stand { params, far })
+        Stand { params, place: [far, Bind::from(&ring.seen)] }
     }
 
     fn take(&self, at: WindowCall<'_>, name: &'static str, view: Option<TensorView<'_>>) -> Result<Input> {
@@ -120,22 +122,17 @@ impl CudaWindow {
         Ok(Seen { q, k: self.take(at, "k", inputs.k)?, v: self.take(at, "v", inputs.v)? })
     }
 
-    /// Where a call stands and what each launch over its tokens begins with: sequences, gates, q, k, v, the ring.
-    fn begin(
-        &self,
-        passes: &mut Passes<'_>,
-        at: WindowCall<'_>,
-        seen: &Seen,
-        ring: &CudaRing,
-    ) -> Result<(Params, Vec<Bind>)> {
-        let Stand { params, far } = self.stand(passes, at)?;
+    /// What each launch over a call's tokens begins with: its place, gates, q, k, v, the ring.
+    fn begin(&self, passes: &mut Passes<'_>, at: WindowCall<'_>, seen: &Seen, ring: &CudaRing) -> (Params, Vec<Bind>) {
+        let Stand { params, place } = self.stand(passes, at, ring);
         let Seen { q, k, v } = seen;
         let params = Params { q: q.strides, k: k.strides, v: v.strides, ..params };
         let inputs = [q, k, v].map(|input| input.bind.clone());
-        let mut binds = vec![far, Bind::from(&self.gates)];
+        let mut binds = place.to_vec();
+        binds.push(Bind::from(&self.gates));
         binds.extend(inputs);
         binds.push(Bind::from(&ring.buffer));
-        Ok((params, binds))
+        (params, binds)
     }
 
     /// How rows are tiled, those of the gradient of o, if there is one, being of `grad`.
@@ -219,7 +216,7 @@ impl CudaPrepared<'_> {
         let (window, at) = (self.window, self.at);
         let op = at.call.op;
         let mut passes = Passes::new(&window.ctx, op);
-        let Stand { params, far } = window.stand(&mut passes, at)?;
+        let Stand { params, place } = window.stand(&mut passes, at, ring);
         let (k, v) = (&self.k, &self.v);
         let params = Params { k: k.strides, v: v.strides, ..params };
         let of_ring = Bind::from(&ring.buffer);
@@ -227,8 +224,8 @@ impl CudaPrepared<'_> {
         if let Some((q, out, _)) = &self.reads {
             let race_dtype = race.map_or(DType::F32, Tensor::dtype);
             let race = Bind::from(window.buffer_of(op, race)?);
-            let inputs = [far.clone(), Bind::from(&window.gates), q.bind.clone(), k.bind.clone(), v.bind.clone()];
-            let mut binds = inputs.to_vec();
+            let mut binds = place.to_vec();
+            binds.extend([Bind::from(&window.gates), q.bind.clone(), k.bind.clone(), v.bind.clone()]);
             binds.extend([of_ring.clone(), race, Bind::from(out)]);
             let output = at.call.output;
             stored = at.call.tokens == 1;
@@ -246,8 +243,11 @@ impl CudaPrepared<'_> {
         }
         // The ring moves on when all have read it.
         if !stored {
-            let binds = vec![far, k.bind.clone(), v.bind.clone(), of_ring];
+            let mut binds = place.to_vec();
+            binds.extend([k.bind.clone(), v.bind.clone(), of_ring]);
             passes.dispatch(window.key(WindowKernel::Store), params, window.last_grid(at), binds)?;
+            let grid = Grid::new(ring.counts().div_ceil(256), 256);
+            passes.dispatch(window.key(WindowKernel::Count), params, grid, place.to_vec())?;
         }
         passes.ready()
     }
@@ -282,14 +282,18 @@ impl WindowExecutor for CudaWindow {
     fn new_ring(&self, op: &'static str, batch: usize, gradient: bool) -> Result<Ring> {
         let dtype = if gradient { DType::F32 } else { self.geometry.dtype };
         let buffer = self.ctx.buffer(op, self.ring_bytes(batch, dtype))?;
-        Ok(Ring::Cuda(CudaRing { buffer, batch, dtype }))
+        let seen = self.count(op, &vec![0; batch])?;
+        Ok(Ring::Cuda(CudaRing { buffer, seen, dtype }))
     }
 
     fn fork(&self, op: &'static str, ring: &Ring) -> Result<Ring> {
-        let CudaRing { buffer: from, batch, dtype } = self.own(op, ring.cuda(op)?)?;
-        let buffer = self.ctx.uninit(op, from.size())?;
-        self.ctx.copy(op, (from, 0), (&buffer, 0), from.size())?;
-        Ok(Ring::Cuda(CudaRing { buffer, batch: *batch, dtype: *dtype }))
+        let CudaRing { buffer, seen, dtype } = self.own(op, ring.cuda(op)?)?;
+        let copy = |from: &Buffer| -> Result<Buffer> {
+            let to = self.ctx.uninit(op, from.size())?;
+            self.ctx.copy(op, (from, 0), (&to, 0), from.size())?;
+            Ok(to)
+        };
+        Ok(Ring::Cuda(CudaRing { buffer: copy(buffer)?, seen: copy(seen)?, dtype: *dtype }))
     }
 
     fn prepare<'a>(
@@ -315,8 +319,6 @@ impl WindowExecutor for CudaWindow {
         for kernel in self.forward_kernels(at, inputs, way, reads.is_some()) {
             self.ctx.kernel(op, &self.key(kernel))?;
         }
-        let mut passes = Passes::new(&self.ctx, op);
-        self.stand(&mut passes, at)?;
         Ok(Box::new(CudaPrepared { window: self, at, reads, k, v, way }))
     }
 
@@ -336,7 +338,7 @@ impl WindowExecutor for CudaWindow {
         let gates = self.spec.gate.values().len();
         let out = self.ctx.uninit(op, (gates * 4) as u64)?;
         let mut passes = Passes::new(&self.ctx, op);
-        let (params, mut binds) = self.begin(&mut passes, at, &seen, ring)?;
+        let (params, mut binds) = self.begin(&mut passes, at, &seen, ring);
         let params = Params { grad_o: grad_o.strides, ..params };
         binds.extend([Bind::from(of_race), grad_o.bind, Bind::from(of_race), Bind::from(&kept), Bind::from(&of_gates)]);
         self.over_tiles(
@@ -375,19 +377,19 @@ impl WindowExecutor for CudaWindow {
         let seen = self.seen(at, inputs)?;
         let way = self.way(at, &[&seen.q, &seen.k, &seen.v, &grad_o], Some(grad));
         let mut passes = Passes::new(&self.ctx, op);
-        let (params, mut binds) = self.begin(&mut passes, at, &seen, ring)?;
+        let (params, mut binds) = self.begin(&mut passes, at, &seen, ring);
         let params = Params { grad_o: grad_o.strides, ..params };
         binds.extend([grad_o.bind, Bind::from(&kept)]);
         // Before anything is added to slots that tokens of the call have taken over.
-        let of_last = vec![binds[0].clone(), of_ring.clone(), dk.clone(), dv.clone()];
+        let of_last = [&binds[..2], &[of_ring.clone(), dk.clone(), dv.clone()]].concat();
         passes.dispatch(self.key(WindowKernel::HandOver), params, self.last_grid(at), of_last)?;
 
         let tiles = self.query_tiles(at, way);
         let of_queries = [binds.as_slice(), &[dq]].concat();
         self.over_tiles(&mut passes, at, (WindowKernel::Query { way, grad }, way), tiles, params, of_queries)?;
 
-        let past = (0..at.call.batch()).map(|b| at.past(b, self.spec.tokens)).max().unwrap_or(0);
-        let ring_tiles = past.div_ceil(way.rows());
+        // The host need not know how many there are.
+        let ring_tiles = (self.spec.tokens - 1).div_ceil(way.rows());
         let tiles = ring_tiles + at.call.tokens.div_ceil(way.rows());
         binds.extend([dk, dv, of_ring]);
         let params = Params { ring_tiles: ring_tiles as u32, ..params };
@@ -408,25 +410,26 @@ impl WindowExecutor for CudaWindow {
         Ok(data)
     }
 
-    fn import(&self, op: &'static str, data: &RingData, batch: usize, gradient: bool) -> Result<Ring> {
+    fn import(&self, op: &'static str, data: &RingData, tokens: &[u64], gradient: bool) -> Result<Ring> {
         let g = &self.geometry;
         let dtype = if gradient { DType::F32 } else { g.dtype };
-        let mut values = Vec::with_capacity(batch * self.spec.tokens * g.num_kv_heads * g.ring_row());
+        let mut values = Vec::with_capacity(tokens.len() * self.spec.tokens * g.num_kv_heads * g.ring_row());
         for (k, v) in data.k.chunks_exact(g.head_dim).zip(data.v.chunks_exact(g.value_dim)) {
             values.extend(k.iter().chain(v));
             values.resize(values.len().next_multiple_of(2), 0.0);
         }
         let buffer = self.ctx.buffer_with(op, &encode(dtype, &values))?;
-        Ok(Ring::Cuda(CudaRing { buffer, batch, dtype }))
+        Ok(Ring::Cuda(CudaRing { buffer, seen: self.count(op, tokens)?, dtype }))
     }
 
     fn warm_up(&self, output: DType) -> WarmUp {
         let g = &self.geometry;
         let way = if g.has_tiles() { Way::Tiles { terms: self.terms(output) } } else { Way::Any };
         let race = if g.has_tiles() && output == g.dtype { output } else { DType::F32 };
-        let kernels = [WindowKernel::Attend { way, output, race }, WindowKernel::Step { output }, WindowKernel::Store];
+        let kernels = [WindowKernel::Attend { way, output, race }, WindowKernel::Step { output }];
+        let kernels = kernels.into_iter().chain([WindowKernel::Store, WindowKernel::Count]);
         let boxed = |kernel| Box::new(self.key(kernel)) as Box<dyn KernelKey>;
-        WarmUp::cuda(self.ctx.clone(), kernels.into_iter().map(boxed).collect())
+        WarmUp::cuda(self.ctx.clone(), kernels.map(boxed).collect())
     }
 }
 
@@ -436,8 +439,8 @@ impl CudaWindow {
         let (output, race) = (at.call.output, self.race_dtype(at.call, inputs));
         match (reads, at.call.tokens) {
             (true, 1) => vec![WindowKernel::Step { output }],
-            (true, _) => vec![WindowKernel::Attend { way, output, race }, WindowKernel::Store],
-            (false, _) => vec![WindowKernel::Store],
+            (true, _) => vec![WindowKernel::Attend { way, output, race }, WindowKernel::Store, WindowKernel::Count],
+            (false, _) => vec![WindowKernel::Store, WindowKernel::Count],
         }
     }
 }

@@ -6,21 +6,8 @@ use crate::race::window::WindowSpec;
 use crate::tensor::DType;
 use bytemuck::{Pod, Zeroable};
 
-/// Sequences that fit the parameters.
+/// Sequences whose lengths fit the parameters.
 const NEAR: usize = 16;
-
-/// Twin of `Sequence` in shaders/cuda/race/window.cuh.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
-pub(super) struct Sequence {
-    /// Tokens of the call.
-    pub length: u32,
-    /// Tokens before it that the window reaches.
-    pub past: u32,
-    /// Slot of the call's first token.
-    pub slot: u32,
-    pub reserved: u32,
-}
 
 /// Twin of `Params` in shaders/cuda/race/window.cuh, which asserts its size. A kernel reads the fields that concern it.
 #[repr(C)]
@@ -43,7 +30,8 @@ pub(super) struct Params {
     /// Scale of the logits.
     pub scale: f32,
     pub reserved: u32,
-    pub near: [Sequence; NEAR],
+    /// Tokens of each sequence of few.
+    pub near: [u32; NEAR],
 }
 
 /// What shapes the kernels: all that their text depends on.
@@ -138,6 +126,8 @@ pub(super) enum WindowKernel {
     Store,
     /// Gradients of the gates from shares.
     Gates,
+    /// Counts the tokens that the ring took in.
+    Count,
     /// The gradient of the ring to the tokens of the call.
     HandOver,
     /// dq.
@@ -186,6 +176,7 @@ impl WindowKernel {
             (Self::Key { .. }, _) => kernel!("", "window_key", "window_key"),
             (Self::Step { .. }, _) => kernel!("", "window_step", "window_step"),
             (Self::Store, _) => kernel!("", "window_store", "window_store"),
+            (Self::Count, _) => kernel!("", "window_count", "window_count"),
             (Self::Gates, _) => kernel!("", "window_gates", "window_gates"),
             (Self::HandOver, _) => kernel!("", "window_hand_over", "window_hand_over"),
         }
@@ -194,7 +185,7 @@ impl WindowKernel {
     fn way(self) -> Way {
         match self {
             Self::Attend { way, .. } | Self::Halve { way, .. } | Self::Query { way, .. } | Self::Key { way, .. } => way,
-            Self::Step { .. } | Self::Store | Self::Gates | Self::HandOver => Way::Any,
+            Self::Step { .. } | Self::Store | Self::Count | Self::Gates | Self::HandOver => Way::Any,
         }
     }
 
@@ -206,7 +197,7 @@ impl WindowKernel {
                 vec![("HALVE", "1".into()), ("GRAD_TYPE", code(grad)), ("RACE_TYPE", code(race))]
             }
             Self::Query { grad, .. } | Self::Key { grad, .. } => vec![("GRAD_TYPE", code(grad))],
-            Self::Store | Self::Gates | Self::HandOver => Vec::new(),
+            Self::Store | Self::Count | Self::Gates | Self::HandOver => Vec::new(),
         };
         if let Way::Tiles { terms } = self.way() {
             defines.push(("TERMS", terms.to_string()));
@@ -220,7 +211,7 @@ impl WindowKernel {
         let race = if way == Way::Any { DType::F32 } else { output };
         let attending = [Self::Attend { way, output, race }, Self::Halve { way, grad, race }];
         let of_gradients = [Self::Query { way, grad }, Self::Key { way, grad }];
-        let small = [Self::Step { output }, Self::Store, Self::Gates, Self::HandOver];
+        let small = [Self::Step { output }, Self::Store, Self::Count, Self::Gates, Self::HandOver];
         let small = small.into_iter().filter(|_| way == Way::Any);
         attending.into_iter().chain(of_gradients).chain(small).collect()
     }
@@ -236,7 +227,8 @@ impl WindowKey {
             WindowKernel::Attend { .. } | WindowKernel::Halve { .. } => g.key_bytes(64),
             _ => g.key_bytes(64) + g.value_bytes(64),
         };
-        (own + others) as u32
+        // Where there are results of 64 rows of o at the end.
+        (own + others).max(64 * (g.value_dim + 4) * 4) as u32
     }
 }
 
@@ -247,6 +239,7 @@ impl Stage for WindowKey {
             WindowKernel::Step { .. } => "window step",
             WindowKernel::Halve { .. } => "window halve",
             WindowKernel::Store => "window store",
+            WindowKernel::Count => "window count",
             WindowKernel::Gates => "window gates",
             WindowKernel::HandOver => "window hand over",
             WindowKernel::Query { .. } => "window query",

@@ -3,7 +3,7 @@
 // 2 and g·grad_o·o, and shares of the gates' gradients.
 #include "window_tile.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK) any_window_attend(const Params p, const Sequence *far, const float *gates, const void *q, const void *k,
+extern "C" __global__ void __launch_bounds__(BLOCK) any_window_attend(const Params p, const u32 *far, const u64 *seen, const float *gates, const void *q, const void *k,
                                                                       const void *v, const void *ring, const void *race,
 #ifdef HALVE
                                                                       const void *grad_o, void *half, float2 *kept, float *shares) {
@@ -14,7 +14,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) any_window_attend(const Para
     __shared__ Tile tile;
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     Rows rows = rows_of<TILE>(p);
-    Sequence s = sequence_of(p, far, rows.b);
+    Sequence s = sequence_of(p, far, seen, rows.b);
     end_rows<TILE>(rows, s.length);
     float total[OWN_VALUES][4], peak[4], sum[4];
     clear_sums(total);

@@ -2,14 +2,14 @@
 // before the call: what they get belongs to the gradient of the ring.
 #include "window_tile.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK) any_window_key(const Params p, const Sequence *far, const float *gates, const void *q, const void *k,
+extern "C" __global__ void __launch_bounds__(BLOCK, 1) any_window_key(const Params p, const u32 *far, const u64 *seen, const float *gates, const void *q, const void *k,
                                                                    const void *v, const void *ring, const void *grad_o, const float2 *kept, float *dk,
                                                                    float *dv, float *ring_grads) {
     __shared__ Tile tile;
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     int head = blockIdx.x % KV_HEADS, b = blockIdx.x / KV_HEADS / p.tiles;
     int first = ((int)(blockIdx.x / KV_HEADS % p.tiles) - (int)p.ring_tiles) * TILE;
-    Sequence s = sequence_of(p, far, b);
+    Sequence s = sequence_of(p, far, seen, b);
     // The end of the keys on this side of the call's beginning.
     int end = first < 0 ? 0 : (int)s.length;
     int first_token = first > 0 ? first : 0, last_token = (first + TILE < end ? first + TILE : end) - 2 + (int)p.window;

@@ -1,12 +1,12 @@
 // Adds the window's part of dq: one block per (kv head, tile of 32 query rows, sequence).
 #include "window_tile.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK) any_window_query(const Params p, const Sequence *far, const float *gates, const void *q, const void *k,
+extern "C" __global__ void __launch_bounds__(BLOCK) any_window_query(const Params p, const u32 *far, const u64 *seen, const float *gates, const void *q, const void *k,
                                                                      const void *v, const void *ring, const void *grad_o, const float2 *kept, float *dq) {
     __shared__ Tile tile;
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     Rows rows = rows_of<TILE>(p);
-    Sequence s = sequence_of(p, far, rows.b);
+    Sequence s = sequence_of(p, far, seen, rows.b);
     end_rows<TILE>(rows, s.length);
     float total[OWN][4], lse[4], mean[4], gate[4];
     clear_sums(total);
