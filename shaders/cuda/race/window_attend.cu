@@ -6,8 +6,11 @@
 // Floats of a row of o in shared memory; rows whose loads are in flight at once.
 #define OUT_PITCH (VALUE_DIM + 4)
 #define AT_ONCE 8
+#ifndef ATTEND_BLOCKS
+#define ATTEND_BLOCKS (TERMS == 1 ? 3 : 2)
+#endif
 
-extern "C" __global__ void __launch_bounds__(THREADS, WINDOW_BLOCKS) window_attend(const Params p, const u32 *far, const u64 *seen, const float *gates, const void *q, const void *k,
+extern "C" __global__ void __launch_bounds__(THREADS, ATTEND_BLOCKS) window_attend(const Params p, const u32 *far, const u64 *seen, const float *gates, const void *q, const void *k,
                                                                     const void *v, const void *ring, const void *race,
 #ifdef HALVE
                                                                     const void *grad_o, void *half, float2 *kept, float *shares) {
@@ -22,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WINDOW_BLOCKS) window_atte
     end_rows<ROWS>(rows, s.length);
     Carve carve{shared_bytes};
     u16 *queries = carve.take<u16>(KEY_BYTES<ROWS>);
-    u16 *of_keys = carve.take<u16>(2 * KEY_BYTES<OTHERS>), *of_values = carve.take<u16>(2 * VALUE_BYTES<OTHERS>);
+    u16 *of_keys = carve.take<u16>(WINDOW_STAGES * KEY_BYTES<OTHERS>), *of_values = carve.take<u16>(WINDOW_STAGES * VALUE_BYTES<OTHERS>);
     int first = first_key(p, s, rows), tiles = rows.last_token < first ? 0 : (rows.last_token - first) / OTHERS + 1;
     auto fetch_tile = [&](int tile) { fetch_keys(p, s, rows, keys_of(of_keys, tile), values_of(of_values, tile), k, v, ring, first + tile * OTHERS); };
     if (tiles > 0) {
@@ -30,39 +33,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, WINDOW_BLOCKS) window_atte
             int token = token_of(rows, i);
             return token <= rows.last_token ? query_row(p, q, rows.b, token, head_of(rows, i)) : Row{nullptr, 0};
         });
-        fetch_tile(0);
+        for (int tile = 0; tile < WINDOW_STAGES - 1; tile++) {
+            if (tile < tiles) fetch_tile(tile);
+            copies_commit();
+        }
     }
     float total[VALUE_STEPS * 2][4], peak[2] = {MASKED, MASKED}, sum[2] = {0.0f, 0.0f};
     clear(total);
-#ifdef KEEP_QUERIES
-    Left<Keys::terms> own[KEY_STEPS];
-#endif
     int token[2];
     for (int r = 0; r < 2; r++) token[r] = token_of(rows, warp * 16 + lane / 4 + 8 * r);
     int warp_first = token_of(rows, warp * 16), warp_last = token_of(rows, warp * 16 + 15);
     for (int tile = 0; tile < tiles; tile++) {
         int position = first + tile * OTHERS;
-        copies_done();
+        copies_wait<WINDOW_STAGES - 2>();
         if (tile == 0) clean<HEAD_DIM>(queries);
         clean<HEAD_DIM, OTHERS>(keys_of(of_keys, tile));
         clean<VALUE_DIM, OTHERS>(values_of(of_values, tile));
         barrier();
-        if (tile + 1 < tiles) fetch_tile(tile + 1);
-#ifdef KEEP_QUERIES
-        if (tile == 0) {
-#pragma unroll
-            for (int k = 0; k < KEY_STEPS; k++) own[k] = left(Keys{queries}, warp * 16, k * 16);
-        }
-#endif
+        if (tile + WINDOW_STAGES - 1 < tiles) fetch_tile(tile + WINDOW_STAGES - 1);
+        copies_commit();
         // Nothing that the warp's rows see.
         if (position > warp_last || position + OTHERS <= warp_first + 1 - (int)p.window) continue;
         float logits[OTHERS / 8][4];
         clear(logits);
-#ifdef KEEP_QUERIES
-        add_products(logits, own, Keys{keys_of(of_keys, tile)});
-#else
         add_products<KEY_STEPS>(logits, Keys{queries}, warp * 16, Keys{keys_of(of_keys, tile)});
-#endif
         float top[2] = {peak[0], peak[1]}, keep[2];
 #pragma unroll
         for (int n = 0; n < OTHERS / 8; n++) {

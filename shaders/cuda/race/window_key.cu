@@ -2,11 +2,11 @@
 // before the call: what they get belongs to the gradient of the ring.
 #include "window_tiles.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS, WINDOW_BLOCKS) window_key(const Params p, const u32 *far, const u64 *seen, const float *gates, const void *q, const void *k,
+extern "C" __global__ void __launch_bounds__(THREADS, 2) window_key(const Params p, const u32 *far, const u64 *seen, const float *gates, const void *q, const void *k,
                                                                  const void *v, const void *ring, const void *grad_o, const float2 *kept, float *dk,
                                                                  float *dv, float *ring_grads) {
     // lse, g·grad_o·o and the gate of each query.
-    __shared__ float readings[2][3][OTHERS];
+    __shared__ float4 readings[2][OTHERS];
     SHARED_BYTES;
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     int head = blockIdx.x % KV_HEADS, b = blockIdx.x / KV_HEADS / p.tiles;
@@ -22,10 +22,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, WINDOW_BLOCKS) window_key(
     auto exists = [&](int key) { return first + key < end && first + key >= -(int)s.past; };
     Carve carve{shared_bytes};
     u16 *keys = carve.take<u16>(KEY_BYTES<ROWS>), *values = carve.take<u16>(VALUE_BYTES<ROWS>);
-    u16 *tile_queries = carve.take<u16>(2 * KEY_BYTES<OTHERS>), *tile_grads = carve.take<u16>(2 * VALUE_BYTES<OTHERS>);
+    u16 *tile_queries = carve.take<u16>(WINDOW_STAGES * KEY_BYTES<OTHERS>), *tile_grads = carve.take<u16>(WINDOW_STAGES * VALUE_BYTES<OTHERS>);
     Row none = {nullptr, 0};
     auto fetch_tile = [&](int tile) {
-        int query = tile * OTHERS, stage = tile & 1;
+        int query = tile * OTHERS;
         auto token_at = [&](int i) { return first_token + (query + i) / GROUP; };
         auto head_at = [&](int i) { return head * GROUP + (query + i) % GROUP; };
         if (GROUP == 1 && query + OTHERS <= queries) {
@@ -35,33 +35,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, WINDOW_BLOCKS) window_key(
             fetch_rows<HEAD_DIM, OTHERS>(keys_of(tile_queries, tile), k, [&](int i) { return query + i < queries ? query_row(p, q, b, token_at(i), head_at(i)) : none; });
             fetch_rows<VALUE_DIM, OTHERS>(values_of(tile_grads, tile), k, [&](int i) { return query + i < queries ? grad_row(p, grad_o, b, token_at(i), head_at(i)) : none; });
         }
-        int i = threadIdx.x;
-        if (i < OTHERS) {
-            float2 reading = {0.0f, 0.0f};
-            if (query + i < queries) reading = kept[query_at(p, b, token_at(i), head_at(i))];
-            readings[stage][0][i] = reading.x;
-            readings[stage][1][i] = reading.y;
-            readings[stage][2][i] = gates[head_at(i)];
+    };
+    // A query's numbers, a tile ahead.
+    float4 reading = {0.0f, 0.0f, 0.0f, 0.0f};
+    auto read_ahead = [&](int tile) {
+        int query = tile * OTHERS + threadIdx.x, token = first_token + query / GROUP, q_head = head * GROUP + query % GROUP;
+        if (threadIdx.x < OTHERS && query < queries) {
+            float2 of_query = kept[query_at(p, b, token, q_head)];
+            reading = float4{of_query.x, of_query.y, gates[q_head], 0.0f};
         }
     };
+    read_ahead(0);
     fetch_rows<HEAD_DIM, ROWS>(keys, k, [&](int i) { return exists(i) ? key_row(p, s, k, ring, b, first + i, head) : none; });
     fetch_rows<VALUE_DIM, ROWS>(values, k, [&](int i) { return exists(i) ? value_row(p, s, v, ring, b, first + i, head) : none; });
-    fetch_tile(0);
+    for (int tile = 0; tile < WINDOW_STAGES - 1; tile++) {
+        if (tile < tiles) fetch_tile(tile);
+        copies_commit();
+    }
     float of_keys[KEY_STEPS * 2][4], of_values[VALUE_STEPS * 2][4];
     clear(of_keys);
     clear(of_values);
     int warp_first = first + warp * 16, position[2] = {warp_first + lane / 4, warp_first + lane / 4 + 8};
     for (int tile = 0; tile < tiles; tile++) {
-        int query = tile * OTHERS, stage = tile & 1;
-        copies_done();
+        int query = tile * OTHERS;
+        copies_wait<WINDOW_STAGES - 2>();
         if (tile == 0) {
             clean<HEAD_DIM>(keys);
             clean<VALUE_DIM>(values);
         }
         clean<HEAD_DIM, OTHERS>(keys_of(tile_queries, tile));
         clean<VALUE_DIM, OTHERS>(values_of(tile_grads, tile));
+        if (threadIdx.x < OTHERS) readings[tile & 1][threadIdx.x] = reading;
         barrier();
-        if (tile + 1 < tiles) fetch_tile(tile + 1);
+        read_ahead(tile + 1);
+        if (tile + WINDOW_STAGES - 1 < tiles) fetch_tile(tile + WINDOW_STAGES - 1);
+        copies_commit();
         // No query that sees the warp's keys.
         int tile_first = first_token + query / GROUP, tile_last = first_token + (query + OTHERS - 1) / GROUP;
         if (tile_last < warp_first || tile_first >= warp_first + 15 + (int)p.window) continue;
@@ -77,12 +85,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, WINDOW_BLOCKS) window_key(
 #pragma unroll
             for (int c = 0; c < 4; c++) {
                 int r = c / 2, column = n * 8 + lane % 4 * 2 + c % 2, token = first_token + (query + column) / GROUP;
-                float lse = readings[stage][0][column], mean = readings[stage][1][column], gate = readings[stage][2][column];
-                float above = weights[n][c] * (p.scale * WINDOW_LOG2_E) - lse;
+                float4 of_query = readings[tile & 1][column];
+                float above = weights[n][c] * (p.scale * WINDOW_LOG2_E) - of_query.x;
                 bool seen = whole || (query + column < queries && position[r] < end && sees(p, s, token, position[r]));
                 float weight = seen ? exp2_fast(above < 0.0f ? above : 0.0f) : 0.0f;
-                slopes[n][c] = weight * (gate * slopes[n][c] - mean) * p.scale;
-                weights[n][c] = weight * gate;
+                slopes[n][c] = weight * (of_query.z * slopes[n][c] - of_query.y) * p.scale;
+                weights[n][c] = weight * of_query.z;
             }
         }
         add_weighted(of_values, weights, Values{values_of(tile_grads, tile)});

@@ -1,7 +1,7 @@
 // Adds the window's part of dq: one block per (kv head, tile of 64 query rows, sequence).
 #include "window_tiles.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS, WINDOW_BLOCKS) window_query(const Params p, const u32 *far, const u64 *seen, const float *gates, const void *q, const void *k,
+extern "C" __global__ void __launch_bounds__(THREADS, 2) window_query(const Params p, const u32 *far, const u64 *seen, const float *gates, const void *q, const void *k,
                                                                    const void *v, const void *ring, const void *grad_o, const float2 *kept, float *dq) {
     SHARED_BYTES;
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -10,14 +10,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, WINDOW_BLOCKS) window_quer
     end_rows<ROWS>(rows, s.length);
     Carve carve{shared_bytes};
     u16 *queries = carve.take<u16>(KEY_BYTES<ROWS>), *grads = carve.take<u16>(VALUE_BYTES<ROWS>);
-    u16 *of_keys = carve.take<u16>(2 * KEY_BYTES<OTHERS>), *of_values = carve.take<u16>(2 * VALUE_BYTES<OTHERS>);
+    u16 *of_keys = carve.take<u16>(WINDOW_STAGES * KEY_BYTES<OTHERS>), *of_values = carve.take<u16>(WINDOW_STAGES * VALUE_BYTES<OTHERS>);
     int first = first_key(p, s, rows), tiles = rows.last_token < first ? 0 : (rows.last_token - first) / OTHERS + 1;
     if (tiles == 0) return;
     Row none = {nullptr, 0};
     auto fetch_tile = [&](int tile) { fetch_keys(p, s, rows, keys_of(of_keys, tile), values_of(of_values, tile), k, v, ring, first + tile * OTHERS); };
     fetch_rows<HEAD_DIM, ROWS>(queries, k, [&](int i) { return token_of(rows, i) <= rows.last_token ? query_row(p, q, rows.b, token_of(rows, i), head_of(rows, i)) : none; });
     fetch_rows<VALUE_DIM, ROWS>(grads, k, [&](int i) { return token_of(rows, i) <= rows.last_token ? grad_row(p, grad_o, rows.b, token_of(rows, i), head_of(rows, i)) : none; });
-    fetch_tile(0);
+    for (int tile = 0; tile < WINDOW_STAGES - 1; tile++) {
+        if (tile < tiles) fetch_tile(tile);
+        copies_commit();
+    }
     float total[KEY_STEPS * 2][4], lse[2], mean[2], gate[2];
     clear(total);
     int token[2];
@@ -33,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WINDOW_BLOCKS) window_quer
     int warp_first = token_of(rows, warp * 16), warp_last = token_of(rows, warp * 16 + 15);
     for (int tile = 0; tile < tiles; tile++) {
         int position = first + tile * OTHERS;
-        copies_done();
+        copies_wait<WINDOW_STAGES - 2>();
         if (tile == 0) {
             clean<HEAD_DIM>(queries);
             clean<VALUE_DIM>(grads);
@@ -41,7 +44,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, WINDOW_BLOCKS) window_quer
         clean<HEAD_DIM, OTHERS>(keys_of(of_keys, tile));
         clean<VALUE_DIM, OTHERS>(values_of(of_values, tile));
         barrier();
-        if (tile + 1 < tiles) fetch_tile(tile + 1);
+        if (tile + WINDOW_STAGES - 1 < tiles) fetch_tile(tile + WINDOW_STAGES - 1);
+        copies_commit();
         // Nothing that the warp's rows see.
         if (position > warp_last || position + OTHERS <= warp_first + 1 - (int)p.window) continue;
         float logits[OTHERS / 8][4], slopes[OTHERS / 8][4];

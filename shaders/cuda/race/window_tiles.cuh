@@ -6,9 +6,6 @@
 #include "tiles.cuh"
 
 #define OTHERS 32
-#ifndef WINDOW_BLOCKS
-#define WINDOW_BLOCKS 1
-#endif
 
 typedef Input<HEAD_DIM + 8> Keys;
 typedef Input<VALUE_DIM + 8> Values;
@@ -17,9 +14,9 @@ constexpr int VALUE_STEPS = VALUE_DIM / 16;
 template <int COUNT> constexpr int KEY_BYTES = COUNT * (HEAD_DIM + 8) * 2;
 template <int COUNT> constexpr int VALUE_BYTES = COUNT * (VALUE_DIM + 8) * 2;
 
-// Of two tiles of the other side, the one that takes turn `tile`.
-__device__ __forceinline__ u16 *keys_of(u16 *tiles, int tile) { return tiles + (tile & 1) * (KEY_BYTES<OTHERS> / 2); }
-__device__ __forceinline__ u16 *values_of(u16 *tiles, int tile) { return tiles + (tile & 1) * (VALUE_BYTES<OTHERS> / 2); }
+// Of WINDOW_STAGES tiles of the other side, the one that takes turn `tile`.
+__device__ __forceinline__ u16 *keys_of(u16 *tiles, int tile) { return tiles + tile % WINDOW_STAGES * (KEY_BYTES<OTHERS> / 2); }
+__device__ __forceinline__ u16 *values_of(u16 *tiles, int tile) { return tiles + tile % WINDOW_STAGES * (VALUE_BYTES<OTHERS> / 2); }
 
 // Sixteen bytes at a time; `row_of` names a row, from nowhere where there is none: that becomes zero.
 template <int WIDTH, int COUNT, class F> __device__ __forceinline__ void fetch_rows(u16 *to, const void *somewhere, F row_of) {
@@ -81,15 +78,6 @@ template <int TYPE> __device__ __forceinline__ void store_four(void *to, i64 at,
         y.x = TYPE == BF16 ? bf16_pair(x[0], x[1]) : f16_pair(x[0], x[1]);
         y.y = TYPE == BF16 ? bf16_pair(x[2], x[3]) : f16_pair(x[2], x[3]);
         *(uint2 *)((u16 *)to + at) = y;
-    }
-}
-
-// sums[n] += the block's own rows, as fragments, times b's rows 8·n...
-template <int STEPS, int N, int T, class B> __device__ __forceinline__ void add_products(float (&sums)[N][4], const Left<T> (&a)[STEPS], const B &b) {
-#pragma unroll
-    for (int k = 0; k < STEPS; k++) {
-#pragma unroll
-        for (int n = 0; n < N; n += 2) multiply(sums[n], sums[n + 1], a[k], right(b, n * 8, k * 16));
     }
 }
 

@@ -6,6 +6,8 @@ use crate::race::window::WindowSpec;
 use crate::tensor::DType;
 use bytemuck::{Pod, Zeroable};
 
+/// Tiles that a block on the tensor cores has under way.
+const STAGES: usize = 3;
 /// Sequences whose lengths fit the parameters.
 const NEAR: usize = 16;
 
@@ -200,7 +202,7 @@ impl WindowKernel {
             Self::Store | Self::Count | Self::Gates | Self::HandOver => Vec::new(),
         };
         if let Way::Tiles { terms } = self.way() {
-            defines.push(("TERMS", terms.to_string()));
+            defines.extend([("TERMS", terms.to_string()), ("WINDOW_STAGES", STAGES.to_string())]);
         }
         defines
     }
@@ -218,10 +220,10 @@ impl WindowKernel {
 }
 
 impl WindowKey {
-    /// Bytes of dynamic shared memory: tiles of the block's rows, and two of 32 rows of the other side.
+    /// Bytes of dynamic shared memory: tiles of the block's rows, and those of 32 rows of the other side.
     pub fn shared(&self) -> u32 {
         let g = &self.geometry;
-        let others = 2 * (g.key_bytes(32) + g.value_bytes(32));
+        let others = STAGES * (g.key_bytes(32) + g.value_bytes(32));
         let own = match self.kernel {
             _ if self.kernel.way() == Way::Any => return 0,
             WindowKernel::Attend { .. } | WindowKernel::Halve { .. } => g.key_bytes(64),
