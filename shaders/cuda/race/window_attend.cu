@@ -45,18 +45,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, ATTEND_BLOCKS) window_atte
     int warp_first = token_of(rows, warp * 16), warp_last = token_of(rows, warp * 16 + 15);
     for (int tile = 0; tile < tiles; tile++) {
         int position = first + tile * OTHERS;
-        copies_wait<WINDOW_STAGES - 2>();
-        if (tile == 0) clean<HEAD_DIM>(queries);
-        clean<HEAD_DIM, OTHERS>(keys_of(of_keys, tile));
-        clean<VALUE_DIM, OTHERS>(values_of(of_values, tile));
-        barrier();
-        if (tile + WINDOW_STAGES - 1 < tiles) fetch_tile(tile + WINDOW_STAGES - 1);
-        copies_commit();
+        next_tile(tile, tiles, fetch_tile, [&] {
+            if (tile == 0) clean_rows<HEAD_DIM, ROWS>(queries);
+            clean_rows<HEAD_DIM, OTHERS>(keys_of(of_keys, tile));
+            clean_rows<VALUE_DIM, OTHERS>(values_of(of_values, tile));
+        });
         // Nothing that the warp's rows see.
         if (position > warp_last || position + OTHERS <= warp_first + 1 - (int)p.window) continue;
         float logits[OTHERS / 8][4];
         clear(logits);
-        add_products<KEY_STEPS>(logits, Keys{queries}, warp * 16, Keys{keys_of(of_keys, tile)});
+        add_products<KEY_STEPS>(logits, Keys<ROWS>{queries}, warp * 16, Keys<OTHERS>{keys_of(of_keys, tile)});
         float top[2] = {peak[0], peak[1]}, keep[2];
 #pragma unroll
         for (int n = 0; n < OTHERS / 8; n++) {
@@ -102,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ATTEND_BLOCKS) window_atte
                 for (int c = 0; c < 4; c++) total[n][c] *= keep[c / 2];
             }
         }
-        add_weighted(total, logits, Values{values_of(of_values, tile)});
+        add_weighted(total, logits, Values<OTHERS>{values_of(of_values, tile)});
     }
     // By way of shared memory, for rows to be read and written whole; each warp keeps to its own.
     barrier();

@@ -58,18 +58,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) window_key(const Params
     int warp_first = first + warp * 16, position[2] = {warp_first + lane / 4, warp_first + lane / 4 + 8};
     for (int tile = 0; tile < tiles; tile++) {
         int query = tile * OTHERS;
-        copies_wait<WINDOW_STAGES - 2>();
-        if (tile == 0) {
-            clean<HEAD_DIM>(keys);
-            clean<VALUE_DIM>(values);
-        }
-        clean<HEAD_DIM, OTHERS>(keys_of(tile_queries, tile));
-        clean<VALUE_DIM, OTHERS>(values_of(tile_grads, tile));
-        if (threadIdx.x < OTHERS) readings[tile & 1][threadIdx.x] = reading;
-        barrier();
+        next_tile(tile, tiles, fetch_tile, [&] {
+            if (tile == 0) {
+                clean_rows<HEAD_DIM, ROWS>(keys);
+                clean_rows<VALUE_DIM, ROWS>(values);
+            }
+            clean_rows<HEAD_DIM, OTHERS>(keys_of(tile_queries, tile));
+            clean_rows<VALUE_DIM, OTHERS>(values_of(tile_grads, tile));
+            if (threadIdx.x < OTHERS) readings[tile & 1][threadIdx.x] = reading;
+        });
         read_ahead(tile + 1);
-        if (tile + WINDOW_STAGES - 1 < tiles) fetch_tile(tile + WINDOW_STAGES - 1);
-        copies_commit();
         // No query that sees the warp's keys.
         int tile_first = first_token + query / GROUP, tile_last = first_token + (query + OTHERS - 1) / GROUP;
         if (tile_last < warp_first || tile_first >= warp_first + 15 + (int)p.window) continue;
@@ -78,8 +76,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) window_key(const Params
         float weights[OTHERS / 8][4], slopes[OTHERS / 8][4];
         clear(weights);
         clear(slopes);
-        add_products<KEY_STEPS>(weights, Keys{keys}, warp * 16, Keys{keys_of(tile_queries, tile)});
-        add_products<VALUE_STEPS>(slopes, Values{values}, warp * 16, Values{values_of(tile_grads, tile)});
+        add_products<KEY_STEPS>(weights, Keys<ROWS>{keys}, warp * 16, Keys<OTHERS>{keys_of(tile_queries, tile)});
+        add_products<VALUE_STEPS>(slopes, Values<ROWS>{values}, warp * 16, Values<OTHERS>{values_of(tile_grads, tile)});
 #pragma unroll
         for (int n = 0; n < OTHERS / 8; n++) {
 #pragma unroll
@@ -93,8 +91,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) window_key(const Params
                 weights[n][c] = weight * of_query.z;
             }
         }
-        add_weighted(of_values, weights, Values{values_of(tile_grads, tile)});
-        add_weighted(of_keys, slopes, Keys{keys_of(tile_queries, tile)});
+        add_weighted(of_values, weights, Values<OTHERS>{values_of(tile_grads, tile)});
+        add_weighted(of_keys, slopes, Keys<OTHERS>{keys_of(tile_queries, tile)});
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {

@@ -36,24 +36,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) window_query(const Para
     int warp_first = token_of(rows, warp * 16), warp_last = token_of(rows, warp * 16 + 15);
     for (int tile = 0; tile < tiles; tile++) {
         int position = first + tile * OTHERS;
-        copies_wait<WINDOW_STAGES - 2>();
-        if (tile == 0) {
-            clean<HEAD_DIM>(queries);
-            clean<VALUE_DIM>(grads);
-        }
-        clean<HEAD_DIM, OTHERS>(keys_of(of_keys, tile));
-        clean<VALUE_DIM, OTHERS>(values_of(of_values, tile));
-        barrier();
-        if (tile + WINDOW_STAGES - 1 < tiles) fetch_tile(tile + WINDOW_STAGES - 1);
-        copies_commit();
+        next_tile(tile, tiles, fetch_tile, [&] {
+            if (tile == 0) {
+                clean_rows<HEAD_DIM, ROWS>(queries);
+                clean_rows<VALUE_DIM, ROWS>(grads);
+            }
+            clean_rows<HEAD_DIM, OTHERS>(keys_of(of_keys, tile));
+            clean_rows<VALUE_DIM, OTHERS>(values_of(of_values, tile));
+        });
         // Nothing that the warp's rows see.
         if (position > warp_last || position + OTHERS <= warp_first + 1 - (int)p.window) continue;
         float logits[OTHERS / 8][4], slopes[OTHERS / 8][4];
         clear(logits);
         clear(slopes);
         bool whole = warp_last <= rows.last_token && position + OTHERS - 1 <= warp_first && position > warp_last - (int)p.window;
-        add_products<KEY_STEPS>(logits, Keys{queries}, warp * 16, Keys{keys_of(of_keys, tile)});
-        add_products<VALUE_STEPS>(slopes, Values{grads}, warp * 16, Values{values_of(of_values, tile)});
+        add_products<KEY_STEPS>(logits, Keys<ROWS>{queries}, warp * 16, Keys<OTHERS>{keys_of(of_keys, tile)});
+        add_products<VALUE_STEPS>(slopes, Values<ROWS>{grads}, warp * 16, Values<OTHERS>{values_of(of_values, tile)});
 #pragma unroll
         for (int n = 0; n < OTHERS / 8; n++) {
 #pragma unroll
@@ -65,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) window_query(const Para
                 slopes[n][c] = seen ? weight * (gate[r] * slopes[n][c] - mean[r]) * p.scale : 0.0f;
             }
         }
-        add_weighted(total, slopes, Keys{keys_of(of_keys, tile)});
+        add_weighted(total, slopes, Keys<OTHERS>{keys_of(of_keys, tile)});
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {

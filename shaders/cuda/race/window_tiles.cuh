@@ -7,17 +7,64 @@
 
 #define OTHERS 32
 
-typedef Input<HEAD_DIM + 8> Keys;
-typedef Input<VALUE_DIM + 8> Values;
+// Inputs of 16 bits are kept as they are, those of 32 as three bf16 parts.
+#if IN_TYPE == F32
+#define IN_PARTS 3
+template <int COUNT> using Keys = Parts<HEAD_DIM + 8, COUNT, 3>;
+template <int COUNT> using Values = Parts<VALUE_DIM + 8, COUNT, 3>;
+#else
+#define IN_PARTS 1
+template <int COUNT> using Keys = Input<HEAD_DIM + 8>;
+template <int COUNT> using Values = Input<VALUE_DIM + 8>;
+#endif
 constexpr int KEY_STEPS = HEAD_DIM / 16;
 constexpr int VALUE_STEPS = VALUE_DIM / 16;
-template <int COUNT> constexpr int KEY_BYTES = COUNT * (HEAD_DIM + 8) * 2;
-template <int COUNT> constexpr int VALUE_BYTES = COUNT * (VALUE_DIM + 8) * 2;
+template <int COUNT> constexpr int KEY_BYTES = COUNT * (HEAD_DIM + 8) * 2 * IN_PARTS;
+template <int COUNT> constexpr int VALUE_BYTES = COUNT * (VALUE_DIM + 8) * 2 * IN_PARTS;
 
 // Of WINDOW_STAGES tiles of the other side, the one that takes turn `tile`.
 __device__ __forceinline__ u16 *keys_of(u16 *tiles, int tile) { return tiles + tile % WINDOW_STAGES * (KEY_BYTES<OTHERS> / 2); }
 __device__ __forceinline__ u16 *values_of(u16 *tiles, int tile) { return tiles + tile % WINDOW_STAGES * (VALUE_BYTES<OTHERS> / 2); }
 
+#if IN_TYPE == F32
+// Eight channels at a time; `row_of` names a row, from nowhere where there is none: that becomes zero, as what is not
+// finite does.
+template <int WIDTH, int COUNT, class F> __device__ __forceinline__ void fetch_rows(u16 *to, const void *, F row_of) {
+    constexpr int pieces = WIDTH / 8, together = 4;
+    Parts<WIDTH + 8, COUNT, 3> rows{to};
+#pragma unroll 1
+    for (int base = threadIdx.x; base < COUNT * pieces; base += together * THREADS) {
+        float x[together][8];
+#pragma unroll
+        for (int j = 0; j < together; j++) {
+            int i = base + j * THREADS;
+            Row row = i < COUNT * pieces ? row_of(i / pieces) : Row{nullptr, 0};
+            float4 low = {0.0f, 0.0f, 0.0f, 0.0f}, high = low;
+            if (row.from) {
+                const float4 *from = (const float4 *)((const float *)row.from + row.at + i % pieces * 8);
+                low = from[0];
+                high = from[1];
+            }
+            x[j][0] = low.x, x[j][1] = low.y, x[j][2] = low.z, x[j][3] = low.w;
+            x[j][4] = high.x, x[j][5] = high.y, x[j][6] = high.z, x[j][7] = high.w;
+        }
+#pragma unroll
+        for (int j = 0; j < together; j++) {
+            int i = base + j * THREADS;
+            if (i >= COUNT * pieces) continue;
+#pragma unroll
+            for (int c = 0; c < 8; c++) x[j][c] = finite_or_zero(x[j][c]);
+            rows.set_eight(i / pieces, i % pieces * 8, x[j]);
+        }
+    }
+}
+
+template <int WIDTH, int COUNT> __device__ __forceinline__ void fetch_line(u16 *to, Row row, i64 step) {
+    fetch_rows<WIDTH, COUNT>(to, row.from, [&](int i) { return Row{row.from, row.at + i * step}; });
+}
+
+template <int WIDTH, int COUNT> __device__ __forceinline__ void clean_rows(u16 *) {}
+#else
 // Sixteen bytes at a time; `row_of` names a row, from nowhere where there is none: that becomes zero.
 template <int WIDTH, int COUNT, class F> __device__ __forceinline__ void fetch_rows(u16 *to, const void *somewhere, F row_of) {
     constexpr int pieces = WIDTH / 8;
@@ -44,6 +91,25 @@ template <int WIDTH, int COUNT> __device__ __forceinline__ void fetch_line(u16 *
         }
     } else {
         fetch_rows<WIDTH, COUNT>(to, row.from, [&](int i) { return Row{row.from, row.at + i * step}; });
+    }
+}
+
+template <int WIDTH, int COUNT> __device__ __forceinline__ void clean_rows(u16 *tile) { clean<WIDTH, COUNT>(tile); }
+#endif
+
+// Before a tile of the other side is used: the one that is to follow it by WINDOW_STAGES − 1 is fetched, or itself.
+template <class F, class C> __device__ __forceinline__ void next_tile(int tile, int tiles, F fetch, C clean_tile) {
+    if constexpr (WINDOW_STAGES == 1) {
+        barrier();
+        fetch(tile);
+        clean_tile();
+        barrier();
+    } else {
+        copies_wait<WINDOW_STAGES - 2>();
+        clean_tile();
+        barrier();
+        if (tile + WINDOW_STAGES - 1 < tiles) fetch(tile + WINDOW_STAGES - 1);
+        copies_commit();
     }
 }
 

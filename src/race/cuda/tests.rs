@@ -79,11 +79,16 @@ pub(crate) fn test_keys() -> Vec<Box<dyn KernelKey>> {
     keys.extend(walking(geometry((8, 2), (64, 64), (1, 5, 3), half, true), 2, half));
     keys.extend(walking(geometry((2, 2), (64, 64), (1, 4, 4), bf16, true), 3, full));
     let mut keys: Vec<_> = keys.into_iter().map(|key| Box::new(key) as Box<dyn KernelKey>).collect();
-    for (num_q_heads, num_kv_heads, head_dim, value_dim, dtype) in
-        [(32, 8, 128, 128, bf16), (4, 4, 64, 64, half), (3, 1, 5, 7, full), (2, 1, 512, 512, half)]
-    {
+    for (num_q_heads, num_kv_heads, head_dim, value_dim, dtype) in [
+        (32, 8, 128, 128, bf16),
+        (4, 4, 64, 64, half),
+        (4, 2, 128, 128, full),
+        (3, 1, 5, 7, full),
+        (2, 1, 512, 512, half),
+    ] {
         let geometry = WindowGeometry { num_q_heads, num_kv_heads, head_dim, value_dim, dtype };
-        let ways = [Some(Way::Any), geometry.has_tiles().then_some(Way::Tiles { terms: 2 })];
+        let terms = if dtype == full { 3 } else { 2 };
+        let ways = [Some(Way::Any), geometry.has_tiles(MOST).then_some(Way::Tiles { terms })];
         let kernels = ways.into_iter().flatten().flat_map(|way| WindowKernel::every(way, dtype, dtype));
         keys.extend(kernels.map(|kernel| Box::new(WindowKey { kernel, geometry }) as Box<dyn KernelKey>));
     }

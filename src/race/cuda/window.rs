@@ -139,17 +139,21 @@ impl CudaWindow {
     fn way(&self, at: WindowCall<'_>, inputs: &[&Input], grad: Option<DType>) -> Way {
         let g = &self.geometry;
         let aligned = inputs.iter().all(|input| input.alignment >= 16);
-        if !g.has_tiles() || !aligned || grad.is_some_and(|grad| grad != g.dtype) {
+        if !self.has_tiles() || !aligned || grad.is_some_and(|grad| grad != g.dtype) {
             return Way::Any;
         }
         Way::Tiles { terms: self.terms(at.call.output) }
+    }
+
+    fn has_tiles(&self) -> bool {
+        self.geometry.has_tiles(self.ctx.caps().shared_memory as usize)
     }
 
     /// As many parts as the result's rounding asks for, as in RACE's own passes.
     fn terms(&self, output: DType) -> usize {
         match (self.geometry.dtype, output) {
             (DType::F16, _) => 2,
-            (_, DType::F32) => 3,
+            (DType::F32, _) | (_, DType::F32) => 3,
             _ => 1,
         }
     }
@@ -268,7 +272,7 @@ impl WindowExecutor for CudaWindow {
     fn race_dtype(&self, call: &Call, inputs: &Inputs<'_>) -> DType {
         let g = &self.geometry;
         let narrow = inputs.grad_o.is_none_or(|view| view.dtype() == g.dtype) && call.output == g.dtype;
-        if g.has_tiles() && narrow && call.tokens > 1 { g.dtype } else { DType::F32 }
+        if self.has_tiles() && narrow && call.tokens > 1 { g.dtype } else { DType::F32 }
     }
 
     /// Into memory of their own: work submitted before keeps the old ones.
@@ -424,8 +428,8 @@ impl WindowExecutor for CudaWindow {
 
     fn warm_up(&self, output: DType) -> WarmUp {
         let g = &self.geometry;
-        let way = if g.has_tiles() { Way::Tiles { terms: self.terms(output) } } else { Way::Any };
-        let race = if g.has_tiles() && output == g.dtype { output } else { DType::F32 };
+        let way = if self.has_tiles() { Way::Tiles { terms: self.terms(output) } } else { Way::Any };
+        let race = if self.has_tiles() && output == g.dtype { output } else { DType::F32 };
         let kernels = [WindowKernel::Attend { way, output, race }, WindowKernel::Step { output }];
         let kernels = kernels.into_iter().chain([WindowKernel::Store, WindowKernel::Count]);
         let boxed = |kernel| Box::new(self.key(kernel)) as Box<dyn KernelKey>;

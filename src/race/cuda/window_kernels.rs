@@ -6,8 +6,6 @@ use crate::race::window::WindowSpec;
 use crate::tensor::DType;
 use bytemuck::{Pod, Zeroable};
 
-/// Tiles that a block on the tensor cores has under way.
-const STAGES: usize = 3;
 /// Sequences whose lengths fit the parameters.
 const NEAR: usize = 16;
 
@@ -67,19 +65,25 @@ impl WindowGeometry {
         self.head_dim + self.value_dim
     }
 
-    /// Whether the tensor cores take it, if its rows are aligned.
-    pub fn has_tiles(&self) -> bool {
+    /// Whether the tensor cores take it where blocks may have `most` bytes of shared memory, if its rows are aligned.
+    pub fn has_tiles(&self, most: usize) -> bool {
         let fits = |dim: usize| dim.is_multiple_of(16) && dim <= 128;
-        self.dtype != DType::F32 && fits(self.head_dim) && fits(self.value_dim)
+        fits(self.head_dim) && fits(self.value_dim) && self.tile_bytes(true) <= most
     }
 
-    /// Bytes of `count` rows of keys, or of queries, in shared memory.
-    fn key_bytes(&self, count: usize) -> usize {
-        count * (self.head_dim + 8) * 2
+    /// Parts of an input's element in shared memory, and tiles that a block has under way.
+    fn parts_and_stages(&self) -> (usize, usize) {
+        if self.dtype == DType::F32 { (3, 1) } else { (1, 3) }
     }
 
-    fn value_bytes(&self, count: usize) -> usize {
-        count * (self.value_dim + 8) * 2
+    /// Dynamic shared memory of a block on the tensor cores: tiles of its 64 rows, with both sides of them in a
+    /// `backward`, and those of 32 rows of the other side.
+    fn tile_bytes(&self, backward: bool) -> usize {
+        let (parts, stages) = self.parts_and_stages();
+        let [keys, values] = [self.head_dim, self.value_dim].map(|dim| (dim + 8) * 2 * parts);
+        let own = 64 * if backward { keys + values } else { keys };
+        // Where the results of 64 rows of o are at the end.
+        (own + stages * 32 * (keys + values)).max(64 * (self.value_dim + 4) * 4)
     }
 
     /// Elements of a ring's row: k's channels and v's, an even number.
@@ -202,7 +206,7 @@ impl WindowKernel {
             Self::Store | Self::Count | Self::Gates | Self::HandOver => Vec::new(),
         };
         if let Way::Tiles { terms } = self.way() {
-            defines.extend([("TERMS", terms.to_string()), ("WINDOW_STAGES", STAGES.to_string())]);
+            defines.push(("TERMS", terms.to_string()));
         }
         defines
     }
@@ -220,17 +224,10 @@ impl WindowKernel {
 }
 
 impl WindowKey {
-    /// Bytes of dynamic shared memory: tiles of the block's rows, and those of 32 rows of the other side.
+    /// Bytes of dynamic shared memory.
     pub fn shared(&self) -> u32 {
-        let g = &self.geometry;
-        let others = STAGES * (g.key_bytes(32) + g.value_bytes(32));
-        let own = match self.kernel {
-            _ if self.kernel.way() == Way::Any => return 0,
-            WindowKernel::Attend { .. } | WindowKernel::Halve { .. } => g.key_bytes(64),
-            _ => g.key_bytes(64) + g.value_bytes(64),
-        };
-        // Where there are results of 64 rows of o at the end.
-        (own + others).max(64 * (g.value_dim + 4) * 4) as u32
+        let backward = matches!(self.kernel, WindowKernel::Query { .. } | WindowKernel::Key { .. });
+        if self.kernel.way() == Way::Any { 0 } else { self.geometry.tile_bytes(backward) as u32 }
     }
 }
 
@@ -269,6 +266,7 @@ impl KernelKey for WindowKey {
             ("HEAD_DIM", g.head_dim),
             ("VALUE_DIM", g.value_dim),
             ("PARAMS_BYTES", size_of::<Params>()),
+            ("WINDOW_STAGES", g.parts_and_stages().1),
         ];
         defines.extend(constants.map(|(name, value)| (name, value.to_string())));
         defines.push(("IN_TYPE", code(g.dtype)));
