@@ -147,9 +147,12 @@ template <int TYPE> __device__ __forceinline__ void store_four(void *to, i64 at,
     }
 }
 
+// Where operands have several parts there are no registers to have more steps under way.
+constexpr int STEPS_AT_ONCE = IN_TYPE == BF16 && TERMS == 1 ? 8 : 1;
+
 // sums[n] += a's rows from m on times b's rows 8·n.., over STEPS steps of 16 channels.
 template <int STEPS, int N, class A, class B> __device__ __forceinline__ void add_products(float (&sums)[N][4], const A &a, int m, const B &b) {
-#pragma unroll
+#pragma unroll STEPS_AT_ONCE
     for (int k = 0; k < STEPS; k++) {
         Left<A::terms> x = left(a, m, k * 16);
 #pragma unroll
