@@ -51,7 +51,8 @@ impl Device {
     /// Call the same steps once before, so that kernels are compiled and scratch memory is as large as needed; inputs
     /// must be CUDA memory, which every replay reads anew, and results are written to the same memory every time. The
     /// graph keeps memory of this crate's; what the caller lent must stay. Views of `CudaSlice`s are made before; and
-    /// while it lasts, no other thread uses the device, whose work would become part of the graph.
+    /// while it lasts, no other thread uses the device, whose work would become part of the graph. What the host counts, as
+    /// [`crate::RaceState::tokens`], it counts at the capture and not at replays.
     ///
     /// # Errors
     /// [`Error::WrongDevice`] on other paths; what `steps` returns; [`Error::Unsupported`] for steps that wait or read

@@ -234,10 +234,14 @@ impl Race {
     /// A and B, and the window's keys and values, on the host.
     ///
     /// # Errors
-    /// As [`Race::fork`]; [`Error::DeviceLost`].
+    /// As [`Race::fork`]; [`Error::DeviceLost`]; [`Error::Unsupported`] for a state with a window that replays of a CUDA
+    /// graph moved on, whose tokens are not counted.
     pub fn read_state(&self, state: &RaceState) -> Result<StateParts> {
         let op = "read_state";
         self.check_state(op, state, state.batch())?;
+        if let Some((window, ring)) = self.window.as_ref().zip(state.ring.as_ref()) {
+            window.check_count(op, ring, &state.tokens)?;
+        }
         let ring = self.export_ring(op, state.ring.as_ref())?;
         Ok(StateParts::new(self.executor.export(op, &state.storage)?, ring))
     }

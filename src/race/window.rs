@@ -212,6 +212,10 @@ pub(crate) trait WindowExecutor: Send {
         gradient: &mut Ring,
         gradients: InputGradients,
     ) -> Result<InputGradients>;
+    /// Refuses a ring that has taken in other tokens than `tokens` of each sequence, as after replays of a graph.
+    fn check_count(&self, _op: &'static str, _ring: &Ring, _tokens: &[u64]) -> Result<()> {
+        Ok(())
+    }
     /// A ring in its backend-free form; waits for the device.
     fn export(&self, op: &'static str, ring: &Ring) -> Result<RingData>;
     /// The reverse; `tokens` is what each sequence has taken in.

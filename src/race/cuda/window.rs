@@ -402,6 +402,18 @@ impl WindowExecutor for CudaWindow {
         Ok(gradients)
     }
 
+    fn check_count(&self, op: &'static str, ring: &Ring, tokens: &[u64]) -> Result<()> {
+        let ring = self.own(op, ring.cuda(op)?)?;
+        let bytes = self.ctx.read_buffer_blocking(op, &ring.seen, 0, ring.seen.size())?;
+        let seen = bytes.chunks_exact(8).map(bytemuck::pod_read_unaligned::<u64>);
+        if seen.step_by(self.geometry.num_kv_heads).eq(tokens.iter().copied()) {
+            return Ok(());
+        }
+        let why = "a CUDA graph was captured or replayed with this state, whose tokens are no longer those counted, so \
+                   that nobody could tell where the window's keys stand";
+        Err(Error::Unsupported { op, why: why.into() })
+    }
+
     fn export(&self, op: &'static str, ring: &Ring) -> Result<RingData> {
         let (g, ring) = (&self.geometry, self.own(op, ring.cuda(op)?)?);
         let bytes = self.ctx.read_buffer_blocking(op, &ring.buffer, 0, ring.buffer.size())?;
