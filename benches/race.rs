@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo bench --bench race -- [--device auto|cpu|NAME] [--lengths 65536,1048576] [--hashes 2x2,3x3,4x4]
-//!                             [--dtypes f32,bf16] [--dense 1024,4096] [--json FILE] [FILTER]
+//!                             [--dtypes f32,bf16] [--windows 0,256] [--dense 1024,4096] [--json FILE] [FILTER]
 //! ```
 //! The executable runs without cargo. Every result is checked against sums in f64 over all tokens before it is timed; a
 //! wrong one ends the run. Up to `--segment` tokens one call does all; beyond, the state is carried from call to call,
@@ -27,6 +27,8 @@ mod race_layer;
 mod race_record;
 #[path = "../examples/common/race_truth.rs"]
 mod race_truth;
+#[path = "support/race_window.rs"]
+mod race_window;
 
 use clap::Parser;
 use race_layer::{Layer, Size, Tensors, dense};
@@ -48,6 +50,9 @@ struct Arguments {
     /// f32, bf16.
     #[arg(long, value_delimiter = ',', default_value = "f32,bf16")]
     dtypes: Vec<String>,
+    /// Tokens of the exact window beside RACE; 0 for none.
+    #[arg(long, value_delimiter = ',', default_value = "0")]
+    windows: Vec<usize>,
     /// Lengths at which exact attention runs too, to find where RACE overtakes it; none leaves that out.
     #[arg(long, value_delimiter = ',', num_args = 0.., default_value = "512,1024,2048,4096,8192")]
     dense: Vec<u64>,
@@ -162,23 +167,23 @@ fn main() {
         let size = |tokens| Size { tokens, segment, heads: arguments.heads, channels: arguments.head_dim, dtype };
         for &tokens in &arguments.lengths {
             let tensors = Tensors::new(&device, size(tokens));
-            for hash in &arguments.hashes {
-                let mut layer = Layer::new(&device, &tensors, pair(hash));
+            for (hash, &window) in arguments.hashes.iter().flat_map(|h| arguments.windows.iter().map(move |w| (h, w))) {
+                let mut layer = Layer::new(&device, &tensors, pair(hash), window);
                 layer.check(true);
                 layer.forward(&clock, &mut run);
                 layer.backward(&clock, &mut run);
             }
         }
-        for hash in &arguments.hashes {
+        for (hash, &window) in arguments.hashes.iter().flat_map(|h| arguments.windows.iter().map(move |w| (h, w))) {
             let tensors = Tensors::new(&device, size(1));
-            Layer::new(&device, &tensors, pair(hash)).step(&clock, &mut run);
+            Layer::new(&device, &tensors, pair(hash), window).step(&clock, &mut run);
         }
         let mut crossings = vec![None; arguments.hashes.len()];
         for &tokens in &arguments.dense {
             let tensors = Tensors::new(&device, size(tokens));
             let exact = dense(&device, &tensors, &clock, &mut run);
             for (hash, crossing) in arguments.hashes.iter().zip(&mut crossings) {
-                let mut layer = Layer::new(&device, &tensors, pair(hash));
+                let mut layer = Layer::new(&device, &tensors, pair(hash), 0);
                 layer.check(false);
                 if layer.forward(&clock, &mut run) < exact && crossing.is_none() {
                     *crossing = Some(tokens);

@@ -165,7 +165,8 @@ impl Device {
         Self { kind: Kind::Cpu, why: why.into() }
     }
 
-    /// The best GPU (discrete, then integrated, then virtual), else the CPU; [`Device::report`] says why.
+    /// The best GPU, else the CPU; [`Device::report`] says why. With the feature `cuda` and a driver, NVIDIA GPUs through
+    /// CUDA come first, then those of the wgpu path (discrete, then integrated, then virtual).
     ///
     /// Adapters that compute in software (llvmpipe, SwiftShader, WARP) are passed over: the CPU path is faster. The
     /// environment variable `SOFTHASH_DEVICE` overrides the choice: `cpu`, `cuda`, or a part of any adapter's name.
@@ -256,7 +257,8 @@ impl Device {
         Error::NoAdapter { wanted: format!("{name:?}, {why}"), found }
     }
 
-    /// Everything this machine offers: its GPU adapters, the best first, then software ones, then the CPU path.
+    /// Everything this machine offers, as [`Device::auto`] looks at it: CUDA devices, GPU adapters, the best first, then
+    /// software ones, then the CPU path.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn enumerate() -> Vec<AdapterSummary> {
         block_on(Self::enumerate_async())
@@ -509,10 +511,7 @@ impl Device {
             #[cfg(feature = "wgpu")]
             Kind::Gpu(context) => Ok(Box::new(crate::race::gpu::GpuWindow::new(context.clone(), spec)?)),
             #[cfg(feature = "cuda")]
-            Kind::Cuda(_) => {
-                let why = "a window beside RACE on CUDA; open the same GPU through Vulkan, or the CPU";
-                Err(Error::Unsupported { op: "new", why: why.into() })
-            }
+            Kind::Cuda(context) => Ok(Box::new(crate::race::cuda::CudaWindow::new(context.clone(), spec)?)),
         }
     }
 }

@@ -68,6 +68,32 @@ fn auto_takes_real_gpus_only_and_says_why() {
     }
 }
 
+/// CUDA, then GPUs of the wgpu path, then software, then the CPU.
+#[test]
+fn devices_are_listed_in_the_order_of_choice() {
+    let all = Device::enumerate();
+    let rank = |adapter: &softhash::AdapterSummary| match (adapter.backend.as_str(), adapter.software) {
+        ("Cuda", _) => 0,
+        ("cpu", _) => 3,
+        (_, false) => 1,
+        (_, true) => 2,
+    };
+    assert!(all.is_sorted_by_key(rank), "{all:?}");
+    let path = match rank(&all[0]) {
+        0 => "path: cuda (the best GPU found)",
+        1 => "path: gpu (the best GPU found)",
+        _ => "path: cpu (",
+    };
+    let report = auto_under(&[]);
+    assert!(report.contains(path), "{report}");
+    // A name goes before the order.
+    for adapter in all.iter().filter(|adapter| adapter.backend == "Cuda") {
+        let report = auto_under(&[("SOFTHASH_DEVICE", &adapter.name)]);
+        assert!(report.contains(&format!("adapter: {}", adapter.name)), "{report}");
+        assert!(auto_under(&[("SOFTHASH_DEVICE", "cpu")]).contains("path: cpu"));
+    }
+}
+
 #[cfg(feature = "wgpu")]
 mod gpu {
     use super::auto_under;

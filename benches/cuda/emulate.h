@@ -18,6 +18,8 @@
 #define __shared__ static
 #define __align__(n) alignas(n)
 struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
+struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
 struct Index { unsigned x, y, z; };
 static Index threadIdx, blockIdx, blockDim, gridDim;
@@ -163,6 +165,8 @@ static void copy_16(void *to, const void *from, unsigned bytes) {
     memcpy(to, from, bytes);
 }
 static void copies_done() {}
+static void copies_commit() {}
+template <int LEFT> static void copies_wait() {}
 template <class T> static T from_lane(T x, unsigned mask) {
     T out;
     collective({&out, &x, nullptr, nullptr}, [mask](Lane *l) {

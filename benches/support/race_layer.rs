@@ -5,8 +5,9 @@ use super::counter::{Counter, Part};
 use super::counter_gpu::Generator;
 use super::race_record::{Record, Run};
 use super::race_truth::{self, At, Truth};
+use super::race_window::Window;
 use softhash::{
-    CacheShape, DType, Device, Race, RaceConfig, RaceOptions, RaceShape, Segment, SegmentSource, SocketCache,
+    CacheShape, DType, Device, Gate, Race, RaceConfig, RaceOptions, RaceShape, Segment, SegmentSource, SocketCache,
     SocketConfig, StreamFailure, StreamOptions, Tensor, TensorView, Wanted,
 };
 use std::ops::Range;
@@ -108,18 +109,24 @@ pub struct Layer<'a> {
     tensors: &'a Tensors,
     name: String,
     planes: usize,
+    window: Option<Window>,
 }
 
 const HEAD: usize = 0;
 
 impl<'a> Layer<'a> {
-    pub fn new(device: &Device, tensors: &'a Tensors, (planes, tables): (usize, usize)) -> Self {
+    /// `window` tokens of exact attention beside it, 0 for none.
+    pub fn new(device: &Device, tensors: &'a Tensors, (planes, tables): (usize, usize), window: usize) -> Self {
         let Size { heads, channels, dtype, .. } = tensors.size;
         let shape =
             RaceShape { num_q_heads: heads, num_kv_heads: heads, head_dim: channels, value_dim: channels, dtype };
-        let race = Race::new(device, RaceConfig { planes, tables, ..RaceConfig::default() }, shape).unwrap();
+        let config = RaceConfig { planes, tables, window, gate: Gate::Shared(0.5), ..RaceConfig::default() };
+        let race = Race::new(device, config, shape).unwrap();
         race.warm_up(dtype).unwrap();
-        Self { race, tensors, name: format!("RACE P{planes} L{tables}"), planes }
+        let of_window = if window > 0 { format!(" W{window}") } else { String::new() };
+        let name = format!("RACE P{planes} L{tables}{of_window}");
+        let window = (window > 0).then_some(Window { tokens: window as u64, gate: 0.5 });
+        Self { race, tensors, name, planes, window }
     }
 
     fn run_forward(&mut self, mut sink: impl FnMut(Range<u64>, &Tensor)) {
@@ -160,7 +167,10 @@ impl<'a> Layer<'a> {
             planes_per_table: self.planes,
             beta: 1.0,
         };
-        let truths = truth.at(tokens, &wanted, backward, |_| ());
+        let mut truths = truth.at(tokens, &wanted, backward, |_| ());
+        if let Some(window) = &self.window {
+            truths.iter_mut().for_each(|at| window.mix(&self.tensors.counter, HEAD, tokens, backward, at));
+        }
         let mut found: Vec<At> = wanted.iter().map(|&token| At { token, ..At::default() }).collect();
         self.run_forward(|range, o| race_truth::note(&mut found, HEAD, &range, o, |at| &mut at.o).unwrap());
         if backward {
@@ -200,6 +210,10 @@ impl<'a> Layer<'a> {
         let mut state = self.race.new_state(1).unwrap();
         let record = Record::new(&self.name, "step", &size, 2 * state.bytes() + 4 * size.bytes(size.dtype));
         let [q, k, v, _] = self.tensors.views();
+        // A window is timed full.
+        for _ in 0..self.window.map_or(0, |window| window.tokens) {
+            self.race.append(&mut state, &q, &k, &v).unwrap();
+        }
         clock.measure(run, record, || {
             self.race.append(&mut state, &q, &k, &v).unwrap();
         })

@@ -9,8 +9,6 @@ use std::sync::Arc;
 
 /// Prefix of the names of CUDA devices.
 const CUDA: &str = "cuda";
-/// Whether both executors are there: then [`Device::auto`] takes CUDA before Vulkan.
-const IS_COMPLETE: bool = false;
 
 /// CUDA.
 impl Device {
@@ -53,7 +51,8 @@ impl Device {
     /// Call the same steps once before, so that kernels are compiled and scratch memory is as large as needed; inputs
     /// must be CUDA memory, which every replay reads anew, and results are written to the same memory every time. The
     /// graph keeps memory of this crate's; what the caller lent must stay. Views of `CudaSlice`s are made before; and
-    /// while it lasts, no other thread uses the device, whose work would become part of the graph.
+    /// while it lasts, no other thread uses the device, whose work would become part of the graph. What the host counts, as
+    /// [`crate::RaceState::tokens`], it counts at the capture and not at replays.
     ///
     /// # Errors
     /// [`Error::WrongDevice`] on other paths; what `steps` returns; [`Error::Unsupported`] for steps that wait or read
@@ -108,12 +107,8 @@ impl Device {
         }
     }
 
-    /// The first CUDA device that can be used, where [`Device::auto`] may take it; the reasons against the others are
-    /// added to `passed_over`.
+    /// The first CUDA device that can be used; the reasons against those before it are added to `passed_over`.
     pub(super) fn best_cuda(options: &DeviceOptions, passed_over: &mut Vec<String>) -> Option<Self> {
-        if !IS_COMPLETE {
-            return None;
-        }
         for device in cuda::devices() {
             match Self::open_cuda(device.ordinal, "the best GPU found", options) {
                 Ok(device) => return Some(device),
@@ -123,11 +118,10 @@ impl Device {
         None
     }
 
-    /// Adds the CUDA devices where [`Device::auto`] would look for them; the CPU path stays the last.
+    /// Adds the CUDA devices where [`Device::auto`] looks for them: before all others.
     pub(super) fn list_cuda(all: &mut Vec<AdapterSummary>) {
         let driver = cuda::driver().map_or(String::new(), |version| format!("CUDA {version}"));
-        let at = if IS_COMPLETE { 0 } else { all.len().saturating_sub(1) };
-        all.splice(at..at, cuda::devices().iter().map(|device| AdapterSummary::cuda(name_of(device), &driver)));
+        all.splice(0..0, cuda::devices().iter().map(|device| AdapterSummary::cuda(name_of(device), &driver)));
     }
 }
 

@@ -156,7 +156,7 @@ impl Race {
     pub fn set_gate(&mut self, gate: Gate) -> Result<()> {
         check_gate(&gate, &self.shape)?;
         if let Some(window) = &mut self.window {
-            window.set_gate(&gate);
+            window.set_gate(&gate)?;
         }
         self.config.gate = gate;
         Ok(())
@@ -226,18 +226,22 @@ impl Race {
         self.window.as_ref().zip(ring).map(|(window, ring)| window.export(op, ring)).transpose()
     }
 
-    fn import_ring(&self, op: &'static str, parts: &StateParts, batch: usize, grad: bool) -> Result<Option<Ring>> {
+    fn import_ring(&self, op: &'static str, parts: &StateParts, tokens: &[u64], grad: bool) -> Result<Option<Ring>> {
         let data = RingData { k: parts.window_k.clone(), v: parts.window_v.clone() };
-        self.window.as_ref().map(|window| window.import(op, &data, batch, grad)).transpose()
+        self.window.as_ref().map(|window| window.import(op, &data, tokens, grad)).transpose()
     }
 
     /// A and B, and the window's keys and values, on the host.
     ///
     /// # Errors
-    /// As [`Race::fork`]; [`Error::DeviceLost`].
+    /// As [`Race::fork`]; [`Error::DeviceLost`]; [`Error::Unsupported`] for a state with a window that replays of a CUDA
+    /// graph moved on, whose tokens are not counted.
     pub fn read_state(&self, state: &RaceState) -> Result<StateParts> {
         let op = "read_state";
         self.check_state(op, state, state.batch())?;
+        if let Some((window, ring)) = self.window.as_ref().zip(state.ring.as_ref()) {
+            window.check_count(op, ring, &state.tokens)?;
+        }
         let ring = self.export_ring(op, state.ring.as_ref())?;
         Ok(StateParts::new(self.executor.export(op, &state.storage)?, ring))
     }
@@ -252,7 +256,7 @@ impl Race {
         let op = "write_state";
         parts.check(op, &self.state_shape(), tokens.len(), true)?;
         let storage = self.executor.import(op, &StateData { a: parts.a.clone(), b: parts.b.clone() })?;
-        let ring = self.import_ring(op, parts, tokens.len(), false)?;
+        let ring = self.import_ring(op, parts, tokens, false)?;
         Ok(RaceState { storage, ring, shape: self.state_shape(), tokens: tokens.to_vec() })
     }
 
@@ -275,7 +279,7 @@ impl Race {
         let op = "write_state_gradient";
         parts.check(op, &self.state_shape(), batch, false)?;
         let storage = self.executor.import(op, &StateData { a: parts.a.clone(), b: parts.b.clone() })?;
-        let ring = self.import_ring(op, parts, batch, true)?;
+        let ring = self.import_ring(op, parts, &vec![0; batch], true)?;
         Ok(StateGradient { storage, ring, shape: self.state_shape(), batch })
     }
 

@@ -157,7 +157,9 @@ access!(StateStorage, "state", Cuda, CudaState, cuda, cuda_mut, "a CUDA device")
 #[cfg(feature = "cuda")]
 access!(ParameterSums, "parameter sums", Cuda, CudaParameterSums, cuda, cuda_mut, "a CUDA device");
 
-fn elsewhere(op: &'static str, tensor: &'static str, got: &'static str, expected: &'static str) -> Error {
+pub(crate) use {access, place};
+
+pub(crate) fn elsewhere(op: &'static str, tensor: &'static str, got: &'static str, expected: &'static str) -> Error {
     Error::WrongDevice { op, tensor, got, expected }
 }
 

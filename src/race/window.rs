@@ -11,7 +11,7 @@
 //!
 //! | forward | |
 //! |---|---|
-//! | RACE | o_race in f32 |
+//! | RACE | o_race, in f32 (on the tensor cores of CUDA in o's dtype) |
 //! | window | o_window, mixed with o_race into o; then the ring takes in the last keys and values |
 //!
 //! | backward | |
@@ -22,10 +22,10 @@
 //! | window | its backward, given g·grad_o, from lse; adds to dq, dk and dv |
 //!
 //! Both outputs are computed again rather than kept by the caller, as all of RACE's backward is. Beyond inputs and
-//! results, a forward call holds o_race, 4·Dv bytes per token and query head. A backward call holds as much for
-//! (1 − g)·grad_o (on the CPU twice that while it replaces o_race), and beside it 8 bytes on the CPU, lse and
-//! g·grad_o·o_window, or 4·(Dv + 2) on a GPU, where the window's kernels read g·grad_o with them. The ring takes
-//! W·(D + Dv) elements per sequence and kv head.
+//! results, a forward call holds o_race, 4·Dv bytes per token and query head (or o's own size where o_race has its
+//! dtype). A backward call holds as much for (1 − g)·grad_o (on the CPU twice that while it replaces o_race), and beside
+//! it lse and g·grad_o·o_window, 8 bytes, or 4·(Dv + 2) on the wgpu path, where the window's kernels read g·grad_o with
+//! them. The ring takes W·(D + Dv) elements per sequence and kv head.
 //!
 //! dg needs both outputs of every query head. RACE's share of it, Σ grad_o·o_race, is the same number as Σ v·dv where
 //! o is linear in v, but only for the query heads of a kv head together: so o_race is computed again.
@@ -35,7 +35,9 @@ use crate::error::{Error, Result};
 use crate::race::attention::Race;
 use crate::race::config::{Gate, RaceConfig, RaceShape};
 use crate::race::cpu::CpuRing;
-use crate::race::executor::{Call, InputGradients, Inputs, ParameterSums, Pass};
+#[cfg(feature = "cuda")]
+use crate::race::cuda::CudaRing;
+use crate::race::executor::{Call, InputGradients, Inputs, ParameterSums, Pass, access, elsewhere, place};
 #[cfg(feature = "wgpu")]
 use crate::race::gpu::GpuRing;
 use crate::race::state::{RaceState, StateGradient};
@@ -87,6 +89,8 @@ pub(crate) enum Ring {
     Cpu(CpuRing),
     #[cfg(feature = "wgpu")]
     Gpu(GpuRing),
+    #[cfg(feature = "cuda")]
+    Cuda(CudaRing),
 }
 
 /// A ring in its backend-free form, see [`crate::StateParts`].
@@ -96,59 +100,28 @@ pub(crate) struct RingData {
     pub v: Vec<f32>,
 }
 
+place!(Ring);
+access!(Ring, "state", Cpu, CpuRing, cpu, cpu_mut, "the CPU");
 #[cfg(feature = "wgpu")]
-fn elsewhere(op: &'static str, is_cpu: bool) -> Error {
-    let (got, expected) = if is_cpu { ("the CPU", "a GPU") } else { ("a GPU", "the CPU") };
-    Error::WrongDevice { op, tensor: "state", got, expected }
-}
+access!(Ring, "state", Gpu, GpuRing, gpu, gpu_mut, "a GPU");
+#[cfg(feature = "cuda")]
+access!(Ring, "state", Cuda, CudaRing, cuda, cuda_mut, "a CUDA device");
 
-// Without the GPU path nothing can be elsewhere, and `op` has nothing to name.
-#[cfg_attr(not(feature = "wgpu"), allow(unused_variables, clippy::unnecessary_wraps))]
 impl Ring {
     pub fn bytes(&self) -> u64 {
         match self {
             Self::Cpu(ring) => ring.bytes(),
             #[cfg(feature = "wgpu")]
             Self::Gpu(ring) => ring.bytes(),
-        }
-    }
-
-    pub fn cpu(&self, op: &'static str) -> Result<&CpuRing> {
-        match self {
-            Self::Cpu(ring) => Ok(ring),
-            #[cfg(feature = "wgpu")]
-            Self::Gpu(_) => Err(elsewhere(op, false)),
-        }
-    }
-
-    pub fn cpu_mut(&mut self, op: &'static str) -> Result<&mut CpuRing> {
-        match self {
-            Self::Cpu(ring) => Ok(ring),
-            #[cfg(feature = "wgpu")]
-            Self::Gpu(_) => Err(elsewhere(op, false)),
-        }
-    }
-
-    #[cfg(feature = "wgpu")]
-    pub fn gpu(&self, op: &'static str) -> Result<&GpuRing> {
-        match self {
-            Self::Cpu(_) => Err(elsewhere(op, true)),
-            Self::Gpu(ring) => Ok(ring),
-        }
-    }
-
-    #[cfg(feature = "wgpu")]
-    pub fn gpu_mut(&mut self, op: &'static str) -> Result<&mut GpuRing> {
-        match self {
-            Self::Cpu(_) => Err(elsewhere(op, true)),
-            Self::Gpu(ring) => Ok(ring),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(ring) => ring.bytes(),
         }
     }
 }
 
 /// A forward pass of the window that has everything that it needs.
 pub(crate) trait Prepared {
-    /// Where RACE may put its o, in f32.
+    /// Where RACE may put its o.
     fn race_o(&self) -> Option<Tensor> {
         None
     }
@@ -159,7 +132,7 @@ pub(crate) trait Prepared {
 
 /// Between the two halves of a backward pass.
 pub(crate) struct Halved {
-    /// (1 − g)·grad_o, f32.
+    /// (1 − g)·grad_o.
     pub race: Tensor,
     /// What the window's half goes on from.
     pub kept: Kept,
@@ -174,23 +147,36 @@ pub(crate) enum Kept {
     /// g·grad_o, lse and g·grad_o·o_window, `[batch, token, num_q_heads, value_dim + 2]`.
     #[cfg(feature = "wgpu")]
     Gpu(wgpu::Buffer),
+    /// As on the CPU.
+    #[cfg(feature = "cuda")]
+    Cuda(crate::engine::cuda::Buffer),
 }
 
-#[cfg_attr(not(feature = "wgpu"), allow(unused_variables, clippy::unnecessary_wraps))]
+place!(Kept);
+
+// Without a GPU path nothing can be elsewhere.
+#[allow(unreachable_patterns, unused_variables, reason = "where there is one path only")]
 impl Kept {
     pub fn cpu(self, op: &'static str) -> Result<Vec<[f32; 2]>> {
         match self {
             Self::Cpu(rows) => Ok(rows),
-            #[cfg(feature = "wgpu")]
-            Self::Gpu(_) => Err(elsewhere(op, false)),
+            other => Err(elsewhere(op, "state", other.place(), "the CPU")),
         }
     }
 
     #[cfg(feature = "wgpu")]
     pub fn gpu(self, op: &'static str) -> Result<wgpu::Buffer> {
         match self {
-            Self::Cpu(_) => Err(elsewhere(op, true)),
             Self::Gpu(buffer) => Ok(buffer),
+            other => Err(elsewhere(op, "state", other.place(), "a GPU")),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub fn cuda(self, op: &'static str) -> Result<crate::engine::cuda::Buffer> {
+        match self {
+            Self::Cuda(buffer) => Ok(buffer),
+            other => Err(elsewhere(op, "state", other.place(), "a CUDA device")),
         }
     }
 }
@@ -198,11 +184,15 @@ impl Kept {
 /// A backend of the window. [`crate::Race`] checks and composes; a failed call leaves rings as they were.
 pub(crate) trait WindowExecutor: Send {
     /// Takes new gates.
-    fn set_gate(&mut self, gate: &Gate);
+    fn set_gate(&mut self, gate: &Gate) -> Result<()>;
     /// A ring of zeros; of a gradient, f32.
     fn new_ring(&self, op: &'static str, batch: usize, gradient: bool) -> Result<Ring>;
     /// A copy of its own.
     fn fork(&self, op: &'static str, ring: &Ring) -> Result<Ring>;
+    /// Element type in which it takes RACE's o, and gives RACE's half of the gradient of o.
+    fn race_dtype(&self, _call: &Call, _inputs: &Inputs<'_>) -> DType {
+        DType::F32
+    }
     /// Takes all that can fail of a forward pass ([`Pass::Causal`], or [`Pass::Absorb`]: the ring alone moves on).
     fn prepare<'a>(
         &'a mut self,
@@ -210,7 +200,7 @@ pub(crate) trait WindowExecutor: Send {
         inputs: &Inputs<'a>,
         ring: &Ring,
     ) -> Result<Box<dyn Prepared + 'a>>;
-    /// Computes the window's output again, and parts the gradient of o; `race` is RACE's o in f32.
+    /// Computes the window's output again, and parts the gradient of o; `race` is RACE's o.
     fn halve(&mut self, call: WindowCall<'_>, inputs: &Inputs<'_>, ring: &Ring, race: Tensor) -> Result<Halved>;
     /// Adds the window's half to `gradients`; `gradient` becomes that of the ring before the tokens.
     fn backward(
@@ -222,10 +212,14 @@ pub(crate) trait WindowExecutor: Send {
         gradient: &mut Ring,
         gradients: InputGradients,
     ) -> Result<InputGradients>;
+    /// Refuses a ring that has taken in other tokens than `tokens` of each sequence, as after replays of a graph.
+    fn check_count(&self, _op: &'static str, _ring: &Ring, _tokens: &[u64]) -> Result<()> {
+        Ok(())
+    }
     /// A ring in its backend-free form; waits for the device.
     fn export(&self, op: &'static str, ring: &Ring) -> Result<RingData>;
-    /// The reverse.
-    fn import(&self, op: &'static str, data: &RingData, batch: usize, gradient: bool) -> Result<Ring>;
+    /// The reverse; `tokens` is what each sequence has taken in.
+    fn import(&self, op: &'static str, data: &RingData, tokens: &[u64], gradient: bool) -> Result<Ring>;
     /// Compiles whatever forward passes need, once it is run.
     fn warm_up(&self, _output: DType) -> WarmUp {
         WarmUp::default()
@@ -255,8 +249,9 @@ impl Race {
             return Err(Error::Unsupported { op, why });
         }
         let ring = state.ring.as_mut().ok_or_else(|| missing(op))?;
+        let race_dtype = window.race_dtype(call, inputs);
         let prepared = window.prepare(WindowCall { call, seen: &state.tokens }, inputs, ring)?;
-        let of_race = Call { output: DType::F32, into: prepared.race_o(), ..call.clone() };
+        let of_race = Call { output: race_dtype, into: prepared.race_o(), ..call.clone() };
         let o = self.executor.forward(rec.part(), &of_race, inputs, &mut state.storage)?;
         prepared.run(rec, ring, o)
     }
@@ -278,7 +273,7 @@ impl Race {
         };
         let (ring, grad_ring) = state.ring.as_ref().zip(gradient.ring.as_mut()).ok_or_else(|| missing(op))?;
         let of_window = WindowCall { call, seen: &state.tokens };
-        let of_race = Call { output: DType::F32, ..call.clone() };
+        let of_race = Call { output: window.race_dtype(call, inputs), ..call.clone() };
         let mut moving = executor.fork(op, &state.storage)?;
         let o = executor.forward(Recording::Run, &of_race, inputs, &mut moving)?.ok_or_else(|| missing(op))?;
         drop(moving);

@@ -396,7 +396,7 @@ impl SocketCache {
         match mode {
             Mode::Sparse => Kind::Sparse,
             Mode::Dense => Kind::Dense,
-            Mode::Auto if prefers_sparse(&self.spec, self.device.is_cpu(), longest) => Kind::Sparse,
+            Mode::Auto if prefers_sparse(&self.spec, self.device.path_name(), longest) => Kind::Sparse,
             Mode::Auto => Kind::Dense,
         }
     }

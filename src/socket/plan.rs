@@ -7,18 +7,49 @@ use crate::socket::config::{Scoring, SelectionScope};
 use crate::socket::problem::CacheSpec;
 use crate::tensor::DType;
 
-/// Whether [`crate::Mode::Auto`] runs the sparse path at this length. The lengths come from the table in
-/// `benches/NOTES.md`: the shortest measured from which on sparse won at every longer one too.
-pub(crate) fn prefers_sparse(spec: &CacheSpec, cpu: bool, len: usize) -> bool {
-    let cheap_scan = spec.config.layout().bits() <= 128;
-    let crossover = match (cpu, cheap_scan) {
-        (true, true) => 4 << 10,
-        (true, false) => 16 << 10,
-        (false, true) if spec.config.scope == SelectionScope::PerGroup => 32 << 10,
-        (false, true) => 128 << 10,
-        (false, false) => 256 << 10,
+/// From which length on [`crate::Mode::Auto`] runs the sparse path, one row for each measurement.
+struct Crossover {
+    /// As [`crate::Device::path_name`] has it.
+    path: &'static str,
+    /// Sign bits of a key at most.
+    bits: usize,
+    /// Whether one selection serves a query group.
+    per_group: bool,
+    /// kv heads at least: with more of them dense attention takes longer, and the choice of the keys does not.
+    kv_heads: usize,
+    tokens: usize,
+}
+
+const fn row(path: &'static str, bits: usize, per_group: bool, kv_heads: usize, tokens: usize) -> Crossover {
+    Crossover { path, bits, per_group, kv_heads, tokens }
+}
+
+const ANY: usize = usize::MAX;
+
+/// The shortest length measured in `benches/NOTES.md` from which on sparse won at every longer one too. The first row
+/// that fits decides; one selection for a group is never slower than one per head, so rows of the latter serve both.
+const CROSSOVERS: [Crossover; 9] = [
+    row("cpu", 128, false, 1, 4 << 10),
+    row("cpu", ANY, false, 1, 16 << 10),
+    row("gpu", 128, true, 1, 32 << 10),
+    row("gpu", 128, false, 1, 128 << 10),
+    row("gpu", ANY, false, 1, 256 << 10),
+    // H200, 32/32 and 32/8 heads of 128 channels.
+    row("cuda", 128, false, 32, 16 << 10),
+    row("cuda", ANY, false, 32, 16 << 10),
+    row("cuda", 128, false, 1, 32 << 10),
+    row("cuda", ANY, false, 1, 128 << 10),
+];
+
+/// Whether [`crate::Mode::Auto`] runs the sparse path at this length.
+pub(crate) fn prefers_sparse(spec: &CacheSpec, path: &str, len: usize) -> bool {
+    let fits = |row: &&Crossover| {
+        row.path == path
+            && spec.config.layout().bits() <= row.bits
+            && (!row.per_group || spec.config.scope == SelectionScope::PerGroup)
+            && spec.shape.num_kv_heads >= row.kv_heads
     };
-    len >= crossover
+    CROSSOVERS.iter().find(fits).is_some_and(|row| len >= row.tokens)
 }
 
 /// Workgroup memory that the default variants stay within: what WebGPU promises everywhere.
@@ -252,20 +283,31 @@ mod tests {
 
     #[test]
     fn auto_goes_sparse_at_the_measured_lengths() {
-        let shape = CacheShape { num_q_heads: 8, num_kv_heads: 2, head_dim: 64, value_dim: 64, dtype: DType::F32 };
         let (head, group) = (SelectionScope::PerHead, SelectionScope::PerGroup);
         let cases = [
-            (16, head, true, 4096),
-            (17, head, true, 16384),
-            (16, group, false, 32768),
-            (16, head, false, 131072),
-            (17, head, false, 262144),
+            ("cpu", 16, head, 2, 4096),
+            ("cpu", 17, head, 2, 16384),
+            ("gpu", 16, group, 2, 32768),
+            ("gpu", 16, head, 2, 131072),
+            ("gpu", 17, head, 2, 262144),
+            ("cuda", 16, head, 32, 16384),
+            ("cuda", 17, head, 32, 16384),
+            ("cuda", 16, head, 31, 32768),
+            ("cuda", 17, group, 31, 131072),
         ];
-        for (tables, scope, cpu, crossover) in cases {
+        for (row, (path, tables, scope, num_kv_heads, crossover)) in CROSSOVERS.iter().zip(cases) {
+            let shape = CacheShape {
+                num_q_heads: 2 * num_kv_heads,
+                num_kv_heads,
+                head_dim: 64,
+                value_dim: 64,
+                dtype: DType::F32,
+            };
             let config = SocketConfig { tables, planes: 8, scope, ..SocketConfig::paper() };
             let spec = CacheSpec { config, shape, page_tokens: 64 };
-            assert!(prefers_sparse(&spec, cpu, crossover), "{tables} tables, {scope:?}, CPU: {cpu}");
-            assert!(!prefers_sparse(&spec, cpu, crossover - 1), "{tables} tables, {scope:?}, CPU: {cpu}");
+            assert_eq!((row.path, row.tokens), (path, crossover), "one case for each row");
+            assert!(prefers_sparse(&spec, path, crossover), "{path}, {tables} tables, {scope:?}");
+            assert!(!prefers_sparse(&spec, path, crossover - 1), "{path}, {tables} tables, {scope:?}");
         }
     }
 }

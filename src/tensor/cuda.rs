@@ -146,6 +146,14 @@ impl Tensor {
         Ok(Self::cuda(dtype, shape.to_vec(), buffer))
     }
 
+    /// The memory of the elements; `None` elsewhere than on CUDA.
+    pub(crate) fn cuda_buffer(&self) -> Option<&Buffer> {
+        match &self.resident {
+            Resident::Cuda(buffer) => Some(buffer),
+            _ => None,
+        }
+    }
+
     /// Address of the elements in CUDA memory; `None` elsewhere. Work that fills them may be under way on the device's
     /// stream.
     pub fn as_cuda(&self) -> Option<CUdeviceptr> {

@@ -3,6 +3,17 @@
 #[cfg(feature = "wgpu")]
 use softhash::Device;
 
+/// Whether that is a CUDA device, on which a test of wgpu's own buffers and encoders has nothing to do.
+#[cfg(feature = "wgpu")]
+#[allow(dead_code, reason = "most tests run on both")]
+pub fn is_cuda() -> bool {
+    let is_cuda = std::env::var("SOFTHASH_TEST_DEVICE").is_ok_and(|name| name.to_lowercase().starts_with("cuda"));
+    if is_cuda {
+        println!("left out: a test of wgpu, and SOFTHASH_TEST_DEVICE names a CUDA device");
+    }
+    is_cuda
+}
+
 /// The software adapter lavapipe, or the one that `SOFTHASH_TEST_DEVICE` names. A missing adapter fails the test.
 #[cfg(feature = "wgpu")]
 pub fn gpu() -> Device {

@@ -20,6 +20,9 @@ const Q: [usize; 4] = [2, 1, 4, 16];
 
 #[test]
 fn a_gpu_buffer_means_nothing_to_the_cpu() {
+    if crate::device::is_cuda() {
+        return;
+    }
     let on_gpu = buffer(&gpu(), &[0; 512], BufferUsages::STORAGE);
     let q = TensorView::buffer(&on_gpu, 0, DType::F32, Q);
     let mut cache = cache(&Device::cpu());
@@ -40,6 +43,9 @@ fn a_gpu_buffer_means_nothing_to_the_cpu() {
 
 #[test]
 fn buffers_that_do_not_fit() {
+    if crate::device::is_cuda() {
+        return;
+    }
     let device = gpu();
     let mut cache = cache(&device);
     let good = buffer(&device, &bytes(&wave(128)), BufferUsages::STORAGE);
@@ -67,6 +73,9 @@ fn buffers_that_do_not_fit() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_refused_allocation_changes_nothing() {
+    if crate::device::is_cuda() {
+        return;
+    }
     // The memory of a real GPU cannot be limited for a test; CI runs it on a software adapter.
     if !gpu().report().gpu.unwrap().software {
         return println!("left out on a real GPU");
@@ -82,6 +91,9 @@ fn short_of_memory_on_the_gpu() {
 
 #[test]
 fn what_the_gpu_path_cannot_do_it_says() {
+    if crate::device::is_cuda() {
+        return;
+    }
     let device = gpu();
     let odd = CacheShape { value_dim: 7, ..SHAPE };
     let mut cache = SocketCache::new(&device, config(), odd, 2).unwrap();
@@ -129,6 +141,9 @@ fn what_the_gpu_path_cannot_do_it_says() {
 /// A device that has no more than WebGPU promises: bindings of 128 MiB.
 #[test]
 fn capacity_beyond_the_devices_limits() {
+    if crate::device::is_cuda() {
+        return;
+    }
     let adapter = adapter();
     let (gpu, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor::default())).unwrap();
     let device = Device::from_wgpu(&adapter.get_info(), gpu, queue).unwrap();
@@ -163,6 +178,9 @@ fn capacity_beyond_the_devices_limits() {
 
 #[test]
 fn a_buffer_of_another_device_is_refused() {
+    if crate::device::is_cuda() {
+        return;
+    }
     // Of the same instance: wgpu itself cannot tell apart what belongs to different instances.
     let adapter = adapter();
     let mut cache = cache(&lent(&adapter).1);
@@ -173,6 +191,9 @@ fn a_buffer_of_another_device_is_refused() {
 
 #[test]
 fn nan_in_buffers_is_stored_as_zero_and_counted() {
+    if crate::device::is_cuda() {
+        return;
+    }
     let device = gpu();
     let (mut k, mut v) = (wave(2 * 90 * 2 * 16), wave(2 * 90 * 2 * 8));
     let bad = [(3, f32::NAN), (700, f32::INFINITY), (1500, f32::NEG_INFINITY)];
@@ -214,6 +235,9 @@ fn lent(adapter: &wgpu::Adapter) -> (wgpu::Device, Device) {
 
 #[test]
 fn a_lost_device_is_said_to_be_lost() {
+    if crate::device::is_cuda() {
+        return;
+    }
     let adapter = adapter();
     let (host, device) = lent(&adapter);
     let mut lost = cache(&device);

@@ -6,11 +6,15 @@
 #pragma once
 #include "machine.cuh"
 
+#ifndef THREADS
 #define THREADS 256
+#endif
 #define ROWS 64
+#ifdef TABLES
 constexpr int BUCKETS_UP = BUCKETS <= 16 ? 16 : BUCKETS <= 32 ? 32 : BUCKETS <= 64 ? 64 : 128;
 constexpr int BITS_UP = (BITS + 15) / 16 * 16;
 constexpr int PLANE_TERMS = TERMS < 2 ? 2 : TERMS;
+#endif
 
 template <int T> struct Left { u32 r[T][4]; };
 // Two neighbouring tiles of eight columns.
@@ -208,18 +212,18 @@ template <int WIDTH> __device__ __forceinline__ void fetch(u16 *to, const void *
 }
 
 // Once this thread's copies have arrived: NaN and infinities among them read as zero.
-template <int WIDTH> __device__ __forceinline__ void clean(u16 *tile) {
+template <int WIDTH, int COUNT = ROWS> __device__ __forceinline__ void clean(u16 *tile) {
     constexpr int pieces = WIDTH / 8;
     u32 largest = 0;
 #pragma unroll
-    for (int i = threadIdx.x; i < ROWS * pieces; i += THREADS) {
+    for (int i = threadIdx.x; i < COUNT * pieces; i += THREADS) {
         uint4 w = *(const uint4 *)(tile + i / pieces * (WIDTH + 8) + i % pieces * 8);
         largest = larger_sizes<IN_TYPE>(larger_sizes<IN_TYPE>(largest, w.x), w.y);
         largest = larger_sizes<IN_TYPE>(larger_sizes<IN_TYPE>(largest, w.z), w.w);
     }
     if (!not_finite<IN_TYPE>(largest)) return;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < ROWS * pieces; i += THREADS) {
+    for (int i = threadIdx.x; i < COUNT * pieces; i += THREADS) {
         u32 *w = (u32 *)(tile + i / pieces * (WIDTH + 8) + i % pieces * 8);
         for (int j = 0; j < 4; j++) w[j] = finite_pair<IN_TYPE>(w[j]);
     }

@@ -108,9 +108,10 @@ impl Prepared for CpuPrepared<'_> {
 }
 
 impl WindowExecutor for CpuWindow {
-    fn set_gate(&mut self, gate: &Gate) {
+    fn set_gate(&mut self, gate: &Gate) -> Result<()> {
         self.gates = gate.of_heads(self.spec.shape.num_q_heads);
         self.spec.gate = gate.clone();
+        Ok(())
     }
 
     fn new_ring(&self, op: &'static str, batch: usize, gradient: bool) -> Result<Ring> {
@@ -249,8 +250,8 @@ impl WindowExecutor for CpuWindow {
         Ok(ring.cpu(op)?.export())
     }
 
-    fn import(&self, op: &'static str, data: &RingData, batch: usize, gradient: bool) -> Result<Ring> {
-        Ok(Ring::Cpu(CpuRing::import(op, &self.spec, data, batch, gradient)?))
+    fn import(&self, op: &'static str, data: &RingData, tokens: &[u64], gradient: bool) -> Result<Ring> {
+        Ok(Ring::Cpu(CpuRing::import(op, &self.spec, data, tokens.len(), gradient)?))
     }
 }
 

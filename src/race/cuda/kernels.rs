@@ -140,7 +140,7 @@ impl Kernel {
 }
 
 /// An element type in shaders/cuda/race/machine.cuh.
-fn code(dtype: DType) -> String {
+pub(super) fn code(dtype: DType) -> String {
     match dtype {
         DType::F16 => "1",
         DType::Bf16 => "2",

@@ -6,6 +6,7 @@
 //! | `any` | passes for every other |
 //! | `step` | one token of each sequence |
 //! | `state` | states and sums, in doubles |
+//! | `window`, `window_kernels` | the exact window beside it |
 //! | `kernels`, `params`, `shared` | the kernels, and what they are given |
 
 mod any;
@@ -15,6 +16,8 @@ mod shared;
 mod state;
 mod step;
 mod walk;
+mod window;
+mod window_kernels;
 
 #[cfg(test)]
 mod tests;
@@ -22,6 +25,7 @@ mod tests;
 pub(crate) use state::{CudaParameterSums, CudaState};
 #[cfg(test)]
 pub(crate) use tests::test_keys;
+pub(crate) use window::{CudaRing, CudaWindow};
 
 use crate::engine::cuda::{Buffer, Context, KernelKey, Scratch};
 use crate::engine::{Recording, WarmUp};

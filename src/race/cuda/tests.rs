@@ -5,6 +5,7 @@
 use super::kernels::{Kernel, Key};
 use super::params::{Finish, PieceParams, Scan, Shares, Step, Walk};
 use super::shared;
+use super::window_kernels::{Way, WindowGeometry, WindowKernel, WindowKey};
 use crate::engine::cuda::KernelKey;
 use crate::race::plan::Geometry;
 use crate::tensor::DType;
@@ -77,7 +78,21 @@ pub(crate) fn test_keys() -> Vec<Box<dyn KernelKey>> {
     }
     keys.extend(walking(geometry((8, 2), (64, 64), (1, 5, 3), half, true), 2, half));
     keys.extend(walking(geometry((2, 2), (64, 64), (1, 4, 4), bf16, true), 3, full));
-    keys.into_iter().map(|key| Box::new(key) as Box<dyn KernelKey>).collect()
+    let mut keys: Vec<_> = keys.into_iter().map(|key| Box::new(key) as Box<dyn KernelKey>).collect();
+    for (num_q_heads, num_kv_heads, head_dim, value_dim, dtype) in [
+        (32, 8, 128, 128, bf16),
+        (4, 4, 64, 64, half),
+        (4, 2, 128, 128, full),
+        (3, 1, 5, 7, full),
+        (2, 1, 512, 512, half),
+    ] {
+        let geometry = WindowGeometry { num_q_heads, num_kv_heads, head_dim, value_dim, dtype };
+        let terms = if dtype == full { 3 } else { 2 };
+        let ways = [Some(Way::Any), geometry.has_tiles(MOST).then_some(Way::Tiles { terms })];
+        let kernels = ways.into_iter().flatten().flat_map(|way| WindowKernel::every(way, dtype, dtype));
+        keys.extend(kernels.map(|kernel| Box::new(WindowKey { kernel, geometry }) as Box<dyn KernelKey>));
+    }
+    keys
 }
 
 /// Bytes of the fields of a struct of a kernel's text, as the compiler lays them out.

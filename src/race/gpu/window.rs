@@ -252,9 +252,10 @@ impl Prepared for GpuPrepared {
 }
 
 impl WindowExecutor for GpuWindow {
-    fn set_gate(&mut self, gate: &Gate) {
+    fn set_gate(&mut self, gate: &Gate) -> Result<()> {
         self.gates = gate.of_heads(self.spec.shape.num_q_heads);
         self.spec.gate = gate.clone();
+        Ok(())
     }
 
     fn new_ring(&self, op: &'static str, batch: usize, gradient: bool) -> Result<Ring> {
@@ -517,8 +518,8 @@ impl WindowExecutor for GpuWindow {
         Ok(data)
     }
 
-    fn import(&self, op: &'static str, data: &RingData, batch: usize, gradient: bool) -> Result<Ring> {
-        let g = &self.geometry;
+    fn import(&self, op: &'static str, data: &RingData, tokens: &[u64], gradient: bool) -> Result<Ring> {
+        let (g, batch) = (&self.geometry, tokens.len());
         let dtype = if gradient { DType::F32 } else { g.dtype };
         let mut values = Vec::with_capacity(batch * self.spec.tokens * g.num_kv_heads * g.ring_row());
         for (k, v) in data.k.chunks_exact(g.head_dim).zip(data.v.chunks_exact(g.value_dim)) {

@@ -45,13 +45,13 @@ fn pieces_add_up_to_the_whole_window() {
         let mut run = |pairs: usize| -> Vec<Vec<f32>> {
             executor.budget.pairs = pairs;
             let at = WindowCall { call: &call, seen: &seen };
-            let before = executor.import("test", &of_ring(0.9), batch, false).unwrap();
+            let before = executor.import("test", &of_ring(0.9), &seen, false).unwrap();
             let mut ring = executor.fork("test", &before).unwrap();
             let prepared = executor.prepare(at, &inputs, &ring).unwrap();
             let o = prepared.run(Recording::Run, &mut ring, None).unwrap().unwrap();
             let race = on_gpu(&ctx, &wave(g.len(), 0.29), &of(6, 10));
             let Halved { race, kept, d_gate } = executor.halve(at, &inputs, &before, race).unwrap();
-            let mut grad_ring = executor.import("test", &of_ring(1.3), batch, true).unwrap();
+            let mut grad_ring = executor.import("test", &of_ring(1.3), &seen, true).unwrap();
             let gradients = InputGradients {
                 dq: Some(on_gpu(&ctx, &wave(q.len(), 0.2), &of(6, 8))),
                 dk: Some(on_gpu(&ctx, &wave(k.len(), 0.3), &of(3, 8))),
