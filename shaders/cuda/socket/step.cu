@@ -1,0 +1,503 @@
+// A whole decode step in one kernel, from the query to the output: one cluster of blocks per (kv head, row), one span of
+// tokens per block. Levels never leave shared memory; the blocks tell each other counts, candidates and partial results.
+//
+// Query hash, score, histogram of the row's levels, candidates near the threshold scored again exactly, the best of them,
+// attention over the chosen keys, merge: what the kernels of their own do, in the same arithmetic.
+#define WARPS 8
+#define THREADS (WARPS * 32)
+#include "cluster.cuh"
+#include "query.cuh"
+#include "score_keys.cuh"
+#include "tiles.cuh"
+
+// Query blocks of a block.
+#define QUERY_EACH ((QUERY_BLOCKS + CLUSTER - 1) / CLUSTER)
+// Candidates that a block lists for a row; where it has more, it scores them again whenever they are wanted.
+#define MINE 1024
+// Candidates of a row that are compared each with each; more are told apart by their digits first.
+#define RANKED 512
+#define DIGIT_BITS 11
+// Chosen keys that the list holds; a span may have more, one list after the other.
+#define CHOSEN 4096
+// Padding, so that the rows' levels start in different banks.
+#define LEVEL_STRIDE(span) ((span) + 32)
+
+extern __shared__ __align__(256) u8 memory[];
+
+// Shared memory by use: what lasts, then first what selection needs, later the tiles of the attention.
+struct Layout {
+    u32* bits;
+    u32* chosen;
+    u64* pages;
+    u32* counts;
+    u8* lookup;
+    uint2* mine;
+    uint2* ranked;
+    u16* levels;
+    u8* tiles;
+
+    __device__ __forceinline__ Layout(u32 span) {
+        bits = (u32*)memory;
+        chosen = bits + SCORE_ROWS * (span / 32);
+        pages = (u64*)(chosen + CHOSEN);
+        tiles = memory + (SCORE_ROWS * (span / 8) + CHOSEN * 4 + (span / PAGE + 2) * 8 + 255) / 256 * 256;
+        counts = (u32*)tiles;
+        lookup = (u8*)(counts + SCORE_ROWS * BINS);
+        mine = (uint2*)(lookup + LOOKUP_BYTES);
+        ranked = mine + SCORE_ROWS * MINE;
+        levels = (u16*)(ranked + SCORE_ROWS * RANKED);
+    }
+};
+
+struct Put {
+    const Call& p;
+    const Row& row;
+    u16* levels;
+    u32* counts;
+    u32 stride, first, end;
+
+    __device__ __forceinline__ bool contested(u32 token) const {
+#if DISJOINT
+        return !in_base(p, row, token);
+#else
+        return true;
+#endif
+    }
+    __device__ __forceinline__ void operator()(u32 head, u32 token, u32 level) const {
+        levels[head * stride + token - first] = (u16)level;
+        if (contested(token)) atomicAdd(&counts[head * BINS + (level >> BIN_SHIFT)], 1u);
+    }
+    // Of four neighbouring tokens.
+    __device__ __forceinline__ void operator()(u32 head, u32 token, const u32 (&level)[4]) const {
+        if (token < end)
+            *(uint2*)&levels[head * stride + token - first] = uint2{level[0] | level[1] << 16, level[2] | level[3] << 16};
+#pragma unroll
+        for (u32 i = 0; i < 4; i++)
+            if (token + i < end && contested(token + i)) atomicAdd(&counts[head * BINS + (level[i] >> BIN_SHIFT)], 1u);
+    }
+};
+
+// Where the `wanted`-th largest of a row is, by counts of bins; what all blocks are told.
+struct Found {
+    u32 bin, above, in_bin, total;
+};
+
+// Adds up a row's counts over the cluster and finds the bin; by all threads of one block.
+__device__ void find_bin(const u32* counts, u32 wanted, Found& found) {
+    const u32 own = BINS / THREADS;
+    u32 top = BINS - own * (threadIdx.x + 1);
+    u32 sums[own] = {};
+#pragma unroll 4
+    for (u32 rank = 0; rank < CLUSTER; rank++)
+#pragma unroll
+        for (u32 i = 0; i < own; i += 4) {
+            uint4 part = remote_uint4(counts + top + i, rank);
+            sums[i] += part.x;
+            sums[i + 1] += part.y;
+            sums[i + 2] += part.z;
+            sums[i + 3] += part.w;
+        }
+    u32 sum = 0, total;
+#pragma unroll
+    for (u32 i = 0; i < own; i++) sum += sums[i];
+    u32 upto = block_scan<WARPS>(sum, total);
+    if (threadIdx.x == 0) found.total = total;
+    if (upto >= wanted && upto - sum < wanted) {
+        u32 above = upto - sum;
+        bool done = false;
+#pragma unroll
+        for (u32 i = own; i-- > 0;) {
+            if (done) continue;
+            if (above + sums[i] >= wanted) {
+                found.bin = top + i;
+                found.above = above;
+                found.in_bin = sums[i];
+                done = true;
+            }
+            above += sums[i];
+        }
+    }
+}
+
+// What is left to choose in a row. A candidate's rank is its order key, from the least of the row on, then its token: one
+// number of 64 bits, the larger the better, of which `rounds` digits are those of `prefix`.
+struct Choice {
+    u64 prefix;
+    u32 least, shift, rounds;
+    // Of `active` candidates with these digits, `wanted` are selected.
+    u32 active, wanted;
+    // Of this block's own.
+    u32 listed;
+
+    __device__ __forceinline__ u64 number(u32 key, u32 token) const { return ((u64)(key - least) << 32 | ~token) << shift; }
+    __device__ __forceinline__ u64 digits(u64 number) const { return rounds == 0 ? 0 : number >> (64 - DIGIT_BITS * rounds); }
+};
+
+// Error of stored sums in units of the largest gain, beside the relative one; by a whole warp.
+__device__ float absolute_error(const Call& p, const Row& row, u32 kv_head, u64 table_row, u32 lane) {
+#if FAST == 2
+    // Half a unit of the fixed point numbers, for each bit.
+    const float* u = p.tables + table_row * TABLE_ROW + AT_PROJECTIONS;
+    float largest = 0.0f;
+    for (u32 i = lane; i < BITS; i += 32) largest = fmaxf(largest, fabsf(u[i]));
+    for (u32 step = 16; step > 0; step >>= 1) largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, step));
+    return largest_gain(p, row.slot, kv_head) * largest * (0.51f * BITS / 16256.0f);
+#elif FAST == 1
+    // Halves below the smallest normal one.
+    return largest_gain(p, row.slot, kv_head) * (TABLES * 2.4e-7f);
+#else
+    return 0.0f;
+#endif
+}
+
+#ifdef STAMPS
+#define STAMP(i) \
+    if (threadIdx.x == 0) ((u32*)p.values)[(blockIdx.y * CLUSTER + blockIdx.x) * 16 + i] = (u32)clock64()
+#else
+#define STAMP(i)
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) step(ARGUMENTS) {
+    CALL;
+    __shared__ Found found[SCORE_ROWS];
+    // Of this block per row: candidates, keys above them, least and largest order key.
+    __shared__ uint4 told[SCORE_ROWS];
+    __shared__ u32 candidates_of[SCORE_ROWS][CLUSTER];
+    // Levels from which on keys are candidates, and from which on they are selected.
+    __shared__ u32 lows[SCORE_ROWS], highs[SCORE_ROWS];
+    __shared__ Choice choices[SCORE_ROWS];
+    u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    u32 rank = blockIdx.x, kv_head = blockIdx.y, block_row = blockIdx.z;
+    u32 row_index = p.first_row + block_row;
+    Row row = p.rows[row_index];
+    u64 table_row = (u64)(block_row * KV_HEADS + kv_head) * SCORING_HEADS;
+    u32 first = min_u32(rank * p.span, row.visible), end = min_u32(first + p.span, row.visible), count = end - first;
+    u32 in_page = first % PAGE;
+    Layout at(p.span);
+    u32 stride = LEVEL_STRIDE(p.span);
+    bool scored = row.heavy > 0 && row.heavy < row.visible;
+    STAMP(0);
+    float w[QUERY_EACH][WARP_CHANNELS];
+#pragma unroll
+    for (u32 i = 0; i < QUERY_EACH; i++)
+        if (rank + i * CLUSTER < QUERY_BLOCKS) load_planes(p, rank + i * CLUSTER, kv_head, w[i]);
+    wait_for_earlier();
+    let_later_start();
+    for (u32 i = threadIdx.x; i < (in_page + count + PAGE - 1) / PAGE; i += THREADS)
+        at.pages[i] = page_of(p, row.sequence, first + i * PAGE);
+    for (u32 i = threadIdx.x; i < SCORE_ROWS * (p.span / 32); i += THREADS) at.bits[i] = scored || row.heavy == 0 ? 0 : ~0u;
+    if (scored) {
+        for (u32 i = threadIdx.x; i < SCORE_ROWS * BINS; i += THREADS) at.counts[i] = 0;
+#pragma unroll
+        for (u32 i = 0; i < QUERY_EACH; i++)
+            if (rank + i * CLUSTER < QUERY_BLOCKS) hash_tables(p, rank + i * CLUSTER, kv_head, block_row, w[i]);
+        STAMP(1);
+        cluster_barrier();
+        STAMP(2);
+        // Scores.
+        auto page = [&](u32 token) { return at.pages[(token - first + in_page) / PAGE]; };
+        Put put = {p, row, at.levels, at.counts, stride, first, end};
+#if FAST == 2
+        __shared__ Scales scales[HEAD_BLOCKS * 4];
+        fill_lookup(p, table_row, at.lookup, scales);
+#elif FAST == 3
+        fill_lookup(p, table_row, at.lookup);
+#endif
+        for (u32 block = 0; block < (SCORING_HEADS + HEADS_TOGETHER - 1) / HEADS_TOGETHER; block++) {
+#if FAST == 1
+            __syncthreads();
+            fill_lookup(p, table_row, block, at.lookup);
+#endif
+            __syncthreads();
+#if FAST == 2
+            score_keys<4>(p, row, kv_head, table_row, block, first, end, at.lookup, scales, page, put);
+#else
+            score_keys<true>(p, row, kv_head, table_row, block, first, end, at.lookup, page, put);
+#endif
+        }
+        STAMP(3);
+        cluster_barrier();
+        STAMP(4);
+        // The bin of each row's threshold.
+        for (u32 h = 0; h < SCORE_ROWS; h++)
+            if (h % CLUSTER == rank) find_bin(at.counts + h * BINS, row.heavy, found[h]);
+        STAMP(5);
+        cluster_barrier();
+        // Levels of the candidates.
+        for (u32 h = warp; h < SCORE_ROWS; h += WARPS) {
+            uint4 of_row = remote_uint4(&found[h], h % CLUSTER);
+            Range range = range_of(p, row, kv_head, table_row + h, lane);
+            float absolute = absolute_error(p, row, kv_head, table_row + h, lane);
+            u32 lowest = of_row.x << BIN_SHIFT, highest = lowest + (1u << BIN_SHIFT) - 1;
+            u32 margin = max_u32(margin_of(lowest, range, absolute), margin_of(highest, range, absolute));
+            bool all = of_row.w <= row.heavy;
+            if (lane == 0) {
+                // From `highs` on keys are selected, from `lows` on they are candidates.
+                lows[h] = all ? 0 : lowest > margin ? lowest - margin : 0;
+                highs[h] = all ? 0 : highest + margin + 1;
+                told[h] = uint4{0, 0, ~0u, 0};
+            }
+        }
+        __syncthreads();
+        STAMP(6);
+#pragma unroll 1
+        for (u32 h = 0; h < SCORE_ROWS; h++) {
+            u32 low = lows[h], high = highs[h], above = 0;
+            for (u32 i = threadIdx.x * 8; i < count; i += THREADS * 8) {
+                uint4 eight = *(const uint4*)&at.levels[h * stride + i];
+                u32 words[4] = {eight.x, eight.y, eight.z, eight.w}, byte = 0;
+#pragma unroll
+                for (u32 j = 0; j < 8; j++) {
+                    u32 level = words[j / 2] >> (16 * (j % 2)) & 0xffffu;
+                    if (level < low || i + j >= count) continue;
+                    if (!put.contested(first + i + j)) continue;
+                    if (level >= high) {
+                        byte |= 1u << j;
+                        above++;
+                    } else {
+                        u32 place = atomicAdd(&told[h].x, 1u);
+                        if (place < MINE) at.mine[h * MINE + place].y = first + i + j;
+                    }
+                }
+                ((u8*)at.bits)[h * (p.span / 8) + i / 8] = (u8)byte;
+            }
+            above = __reduce_add_sync(FULL_WARP, above);
+            if (lane == 0 && above > 0) atomicAdd(&told[h].y, above);
+        }
+        __syncthreads();
+        STAMP(7);
+#pragma unroll 1
+        for (u32 h = 0; h < SCORE_ROWS; h++) {
+            u32 listed = min_u32(told[h].x, MINE);
+            const float* tables = p.tables + (table_row + h) * TABLE_ROW;
+            for (u32 base = warp * 4; base < listed; base += WARPS * 4) {
+                u32 place = base + lane / 8;
+                u32 token = at.mine[h * MINE + min_u32(place, listed - 1)].y;
+                u32 key = order_key(exact_score_shared(index_word(page(token), kv_head, 0, token), tables, lane));
+                if (place < listed && lane % 8 == 0) {
+                    at.mine[h * MINE + place].x = key;
+                    atomicMin(&told[h].z, key);
+                    atomicMax(&told[h].w, key);
+                }
+            }
+        }
+        STAMP(8);
+        cluster_barrier();
+        STAMP(9);
+        for (u32 h = warp; h < SCORE_ROWS; h += WARPS) {
+            uint4 of_block = uint4{0, 0, ~0u, 0};
+            if (lane < CLUSTER) {
+                of_block = remote_uint4(&told[h], lane);
+                candidates_of[h][lane] = of_block.x;
+            }
+            u32 total = __reduce_add_sync(FULL_WARP, of_block.x), above = __reduce_add_sync(FULL_WARP, of_block.y);
+            u32 least = __reduce_min_sync(FULL_WARP, of_block.z), most = __reduce_max_sync(FULL_WARP, of_block.w);
+            u32 listed = told[h].x;
+            if (lane == 0)
+                choices[h] = Choice{0, least, (u32)__clz((int)(most - least)), 0, total, row.heavy - above, listed};
+        }
+        __syncthreads();
+        auto is_refined = [&](u32 h) { return choices[h].rounds > 0; };
+        auto each_candidate = [&](u32 h, auto use) {
+            u32 listed = choices[h].listed;
+            if (listed <= MINE) {
+                for (u32 i = threadIdx.x; i < listed; i += THREADS) use(at.mine[h * MINE + i].x, at.mine[h * MINE + i].y);
+                return;
+            }
+            for (u32 i = threadIdx.x; i < count; i += THREADS) {
+                u32 level = at.levels[h * stride + i];
+                if (level < lows[h] || level >= highs[h] || !put.contested(first + i)) continue;
+                const float* tables = p.tables + (table_row + h) * TABLE_ROW;
+                use(order_key(exact_score(p, tables, row.sequence, kv_head, first + i)), first + i);
+            }
+        };
+        auto select = [&](u32 h, u32 token) {
+            u32 place = token - first;
+            atomicOr(&at.bits[h * (p.span / 32) + place / 32], 1u << place % 32);
+        };
+        bool refined = false;
+        while (true) {
+            bool many = false;
+            for (u32 h = 0; h < SCORE_ROWS; h++) many = many || choices[h].active > RANKED;
+            if (!many) break;
+            refined = true;
+            for (u32 h = 0; h < SCORE_ROWS; h++)
+                for (u32 i = threadIdx.x; choices[h].active > RANKED && i < BINS; i += THREADS) at.counts[h * BINS + i] = 0;
+            __syncthreads();
+            for (u32 h = 0; h < SCORE_ROWS; h++) {
+                Choice choice = choices[h];
+                if (choice.active <= RANKED) continue;
+                each_candidate(h, [&](u32 key, u32 token) {
+                    u64 number = choice.number(key, token);
+                    u32 digit = (u32)(number >> (64 - DIGIT_BITS * (choice.rounds + 1))) & (BINS - 1);
+                    if (choice.digits(number) == choice.prefix) atomicAdd(&at.counts[h * BINS + digit], 1u);
+                });
+            }
+            cluster_barrier();
+            for (u32 h = 0; h < SCORE_ROWS; h++)
+                if (h % CLUSTER == rank && choices[h].active > RANKED) find_bin(at.counts + h * BINS, choices[h].wanted, found[h]);
+            cluster_barrier();
+            for (u32 h = warp; h < SCORE_ROWS; h += WARPS) {
+                uint4 of_row = remote_uint4(&found[h], h % CLUSTER);
+                __syncwarp();
+                if (lane == 0 && choices[h].active > RANKED) {
+                    choices[h].prefix = choices[h].prefix << DIGIT_BITS | of_row.x;
+                    choices[h].rounds++;
+                    choices[h].wanted -= of_row.y;
+                    choices[h].active = of_row.z;
+                }
+            }
+            __syncthreads();
+        }
+        if (refined) {
+            // The blocks' candidates that are left are listed where the counts were.
+            for (u32 h = threadIdx.x; h < SCORE_ROWS; h += THREADS)
+                if (is_refined(h)) told[h].x = 0;
+            __syncthreads();
+            for (u32 h = 0; h < SCORE_ROWS; h++) {
+                Choice choice = choices[h];
+                if (choice.rounds == 0) continue;
+                each_candidate(h, [&](u32 key, u32 token) {
+                    u64 digits = choice.digits(choice.number(key, token));
+                    if (digits > choice.prefix) select(h, token);
+                    if (digits == choice.prefix) ((uint2*)(at.counts + h * BINS))[atomicAdd(&told[h].x, 1u)] = uint2{key, token};
+                });
+            }
+            cluster_barrier();
+            for (u32 i = threadIdx.x; i < SCORE_ROWS * CLUSTER; i += THREADS)
+                if (is_refined(i / CLUSTER)) candidates_of[i / CLUSTER][i % CLUSTER] = remote_u32(&told[i / CLUSTER].x, i % CLUSTER);
+            __syncthreads();
+        }
+        // The lists of all blocks, one after the other.
+        auto list_of = [&](u32 h) { return is_refined(h) ? (uint2*)(at.counts + h * BINS) : at.mine + h * MINE; };
+        for (u32 i = warp; i < SCORE_ROWS * CLUSTER; i += WARPS) {
+            u32 h = i / CLUSTER, from = i % CLUSTER, length = candidates_of[h][from];
+            u32 before = __reduce_add_sync(FULL_WARP, lane < from ? candidates_of[h][lane] : 0);
+            for (u32 j = lane; j < length; j += 32) at.ranked[h * RANKED + before + j] = remote_uint2(list_of(h) + j, from);
+        }
+        __syncthreads();
+#pragma unroll 1
+        for (u32 h = 0; h < SCORE_ROWS; h++) {
+            u32 all = choices[h].active;
+            for (u32 i = warp; i < told[h].x; i += WARPS) {
+                uint2 own = list_of(h)[i];
+                u32 before = 0;
+                for (u32 j = lane; j < all; j += 32) {
+                    uint2 other = at.ranked[h * RANKED + j];
+                    before += other.x > own.x || (other.x == own.x && other.y < own.y) ? 1 : 0;
+                }
+                before = __reduce_add_sync(FULL_WARP, before);
+                if (lane == 0 && before < choices[h].wanted) select(h, own.y);
+            }
+        }
+        STAMP(10);
+        // Nobody reads the others' lists any more.
+        cluster_barrier();
+    } else {
+        __syncthreads();
+    }
+#ifdef DUMP
+    for (u32 i = threadIdx.x; i < SCORE_ROWS * (p.span / 32); i += THREADS) {
+        u32 h = i / (p.span / 32), j = i % (p.span / 32);
+        p.indices[((u64)kv_head * SCORE_ROWS + h) * (p.span / 32 * CLUSTER) + rank * (p.span / 32) + j] = (int)at.bits[i];
+    }
+#endif
+
+    Tiles work;
+    Work& keys = work.w;
+    keys.p = &p;
+    keys.sequence = row.sequence;
+    keys.kv_head = kv_head;
+    keys.first = first;
+    keys.chosen = at.chosen;
+    keys.page_bases = at.pages;
+    work.lane = lane;
+    work.warp = warp;
+    work.stages = shared_address(at.tiles) + warp * (STAGES * STAGE);
+    work.stage = 0;
+#if HEAD_DIM % 16 != 0 || VALUE_DIM % 16 != 0
+    for (u32 i = threadIdx.x; i < WARPS * STAGES * STAGE / 16; i += THREADS) ((uint4*)at.tiles)[i] = uint4{0, 0, 0, 0};
+#endif
+    work.load_query(row_index, 0, HEADS);
+    STAMP(11);
+    u32 scanned = 0;
+    do {
+        keys.count = 0;
+        __syncthreads();
+        while (scanned < count && keys.count + THREADS * 8 <= CHOSEN) {
+            u32 token = scanned + threadIdx.x * 8;
+            u32 bytes[SCORE_ROWS];
+#pragma unroll
+            for (u32 h = 0; h < SCORE_ROWS; h++) bytes[h] = token < count ? ((const u8*)at.bits)[h * (p.span / 8) + token / 8] : 0;
+            u32 masks[8], own = 0, total;
+#pragma unroll
+            for (u32 i = 0; i < 8; i++) {
+                u32 mask = 0;
+#pragma unroll
+                for (u32 h = 0; h < SCORE_ROWS; h++)
+                    if (bytes[h] >> i & 1u) mask |= SCORE_ROWS == 1 ? (1u << HEADS) - 1u : 1u << h;
+                if (in_base(p, row, first + token + i)) mask = (1u << HEADS) - 1u;
+                if (token + i >= count) mask = 0;
+                masks[i] = mask;
+                own += mask != 0 ? 1 : 0;
+            }
+            u32 place = keys.count + block_scan<WARPS>(own, total) - own;
+#pragma unroll
+            for (u32 i = 0; i < 8; i++)
+                if (masks[i] != 0) at.chosen[place++] = (in_page + token + i) | masks[i] << 16;
+            keys.count += total;
+            scanned += THREADS * 8;
+        }
+        __syncthreads();
+        STAMP(12);
+        u32 tiles = (keys.count + TILE - 1) / TILE;
+        work.start(tiles);
+        work.run(tiles);
+        __syncthreads();
+    } while (scanned < count);
+    STAMP(13);
+
+    // The warps' results, merged; then the blocks', each block some channels.
+    float* results = (float*)at.tiles;
+    float* merged = results + WARPS * RESULT;
+    work.store(results);
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < HEADS * VALUE_DIM; i += THREADS) {
+        u32 head = i / VALUE_DIM, channel = i % VALUE_DIM;
+        float top, total, value;
+        merge_warps(results, head, channel, top, total, value);
+        merged[head * PART_STRIDE + 4 + channel] = value;
+        if (channel == 0) {
+            merged[head * PART_STRIDE] = top;
+            merged[head * PART_STRIDE + 1] = total;
+        }
+    }
+    cluster_barrier();
+    STAMP(14);
+    const u32 share = (HEADS * VALUE_DIM + CLUSTER - 1) / CLUSTER;
+    for (u32 i = rank * share + threadIdx.x; i < min_u32((rank + 1) * share, HEADS * VALUE_DIM); i += THREADS) {
+        u32 head = i / VALUE_DIM, channel = i % VALUE_DIM;
+        float tops[CLUSTER], totals[CLUSTER], values[CLUSTER], top = MASKED, total = 0.0f, value = 0.0f;
+#pragma unroll
+        for (u32 r = 0; r < CLUSTER; r++) {
+            uint2 state = remote_uint2(&merged[head * PART_STRIDE], r);
+            tops[r] = bits_float(state.x);
+            totals[r] = bits_float(state.y);
+            values[r] = remote_float(&merged[head * PART_STRIDE + 4 + channel], r);
+        }
+#pragma unroll
+        for (u32 r = 0; r < CLUSTER; r++) top = fmaxf(top, tops[r]);
+#pragma unroll
+        for (u32 r = 0; r < CLUSTER; r++) {
+            float weight = totals[r] > 0.0f ? exp2_fast(tops[r] - top) : 0.0f;
+            total += totals[r] * weight;
+            value += values[r] * weight;
+        }
+        u64 index = (u64)row_index * Q_HEADS + kv_head * GROUP + head;
+        store_element<OUT_DTYPE>(p.o, index * VALUE_DIM + channel, total > 0.0f ? divide(value, total) : 0.0f);
+        if (channel == 0) store_lse(p, index, top, total);
+    }
+    STAMP(15);
+    // A block's shared memory is there until all have read it.
+    cluster_barrier();
+}
