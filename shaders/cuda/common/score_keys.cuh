@@ -1,5 +1,6 @@
 // Levels of the keys of a span for the query heads of a kv head, by a block of THREADS threads, for the scorings that
-// have a way of their own (FAST). What becomes of a level is the business of `put`; `page` gives the page of a token.
+// have a way of their own (FAST). What becomes of a level is the business of `put`; `index` gives where the index
+// of a token is.
 #pragma once
 #include "scoring.cuh"
 
@@ -36,8 +37,7 @@ struct Key {
     float gain;
 };
 
-__device__ __forceinline__ void load_key(Key& key, u64 page, u32 kv_head, u32 token) {
-    const u32* index = index_word(page, kv_head, 0, token);
+__device__ __forceinline__ void load_key(Key& key, const u32* index) {
 #pragma unroll
     for (u32 w = 0; w < WORDS; w++) key.words[w] = __ldg(&index[w * PAGE]);
     key.gain = GAIN ? bits_float(__ldg(&index[WORDS * PAGE])) : 1.0f;
@@ -57,21 +57,21 @@ __device__ __forceinline__ void fill_lookup(const Call& p, u64 table_row, u32 bl
 }
 
 // EARLY: the next key's words are on their way while one is scored.
-template <bool EARLY, class Page, class Put>
+template <bool EARLY, class Index, class Put>
 __device__ __forceinline__ void score_keys(const Call& p, const Row& row, u32 kv_head, u64 table_row, u32 block, u32 first,
-                                           u32 end, const void* lookup, Page page, Put put) {
+                                           u32 end, const void* lookup, Index index, Put put) {
     Range ranges[4];
     for (u32 h = 0; h < 4; h++)
         ranges[h] = range_of(p, row, kv_head, table_row + min_u32(block * 4 + h, SCORING_HEADS - 1), threadIdx.x & 31);
     u32 token = first + threadIdx.x;
     Key key, next;
-    if (EARLY && token < end) load_key(next, page(token), kv_head, token);
+    if (EARLY && token < end) load_key(next, index(token));
     for (; token < end; token += THREADS) {
         if (EARLY) {
             key = next;
-            if (token + THREADS < end) load_key(next, page(token + THREADS), kv_head, token + THREADS);
+            if (token + THREADS < end) load_key(next, index(token + THREADS));
         } else {
-            load_key(key, page(token), kv_head, token);
+            load_key(key, index(token));
         }
         float sums[4] = {};
 #pragma unroll
@@ -110,16 +110,17 @@ struct Keys {
     uint4 words[WORD_BLOCKS], gain, bias;
 };
 
-__device__ __forceinline__ void load_keys(Keys& keys, u64 page, u32 kv_head, u32 base) {
-    u32 lane = threadIdx.x & 31, token = base + lane / 4 * 4;
+__device__ __forceinline__ void load_keys(Keys& keys, const u32* index) {
+    u32 lane = threadIdx.x & 31;
+    index += lane / 4 * 4;
 #pragma unroll
     for (u32 b = 0; b < WORD_BLOCKS; b++) {
         u32 word = b * 4 + lane % 4;
         keys.words[b] = uint4{0, 0, 0, 0};
-        if (WORDS % 4 == 0 || word < WORDS) keys.words[b] = __ldg((const uint4*)index_word(page, kv_head, word, token));
+        if (WORDS % 4 == 0 || word < WORDS) keys.words[b] = __ldg((const uint4*)&index[word * PAGE]);
     }
-    keys.gain = __ldg((const uint4*)index_word(page, kv_head, WORDS, token));
-    if (BIAS) keys.bias = __ldg((const uint4*)index_word(page, kv_head, INDEX_WORDS - 1, token));
+    keys.gain = __ldg((const uint4*)&index[WORDS * PAGE]);
+    if (BIAS) keys.bias = __ldg((const uint4*)&index[(INDEX_WORDS - 1) * PAGE]);
 }
 
 struct Scales {
@@ -166,9 +167,9 @@ __device__ __forceinline__ void fill_lookup(const Call& p, u64 table_row, void* 
 }
 
 // For four heads from the `block`-th four on. EARLY: so many loads of 32 keys are on their way.
-template <u32 EARLY, class Page, class Put>
+template <u32 EARLY, class Index, class Put>
 __device__ __forceinline__ void score_keys(const Call& p, const Row& row, u32 kv_head, u64 table_row, u32 block, u32 first,
-                                           u32 end, const void* lookup, const Scales* scales, Page page, Put put) {
+                                           u32 end, const void* lookup, const Scales* scales, Index index, Put put) {
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u32 head = block * 4 + lane % 4;
     bool mine = head < SCORING_HEADS;
@@ -191,14 +192,14 @@ __device__ __forceinline__ void score_keys(const Call& p, const Row& row, u32 kv
     u32 base = first + warp * 32;
 #pragma unroll
     for (u32 i = 0; i < EARLY; i++)
-        if (base + i * THREADS < end) load_keys(ring[i], page(base + i * THREADS), kv_head, base + i * THREADS);
+        if (base + i * THREADS < end) load_keys(ring[i], index(base + i * THREADS));
     for (; base < end; base += EARLY * THREADS)
 #pragma unroll
         for (u32 i = 0; i < EARLY; i++) {
             u32 at = base + i * THREADS, later = at + EARLY * THREADS;
             if (at >= end) break;
             Keys keys = ring[i];
-            if (later < end) load_keys(ring[i], page(later), kv_head, later);
+            if (later < end) load_keys(ring[i], index(later));
             int sums[2][4] = {};
 #pragma unroll
             for (u32 block_of = 0; block_of < WORD_BLOCKS; block_of++) {
@@ -250,8 +251,7 @@ struct Key {
     float gain, bias;
 };
 
-__device__ __forceinline__ void load_key(Key& key, u64 page, u32 kv_head, u32 token) {
-    const u32* index = index_word(page, kv_head, 0, token);
+__device__ __forceinline__ void load_key(Key& key, const u32* index) {
 #pragma unroll
     for (u32 w = 0; w < WORDS; w++) key.words[w] = __ldg(&index[w * PAGE]);
     key.gain = GAIN ? bits_float(__ldg(&index[WORDS * PAGE])) : 1.0f;
@@ -268,20 +268,20 @@ __device__ __forceinline__ void fill_lookup(const Call& p, u64 table_row, void* 
 }
 
 // For head `h`, or for the mean of all.
-template <bool EARLY, class Page, class Put>
+template <bool EARLY, class Index, class Put>
 __device__ __forceinline__ void score_keys(const Call& p, const Row& row, u32 kv_head, u64 table_row, u32 h, u32 first,
-                                           u32 end, const void* lookup, Page page, Put put) {
+                                           u32 end, const void* lookup, Index index, Put put) {
     const u32 heads = HEADS_TOGETHER;
     Range range = range_of(p, row, kv_head, table_row + h, threadIdx.x & 31);
     u32 token = first + threadIdx.x;
     Key key, next;
-    if (EARLY && token < end) load_key(next, page(token), kv_head, token);
+    if (EARLY && token < end) load_key(next, index(token));
     for (; token < end; token += THREADS) {
         if (EARLY) {
             key = next;
-            if (token + THREADS < end) load_key(next, page(token + THREADS), kv_head, token + THREADS);
+            if (token + THREADS < end) load_key(next, index(token + THREADS));
         } else {
-            load_key(key, page(token), kv_head, token);
+            load_key(key, index(token));
         }
         float score = 0.0f;
         for (u32 m = 0; m < heads; m++) {

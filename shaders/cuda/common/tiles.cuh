@@ -32,9 +32,26 @@ __device__ __forceinline__ float rest_of(float x) { return x - widen<KV_DTYPE>(n
 struct Work {
     const Call* p;
     u32 sequence, kv_head, first, count;
-    // Sparse: tokens in the span, and which heads chose them from bit 16 on; addresses of the span's pages.
+    // Sparse: numbers of tokens, and which heads chose them from bit 16 on.
     const u32* chosen;
+#ifdef CLUSTER
+    // Numbers count this block's own tokens from here on.
+    u32 start, rank;
+#else
+    // Addresses of the pages from the one on that tokens are numbered from.
     const u64* page_bases;
+#endif
+
+    // The token of a number, or one in the same place of its page, and the page.
+    __device__ __forceinline__ u64 page_of_number(u32 number, u32& token) const {
+#ifdef CLUSTER
+        token = token_of(start + number, rank);
+        return page_of(*p, sequence, token);
+#else
+        token = number;
+        return page_bases[number / PAGE];
+#endif
+    }
 };
 
 // Starts to copy tile `tile` to `stage`, by a warp.
@@ -51,8 +68,9 @@ __device__ __forceinline__ void copy_tile(const Work& w, u32 stage, u32 tile, u3
         if (TILE * K_PIECES % 32 == 0 || row < TILE) {
             bool valid = base + row < w.count;
 #if SPARSE
-            u32 token = w.chosen[valid ? base + row : 0] & 0xffffu;
-            u64 from = key_row(w.page_bases[token / PAGE], w.kv_head, token) + piece * 16;
+            u32 token;
+            u64 page = w.page_of_number(w.chosen[valid ? base + row : 0] & 0xffffu, token);
+            u64 from = key_row(page, w.kv_head, token) + piece * 16;
 #else
             u64 from = keys + (valid ? row : 0) * (K_PIECES * 16) + piece * 16;
 #endif
@@ -65,8 +83,9 @@ __device__ __forceinline__ void copy_tile(const Work& w, u32 stage, u32 tile, u3
         if (TILE * V_PIECES % 32 == 0 || row < TILE) {
             bool valid = base + row < w.count;
 #if SPARSE
-            u32 token = w.chosen[valid ? base + row : 0] & 0xffffu;
-            u64 from = value_row(w.page_bases[token / PAGE], w.kv_head, token) + piece * 16;
+            u32 token;
+            u64 page = w.page_of_number(w.chosen[valid ? base + row : 0] & 0xffffu, token);
+            u64 from = value_row(page, w.kv_head, token) + piece * 16;
 #else
             u64 from = values + (valid ? row : 0) * (V_PIECES * 16) + piece * 16;
 #endif

@@ -78,7 +78,7 @@ __device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block
     u32 end = min_u32(row.visible, first + p.span);
     u64 stride = ((u64)row.visible + 63) / 64 * 64;
     u16* scores = p.scores + (u64)row.score_base * 64 + kv_head * SCORE_ROWS * stride;
-    auto page = [&](u32 token) { return page_of(p, row.sequence, token); };
+    auto index = [&](u32 token) { return index_word(page_of(p, row.sequence, token), kv_head, 0, token); };
 #if FAST == 2
     __shared__ Scales scales[HEAD_BLOCKS * 4];
     fill_lookup(p, table_row, memory, scales);
@@ -95,9 +95,9 @@ __device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block
         __syncthreads();
         Put put_levels = {p, row, scores, stride, counts, first_head, end};
 #if FAST == 2
-        score_keys<EARLY_LOADS>(p, row, kv_head, table_row, block, first, end, memory, scales, page, put_levels);
+        score_keys<EARLY_LOADS>(p, row, kv_head, table_row, block, first, end, memory, scales, index, put_levels);
 #else
-        score_keys<EARLY_LOADS>(p, row, kv_head, table_row, block, first, end, memory, page, put_levels);
+        score_keys<EARLY_LOADS>(p, row, kv_head, table_row, block, first, end, memory, index, put_levels);
 #endif
         __syncthreads();
         flush(p, score_row + first_head, counts, heads);

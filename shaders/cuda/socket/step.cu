@@ -1,5 +1,5 @@
-// A whole decode step in one kernel, from the query to the output: one cluster of blocks per (kv head, row), one span of
-// tokens per block. Levels never leave shared memory; the blocks tell each other counts, candidates and partial results.
+// A whole decode step in one kernel, from the query to the output: one cluster of blocks per (kv head, row), which share
+// the tokens in short runs, so that all have as many chosen ones to attend to. Levels never leave shared memory; the blocks tell each other counts, candidates and partial results.
 //
 // Query hash, score, histogram of the row's levels, candidates near the threshold scored again exactly, the best of them,
 // attention over the chosen keys, merge: what the kernels of their own do, in the same arithmetic.
@@ -8,12 +8,19 @@
 #include "cluster.cuh"
 #include "query.cuh"
 #include "score_keys.cuh"
+#include "runs.cuh"
 #include "tiles.cuh"
+
+#if __CUDA_ARCH__ >= 900
 
 // Query blocks of a block.
 #define QUERY_EACH ((QUERY_BLOCKS + CLUSTER - 1) / CLUSTER)
 // Candidates that a block lists for a row; where it has more, it scores them again whenever they are wanted.
 #define MINE 1024
+// Keys of a row that a cluster scores beforehand, where there is no room for all levels; and what is chosen of them
+// beyond its share, in standard deviations.
+#define SAMPLE 16384
+#define SURPLUS 5.0f
 // Candidates of a row that are compared each with each; more are told apart by their digits first.
 #define RANKED 512
 #define DIGIT_BITS 11
@@ -21,6 +28,10 @@
 #define CHOSEN 4096
 // Padding, so that the rows' levels start in different banks.
 #define LEVEL_STRIDE(span) ((span) + 32)
+#ifndef SAMPLED
+#define SAMPLED 0
+#define SURVIVORS 0
+#endif
 
 extern __shared__ __align__(256) u8 memory[];
 
@@ -28,53 +39,109 @@ extern __shared__ __align__(256) u8 memory[];
 struct Layout {
     u32* bits;
     u32* chosen;
-    u64* pages;
     u32* counts;
     u8* lookup;
     uint2* mine;
     uint2* ranked;
+    u32* maybe;
     u16* levels;
+    u32* survivors;
     u8* tiles;
 
     __device__ __forceinline__ Layout(u32 span) {
         bits = (u32*)memory;
-        chosen = bits + SCORE_ROWS * (span / 32);
-        pages = (u64*)(chosen + CHOSEN);
-        tiles = memory + (SCORE_ROWS * (span / 8) + CHOSEN * 4 + (span / PAGE + 2) * 8 + 255) / 256 * 256;
+        tiles = memory + (SCORE_ROWS * (span / 8) + 255) / 256 * 256;
+        chosen = (u32*)(tiles + WARPS * STAGES * STAGE);
         counts = (u32*)tiles;
         lookup = (u8*)(counts + SCORE_ROWS * BINS);
         mine = (uint2*)(lookup + LOOKUP_BYTES);
-        ranked = mine + SCORE_ROWS * MINE;
-        levels = (u16*)(ranked + SCORE_ROWS * RANKED);
+        maybe = (u32*)(mine + SCORE_ROWS * MINE);
+        levels = (u16*)(maybe + SCORE_ROWS * (span / 32));
+        // Once the candidates are known, levels are not.
+        ranked = (uint2*)levels;
+        survivors = (u32*)(levels + SCORE_ROWS * SURVIVORS);
     }
 };
+
+#if SAMPLED
+// What a scan does with the keys: some are counted; all are; those from a floor on are counted and listed; what becomes
+// of each is known. After TRY and SURVIVE there is no need of COUNT and MARK, unless the few deceived.
+#define TRY 0
+#define COUNT 1
+#define SURVIVE 2
+#define MARK 3
+#endif
 
 struct Put {
     const Call& p;
     const Row& row;
-    u16* levels;
-    u32* counts;
-    u32 stride, first, end;
+    const Layout& at;
+    u32 stride, rank, end;
+    // Per row, all in shared memory: levels from which on keys are candidates, are selected; candidates and keys above.
+    const u32* lows;
+    const u32* highs;
+    uint4* told;
+#if SAMPLED
+    u32 mode;
+    // Levels from which on keys survive, and how many do.
+    const u32* floors;
+    u32* surviving;
+#endif
 
     __device__ __forceinline__ bool contested(u32 token) const {
 #if DISJOINT
-        return !in_base(p, row, token);
+        return !in_base(p, row, token_of(token, rank));
 #else
         return true;
 #endif
     }
+    __device__ __forceinline__ void count(u32 head, u32 level) const { atomicAdd(&at.counts[head * BINS + (level >> BIN_SHIFT)], 1u); }
+    __device__ __forceinline__ void select(u32 head, u32 place) const { atomicOr(&at.bits[head * (p.span / 32) + place / 32], 1u << place % 32); }
+    __device__ __forceinline__ void add_candidate(u32 head, u32 place) const {
+        atomicOr(&at.maybe[head * (p.span / 32) + place / 32], 1u << place % 32);
+        u32 listed = atomicAdd(&told[head].x, 1u);
+        if (listed < MINE) at.mine[head * MINE + listed].y = token_of(place, rank);
+    }
+#if SAMPLED
+    __device__ __forceinline__ void take(u32 head, u32 token, u32 level) const {
+        if (mode != TRY && !contested(token)) return;
+        if (mode != MARK) {
+            count(head, level);
+            if (mode != SURVIVE) return;
+            u32 listed = atomicAdd(&surviving[head], 1u);
+            if (listed >= SURVIVORS) return;
+            at.survivors[head * SURVIVORS + listed] = token;
+            at.levels[head * SURVIVORS + listed] = (u16)level;
+        } else if (level >= highs[head]) {
+            select(head, token);
+            atomicAdd(&told[head].y, 1u);
+        } else {
+            add_candidate(head, token);
+        }
+    }
     __device__ __forceinline__ void operator()(u32 head, u32 token, u32 level) const {
-        levels[head * stride + token - first] = (u16)level;
-        if (contested(token)) atomicAdd(&counts[head * BINS + (level >> BIN_SHIFT)], 1u);
+        if (level >= floors[head]) take(head, token, level);
     }
     // Of four neighbouring tokens.
     __device__ __forceinline__ void operator()(u32 head, u32 token, const u32 (&level)[4]) const {
-        if (token < end)
-            *(uint2*)&levels[head * stride + token - first] = uint2{level[0] | level[1] << 16, level[2] | level[3] << 16};
+        u32 floor = floors[head];
 #pragma unroll
         for (u32 i = 0; i < 4; i++)
-            if (token + i < end && contested(token + i)) atomicAdd(&counts[head * BINS + (level[i] >> BIN_SHIFT)], 1u);
+            if (level[i] >= floor && token + i < end) take(head, token + i, level[i]);
     }
+#else
+    __device__ __forceinline__ void operator()(u32 head, u32 token, u32 level) const {
+        at.levels[head * stride + token] = (u16)level;
+        if (contested(token)) count(head, level);
+    }
+    __device__ __forceinline__ void operator()(u32 head, u32 token, const u32 (&level)[4]) const {
+        if (token < end)
+            *(uint2*)&at.levels[head * stride + token] = uint2{level[0] | level[1] << 16, level[2] | level[3] << 16};
+#pragma unroll
+        for (u32 i = 0; i < 4; i++)
+            if (token + i < end && contested(token + i)) count(head, level[i]);
+    }
+#endif
 };
 
 // Where the `wanted`-th largest of a row is, by counts of bins; what all blocks are told.
@@ -166,13 +233,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(ARGUMENTS) {
     // Levels from which on keys are candidates, and from which on they are selected.
     __shared__ u32 lows[SCORE_ROWS], highs[SCORE_ROWS];
     __shared__ Choice choices[SCORE_ROWS];
+#if SAMPLED
+    __shared__ u32 floors[SCORE_ROWS], surviving[SCORE_ROWS];
+    __shared__ u32 failed;
+#endif
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u32 rank = blockIdx.x, kv_head = blockIdx.y, block_row = blockIdx.z;
     u32 row_index = p.first_row + block_row;
     Row row = p.rows[row_index];
     u64 table_row = (u64)(block_row * KV_HEADS + kv_head) * SCORING_HEADS;
-    u32 first = min_u32(rank * p.span, row.visible), end = min_u32(first + p.span, row.visible), count = end - first;
-    u32 in_page = first % PAGE;
+    // Tokens are numbered within the block.
+    u32 count = tokens_of(row.visible, rank);
     Layout at(p.span);
     u32 stride = LEVEL_STRIDE(p.span);
     bool scored = row.heavy > 0 && row.heavy < row.visible;
@@ -183,63 +254,125 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(ARGUMENTS) {
         if (rank + i * CLUSTER < QUERY_BLOCKS) load_planes(p, rank + i * CLUSTER, kv_head, w[i]);
     wait_for_earlier();
     let_later_start();
-    for (u32 i = threadIdx.x; i < (in_page + count + PAGE - 1) / PAGE; i += THREADS)
-        at.pages[i] = page_of(p, row.sequence, first + i * PAGE);
     for (u32 i = threadIdx.x; i < SCORE_ROWS * (p.span / 32); i += THREADS) at.bits[i] = scored || row.heavy == 0 ? 0 : ~0u;
-    if (scored) {
+    auto clear_counts = [&]() {
         for (u32 i = threadIdx.x; i < SCORE_ROWS * BINS; i += THREADS) at.counts[i] = 0;
+    };
+    if (scored) {
+        clear_counts();
+        for (u32 i = threadIdx.x; i < SCORE_ROWS * (p.span / 32); i += THREADS) at.maybe[i] = 0;
 #pragma unroll
         for (u32 i = 0; i < QUERY_EACH; i++)
             if (rank + i * CLUSTER < QUERY_BLOCKS) hash_tables(p, rank + i * CLUSTER, kv_head, block_row, w[i]);
         STAMP(1);
         cluster_barrier();
         STAMP(2);
-        // Scores.
-        auto page = [&](u32 token) { return at.pages[(token - first + in_page) / PAGE]; };
-        Put put = {p, row, at.levels, at.counts, stride, first, end};
+        Put put = {p, row, at, stride, rank, count, lows, highs, told};
+        auto index_of = [&](u32 token) { return index_word(page_of(p, row.sequence, token), kv_head, 0, token); };
+        auto index = [&](u32 place) { return index_of(token_of(place, rank)); };
 #if FAST == 2
         __shared__ Scales scales[HEAD_BLOCKS * 4];
         fill_lookup(p, table_row, at.lookup, scales);
 #elif FAST == 3
         fill_lookup(p, table_row, at.lookup);
 #endif
-        for (u32 block = 0; block < (SCORING_HEADS + HEADS_TOGETHER - 1) / HEADS_TOGETHER; block++) {
+        auto scan = [&](u32 places, auto index_at) {
+            for (u32 block = 0; block < (SCORING_HEADS + HEADS_TOGETHER - 1) / HEADS_TOGETHER; block++) {
 #if FAST == 1
-            __syncthreads();
-            fill_lookup(p, table_row, block, at.lookup);
+                __syncthreads();
+                fill_lookup(p, table_row, block, at.lookup);
 #endif
-            __syncthreads();
+                __syncthreads();
 #if FAST == 2
-            score_keys<4>(p, row, kv_head, table_row, block, first, end, at.lookup, scales, page, put);
+                score_keys<4>(p, row, kv_head, table_row, block, 0, places, at.lookup, scales, index_at, put);
 #else
-            score_keys<true>(p, row, kv_head, table_row, block, first, end, at.lookup, page, put);
+                score_keys<true>(p, row, kv_head, table_row, block, 0, places, at.lookup, index_at, put);
 #endif
-        }
-        STAMP(3);
-        cluster_barrier();
-        STAMP(4);
-        // The bin of each row's threshold.
-        for (u32 h = 0; h < SCORE_ROWS; h++)
-            if (h % CLUSTER == rank) find_bin(at.counts + h * BINS, row.heavy, found[h]);
-        STAMP(5);
-        cluster_barrier();
-        // Levels of the candidates.
-        for (u32 h = warp; h < SCORE_ROWS; h += WARPS) {
-            uint4 of_row = remote_uint4(&found[h], h % CLUSTER);
-            Range range = range_of(p, row, kv_head, table_row + h, lane);
-            float absolute = absolute_error(p, row, kv_head, table_row + h, lane);
-            u32 lowest = of_row.x << BIN_SHIFT, highest = lowest + (1u << BIN_SHIFT) - 1;
-            u32 margin = max_u32(margin_of(lowest, range, absolute), margin_of(highest, range, absolute));
-            bool all = of_row.w <= row.heavy;
-            if (lane == 0) {
-                // From `highs` on keys are selected, from `lows` on they are candidates.
-                lows[h] = all ? 0 : lowest > margin ? lowest - margin : 0;
-                highs[h] = all ? 0 : highest + margin + 1;
-                told[h] = uint4{0, 0, ~0u, 0};
             }
+        };
+        // Finds the bins of all rows' thresholds, and from them which levels are of interest.
+        auto find_bins = [&](auto wanted_of) {
+            cluster_barrier();
+            STAMP(4);
+            for (u32 h = 0; h < SCORE_ROWS; h++)
+                if (h % CLUSTER == rank) find_bin(at.counts + h * BINS, wanted_of(h), found[h]);
+            STAMP(5);
+            cluster_barrier();
+            for (u32 h = warp; h < SCORE_ROWS; h += WARPS) {
+                uint4 of_row = remote_uint4(&found[h], h % CLUSTER);
+                Range range = range_of(p, row, kv_head, table_row + h, lane);
+                float absolute = absolute_error(p, row, kv_head, table_row + h, lane);
+                u32 lowest = of_row.x << BIN_SHIFT, highest = lowest + (1u << BIN_SHIFT) - 1;
+                u32 margin = max_u32(margin_of(lowest, range, absolute), margin_of(highest, range, absolute));
+                bool all = of_row.w < wanted_of(h) || of_row.w == 0;
+                if (lane == 0) {
+                    lows[h] = all ? 0 : lowest > margin ? lowest - margin : 0;
+                    highs[h] = all ? 0 : highest + margin + 1;
+                    told[h] = uint4{0, 0, ~0u, 0};
+                }
+            }
+            __syncthreads();
+            STAMP(6);
+        };
+        auto heavy = [&](u32) { return row.heavy; };
+#if SAMPLED
+        // Runs of 32 keys from here and there say from where on a key may be selected.
+        const u32 sample = SAMPLE / CLUSTER, groups = count / 32;
+        put.mode = TRY;
+        put.floors = floors;
+        put.surviving = surviving;
+        if (threadIdx.x < SCORE_ROWS) floors[threadIdx.x] = surviving[threadIdx.x] = 0;
+        if (threadIdx.x == 0) failed = 0;
+        put.end = sample;
+        scan(sample, [&](u32 place) { return index((place / 32 + 1) * 2654435761u % groups * 32 + place % 32); });
+        put.end = count;
+        find_bins([&](u32) {
+            float share = (float)row.heavy / (float)row.visible * (float)SAMPLE;
+            return min_u32((u32)(share + SURPLUS * sqrtf(share)) + 8, SAMPLE);
+        });
+        if (threadIdx.x < SCORE_ROWS) floors[threadIdx.x] = lows[threadIdx.x] >> BIN_SHIFT << BIN_SHIFT;
+        clear_counts();
+        put.mode = SURVIVE;
+        __syncthreads();
+        scan(count, index);
+        STAMP(3);
+        find_bins(heavy);
+        // The row's candidates must have survived, and all that did be listed.
+        for (u32 i = threadIdx.x; i < SCORE_ROWS * CLUSTER; i += THREADS) {
+            u32 h = i / CLUSTER;
+            if (remote_u32(&surviving[h], i % CLUSTER) > SURVIVORS || lows[h] < floors[h]) failed = 1;
         }
         __syncthreads();
-        STAMP(6);
+        if (failed) {
+            cluster_barrier();
+            clear_counts();
+            if (threadIdx.x < SCORE_ROWS) floors[threadIdx.x] = 0;
+            put.mode = COUNT;
+            __syncthreads();
+            scan(count, index);
+            find_bins(heavy);
+            if (threadIdx.x < SCORE_ROWS) floors[threadIdx.x] = lows[threadIdx.x];
+            put.mode = MARK;
+            __syncthreads();
+            scan(count, index);
+        } else {
+#pragma unroll 1
+            for (u32 h = 0; h < SCORE_ROWS; h++)
+                for (u32 i = threadIdx.x; i < surviving[h]; i += THREADS) {
+                    u32 level = at.levels[h * SURVIVORS + i], place = at.survivors[h * SURVIVORS + i];
+                    if (level >= highs[h]) {
+                        put.select(h, place);
+                        atomicAdd(&told[h].y, 1u);
+                    } else if (level >= lows[h]) {
+                        put.add_candidate(h, place);
+                    }
+                }
+        }
+        __syncthreads();
+#else
+        scan(count, index);
+        STAMP(3);
+        find_bins(heavy);
 #pragma unroll 1
         for (u32 h = 0; h < SCORE_ROWS; h++) {
             u32 low = lows[h], high = highs[h], above = 0;
@@ -249,14 +382,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(ARGUMENTS) {
 #pragma unroll
                 for (u32 j = 0; j < 8; j++) {
                     u32 level = words[j / 2] >> (16 * (j % 2)) & 0xffffu;
-                    if (level < low || i + j >= count) continue;
-                    if (!put.contested(first + i + j)) continue;
+                    if (level < low || i + j >= count || !put.contested(i + j)) continue;
                     if (level >= high) {
                         byte |= 1u << j;
                         above++;
                     } else {
-                        u32 place = atomicAdd(&told[h].x, 1u);
-                        if (place < MINE) at.mine[h * MINE + place].y = first + i + j;
+                        put.add_candidate(h, i + j);
                     }
                 }
                 ((u8*)at.bits)[h * (p.span / 8) + i / 8] = (u8)byte;
@@ -265,6 +396,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(ARGUMENTS) {
             if (lane == 0 && above > 0) atomicAdd(&told[h].y, above);
         }
         __syncthreads();
+#endif
         STAMP(7);
 #pragma unroll 1
         for (u32 h = 0; h < SCORE_ROWS; h++) {
@@ -273,7 +405,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(ARGUMENTS) {
             for (u32 base = warp * 4; base < listed; base += WARPS * 4) {
                 u32 place = base + lane / 8;
                 u32 token = at.mine[h * MINE + min_u32(place, listed - 1)].y;
-                u32 key = order_key(exact_score_shared(index_word(page(token), kv_head, 0, token), tables, lane));
+                u32 key = order_key(exact_score_shared(index_of(token), tables, lane));
                 if (place < listed && lane % 8 == 0) {
                     at.mine[h * MINE + place].x = key;
                     atomicMin(&told[h].z, key);
@@ -305,16 +437,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(ARGUMENTS) {
                 return;
             }
             for (u32 i = threadIdx.x; i < count; i += THREADS) {
-                u32 level = at.levels[h * stride + i];
-                if (level < lows[h] || level >= highs[h] || !put.contested(first + i)) continue;
+                if (!(at.maybe[h * (p.span / 32) + i / 32] >> i % 32 & 1u)) continue;
                 const float* tables = p.tables + (table_row + h) * TABLE_ROW;
-                use(order_key(exact_score(p, tables, row.sequence, kv_head, first + i)), first + i);
+                u32 token = token_of(i, rank);
+                use(order_key(exact_score(p, tables, row.sequence, kv_head, token)), token);
             }
         };
-        auto select = [&](u32 h, u32 token) {
-            u32 place = token - first;
-            atomicOr(&at.bits[h * (p.span / 32) + place / 32], 1u << place % 32);
-        };
+        auto select = [&](u32 h, u32 token) { put.select(h, place_of(token)); };
         bool refined = false;
         while (true) {
             bool many = false;
@@ -408,9 +537,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(ARGUMENTS) {
     keys.p = &p;
     keys.sequence = row.sequence;
     keys.kv_head = kv_head;
-    keys.first = first;
+    keys.rank = rank;
     keys.chosen = at.chosen;
-    keys.page_bases = at.pages;
     work.lane = lane;
     work.warp = warp;
     work.stages = shared_address(at.tiles) + warp * (STAGES * STAGE);
@@ -422,9 +550,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(ARGUMENTS) {
     STAMP(11);
     u32 scanned = 0;
     do {
+        // In 16 bits.
+        keys.start = scanned;
         keys.count = 0;
         __syncthreads();
-        while (scanned < count && keys.count + THREADS * 8 <= CHOSEN) {
+        while (scanned < count && keys.count + THREADS * 8 <= CHOSEN && scanned - keys.start + THREADS * 8 <= 65536) {
             u32 token = scanned + threadIdx.x * 8;
             u32 bytes[SCORE_ROWS];
 #pragma unroll
@@ -436,7 +566,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(ARGUMENTS) {
 #pragma unroll
                 for (u32 h = 0; h < SCORE_ROWS; h++)
                     if (bytes[h] >> i & 1u) mask |= SCORE_ROWS == 1 ? (1u << HEADS) - 1u : 1u << h;
-                if (in_base(p, row, first + token + i)) mask = (1u << HEADS) - 1u;
+                if (in_base(p, row, token_of(token + i, rank))) mask = (1u << HEADS) - 1u;
                 if (token + i >= count) mask = 0;
                 masks[i] = mask;
                 own += mask != 0 ? 1 : 0;
@@ -444,7 +574,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(ARGUMENTS) {
             u32 place = keys.count + block_scan<WARPS>(own, total) - own;
 #pragma unroll
             for (u32 i = 0; i < 8; i++)
-                if (masks[i] != 0) at.chosen[place++] = (in_page + token + i) | masks[i] << 16;
+                if (masks[i] != 0) at.chosen[place++] = (token + i - keys.start) | masks[i] << 16;
             keys.count += total;
             scanned += THREADS * 8;
         }
@@ -501,3 +631,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(ARGUMENTS) {
     // A block's shared memory is there until all have read it.
     cluster_barrier();
 }
+#else
+// Only GPUs with clusters are asked for it.
+extern "C" __global__ void step(ARGUMENTS) {}
+#endif

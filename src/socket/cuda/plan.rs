@@ -19,6 +19,16 @@ pub(crate) const STEP_TOKENS: usize = 16;
 const CHOSEN: usize = 2048;
 const MOST_CHOSEN_SPAN: usize = 32768;
 
+/// Warps of a block of the step kernel, tiles that each has in shared memory, and the lengths of its lists: of candidates
+/// of its own, of candidates that are compared, of chosen keys.
+const STEP_WARPS: usize = 8;
+pub(crate) const STEP_STAGES: usize = 2;
+const STEP_MINE: usize = 1024;
+const STEP_RANKED: usize = 512;
+const STEP_CHOSEN: usize = 4096;
+/// Blocks of its clusters at most: what GPUs with clusters of more than eight have.
+const STEP_CLUSTER: usize = 16;
+
 /// How scores are stored first, see shaders/cuda/socket/score.cu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Fast {
@@ -39,6 +49,16 @@ pub(crate) struct Sizes {
     /// Bytes of shared memory that a block can have.
     pub shared: usize,
     pub multiprocessors: usize,
+    /// Whether blocks can form clusters.
+    pub clusters: bool,
+}
+
+/// How a whole step runs in one kernel: blocks of a cluster, tokens of each, shared memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Step {
+    pub cluster: usize,
+    pub span: usize,
+    pub shared: usize,
 }
 
 impl Sizes {
@@ -84,8 +104,48 @@ impl Sizes {
             }
             Fast::Halves => g.tables.next_multiple_of(4) * 2 * 16 * 8 + 4 * BINS * 4,
             Fast::Codes => g.scoring_heads() * g.words * 512 + g.score_rows() * BINS * 4,
-            Fast::Bytes => g.score_rows() * BINS * 4 + g.scoring_heads().div_ceil(4) * g.words * 64 * 4,
+            Fast::Bytes => g.score_rows() * BINS * 4 + g.scoring_heads().div_ceil(4) * g.words.div_ceil(4) * 1024,
         }
+    }
+
+    /// Static and dynamic shared memory of the step kernel, where it has `span` tokens to a block.
+    fn step_shared(&self, q: DType, cluster: usize, span: usize) -> (usize, usize) {
+        let g = &self.g;
+        let rows = g.score_rows();
+        let lists = (rows * span / 8 + STEP_CHOSEN * 4 + (span / g.page + 2) * 8).next_multiple_of(256);
+        let look_ups = match self.fast() {
+            Fast::Halves => g.tables.next_multiple_of(4) * 256,
+            Fast::Bytes => g.scoring_heads().div_ceil(4) * g.words.div_ceil(4) * 1024,
+            _ => g.scoring_heads() * g.words * 512,
+        };
+        let selection = rows * (BINS * 4 + (STEP_MINE + STEP_RANKED) * 8 + (span + 32) * 2) + look_ups;
+        let (heads, _) = self.head_tiles();
+        let results = (STEP_WARPS * heads * (g.value_dim.next_multiple_of(16) + 4) + heads * g.part_stride()) * 4;
+        let tiles = (STEP_WARPS * STEP_STAGES * self.stage()).max(results);
+        let pass = g.scoring_heads().min(8);
+        let hashing = pass * (g.head_dim + STEP_WARPS * 32 + 3 * 32) * 4 + g.group * 4;
+        let counting = rows * (48 + 16 + 4 * cluster + 8) + 4 * 16 * g.scoring_heads().div_ceil(4) + 512;
+        (hashing + counting + self.attend_static(q), lists + selection.max(tiles))
+    }
+
+    /// Whether and how a sparse step of `rows` rows of at most `visible` keys runs in one kernel: as many blocks as
+    /// there are multiprocessors at most, with all levels in shared memory.
+    pub fn step(&self, q: DType, rows: usize, visible: usize) -> Option<Step> {
+        let g = &self.g;
+        let fits = self.clusters
+            && self.on_matrix_unit(q)
+            && self.fast() != Fast::No
+            && (g.mean_query() || !g.per_group)
+            && self.head_tiles().1 == 1;
+        let blocks = self.multiprocessors / (rows * g.num_kv_heads).max(1);
+        if !fits || blocks < 2 {
+            return None;
+        }
+        let cluster = (1 << blocks.ilog2()).min(STEP_CLUSTER);
+        let span = visible.div_ceil(cluster).next_multiple_of(64).max(64);
+        let (fixed, shared) = self.step_shared(q, cluster, span);
+        // The list of chosen keys numbers them in 16 bits.
+        (fixed + shared <= self.shared && span + g.page <= 1 << 16).then_some(Step { cluster, span, shared })
     }
 
     /// Floats of a query's side of scoring: look-up tables, projections, bounds, shift.

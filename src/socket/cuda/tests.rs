@@ -12,7 +12,7 @@ use crate::tensor::DType;
 /// Shared memory and multiprocessors of an H200.
 fn sizes(config: SocketConfig, shape: CacheShape, page_tokens: usize) -> Sizes {
     let g = Geometry::new(&CacheSpec { config, shape, page_tokens });
-    Sizes { g, shared: 227 << 10, multiprocessors: 132 }
+    Sizes { g, shared: 227 << 10, multiprocessors: 132, clusters: true }
 }
 
 /// Every kernel of this room, for the table of resources.
