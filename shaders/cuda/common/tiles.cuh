@@ -32,7 +32,8 @@ __device__ __forceinline__ float rest_of(float x) { return x - widen<KV_DTYPE>(n
 struct Work {
     const Call* p;
     u32 sequence, kv_head, first, count;
-    // Sparse: numbers of tokens, and which heads chose them from bit 16 on.
+#if SPARSE
+    // Numbers of tokens, and which heads chose them from bit 16 on.
     const u32* chosen;
 #ifdef CLUSTER
     // Numbers count this block's own tokens from here on.
@@ -52,6 +53,7 @@ struct Work {
         return page_bases[number / PAGE];
 #endif
     }
+#endif
 };
 
 // Starts to copy tile `tile` to `stage`, by a warp.

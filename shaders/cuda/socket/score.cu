@@ -46,7 +46,7 @@ struct Put {
     const Call& p;
     const Row& row;
     u16* scores;
-    u64 stride;
+    u32 stride;
     u32* counts;
     u32 first_head, end;
 
@@ -54,7 +54,7 @@ struct Put {
 #ifdef PROBE
         if (level < PROBE) return;
 #endif
-        put(level, token, is_contested(p, row, token), scores + head * stride, counts + (head - first_head) * BINS);
+        put(level, token, is_contested(p, row, token), scores + (u64)head * stride, counts + (head - first_head) * BINS);
     }
     // Of four neighbouring tokens.
     __device__ __forceinline__ void operator()(u32 head, u32 token, const u32 (&levels)[4]) const {
@@ -62,7 +62,7 @@ struct Put {
         if (max_u32(max_u32(levels[0], levels[1]), max_u32(levels[2], levels[3])) < PROBE) return;
 #endif
         // Rows are padded to whole 64 scores, so that the last ones may be written whole.
-        if (token < end) *(uint2*)&scores[head * stride + token] = uint2{levels[0] | levels[1] << 16, levels[2] | levels[3] << 16};
+        if (token < end) *(uint2*)&scores[(u64)head * stride + token] = uint2{levels[0] | levels[1] << 16, levels[2] | levels[3] << 16};
 #pragma unroll
         for (u32 i = 0; i < 4; i++)
             if (token + i < end && is_contested(p, row, token + i))
@@ -76,8 +76,8 @@ __device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block
     u64 score_row = (u64)(block_row * KV_HEADS + kv_head) * SCORE_ROWS;
     u32 first = blockIdx.x * p.span;
     u32 end = min_u32(row.visible, first + p.span);
-    u64 stride = ((u64)row.visible + 63) / 64 * 64;
-    u16* scores = p.scores + (u64)row.score_base * 64 + kv_head * SCORE_ROWS * stride;
+    u32 stride = (row.visible + 63) / 64 * 64;
+    u16* scores = p.scores + (u64)row.score_base * 64 + (u64)(kv_head * SCORE_ROWS) * stride;
     auto index = [&](u32 token) { return index_word(page_of(p, row.sequence, token), kv_head, 0, token); };
 #if FAST == 2
     __shared__ Scales scales[HEAD_BLOCKS * 4];

@@ -10,6 +10,7 @@
 #include "score_keys.cuh"
 #include "runs.cuh"
 #include "tiles.cuh"
+#include "merge_cluster.cuh"
 
 #if __CUDA_ARCH__ >= 900
 
@@ -26,12 +27,11 @@
 #define DIGIT_BITS 11
 // Chosen keys that the list holds; a span may have more, one list after the other.
 #define CHOSEN 4096
+// Survivors of a row that a block lists.
+#define SURVIVORS p.width
 // Padding, so that the rows' levels start in different banks.
 #define LEVEL_STRIDE(span) ((span) + 32)
-#ifndef SAMPLED
-#define SAMPLED 0
-#define SURVIVORS 0
-#endif
+
 
 extern __shared__ __align__(256) u8 memory[];
 
@@ -48,7 +48,7 @@ struct Layout {
     u32* survivors;
     u8* tiles;
 
-    __device__ __forceinline__ Layout(u32 span) {
+    __device__ __forceinline__ Layout(u32 span, u32 room) {
         bits = (u32*)memory;
         tiles = memory + (SCORE_ROWS * (span / 8) + 255) / 256 * 256;
         chosen = (u32*)(tiles + WARPS * STAGES * STAGE);
@@ -59,7 +59,7 @@ struct Layout {
         levels = (u16*)(maybe + SCORE_ROWS * (span / 32));
         // Once the candidates are known, levels are not.
         ranked = (uint2*)levels;
-        survivors = (u32*)(levels + SCORE_ROWS * SURVIVORS);
+        survivors = (u32*)(levels + SCORE_ROWS * room);
     }
 };
 
@@ -244,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(ARGUMENTS) {
     u64 table_row = (u64)(block_row * KV_HEADS + kv_head) * SCORING_HEADS;
     // Tokens are numbered within the block.
     u32 count = tokens_of(row.visible, rank);
-    Layout at(p.span);
+    Layout at(p.span, p.width);
     u32 stride = LEVEL_STRIDE(p.span);
     bool scored = row.heavy > 0 && row.heavy < row.visible;
     STAMP(0);
@@ -587,49 +587,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) step(ARGUMENTS) {
     } while (scanned < count);
     STAMP(13);
 
-    // The warps' results, merged; then the blocks', each block some channels.
-    float* results = (float*)at.tiles;
-    float* merged = results + WARPS * RESULT;
-    work.store(results);
-    __syncthreads();
-    for (u32 i = threadIdx.x; i < HEADS * VALUE_DIM; i += THREADS) {
-        u32 head = i / VALUE_DIM, channel = i % VALUE_DIM;
-        float top, total, value;
-        merge_warps(results, head, channel, top, total, value);
-        merged[head * PART_STRIDE + 4 + channel] = value;
-        if (channel == 0) {
-            merged[head * PART_STRIDE] = top;
-            merged[head * PART_STRIDE + 1] = total;
-        }
-    }
-    cluster_barrier();
+    merge_cluster(work, row_index, kv_head, rank, (float*)at.tiles);
     STAMP(14);
-    const u32 share = (HEADS * VALUE_DIM + CLUSTER - 1) / CLUSTER;
-    for (u32 i = rank * share + threadIdx.x; i < min_u32((rank + 1) * share, HEADS * VALUE_DIM); i += THREADS) {
-        u32 head = i / VALUE_DIM, channel = i % VALUE_DIM;
-        float tops[CLUSTER], totals[CLUSTER], values[CLUSTER], top = MASKED, total = 0.0f, value = 0.0f;
-#pragma unroll
-        for (u32 r = 0; r < CLUSTER; r++) {
-            uint2 state = remote_uint2(&merged[head * PART_STRIDE], r);
-            tops[r] = bits_float(state.x);
-            totals[r] = bits_float(state.y);
-            values[r] = remote_float(&merged[head * PART_STRIDE + 4 + channel], r);
-        }
-#pragma unroll
-        for (u32 r = 0; r < CLUSTER; r++) top = fmaxf(top, tops[r]);
-#pragma unroll
-        for (u32 r = 0; r < CLUSTER; r++) {
-            float weight = totals[r] > 0.0f ? exp2_fast(tops[r] - top) : 0.0f;
-            total += totals[r] * weight;
-            value += values[r] * weight;
-        }
-        u64 index = (u64)row_index * Q_HEADS + kv_head * GROUP + head;
-        store_element<OUT_DTYPE>(p.o, index * VALUE_DIM + channel, total > 0.0f ? divide(value, total) : 0.0f);
-        if (channel == 0) store_lse(p, index, top, total);
-    }
     STAMP(15);
-    // A block's shared memory is there until all have read it.
-    cluster_barrier();
 }
 #else
 // Only GPUs with clusters are asked for it.

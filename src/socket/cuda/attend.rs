@@ -78,6 +78,9 @@ impl CudaExecutor {
         if s.g.center {
             kernels.push(Kernel::MeanKeys);
         }
+        if let Some(cluster) = s.step_cluster(q, 1) {
+            kernels.extend([false, true].map(|sampled| Kernel::Step { q, output, cluster, sampled }));
+        }
         kernels
     }
 
@@ -226,9 +229,10 @@ impl CudaExecutor {
         let tokens: usize = problem.rows.iter().map(|r| r.visible).sum();
         let spans =
             Spans { score: s.score_span(tokens), select: s.select_span(tokens), attend: s.attend_span(tokens, sparse) };
-        let most = problem.rows.iter().map(|r| r.visible).max().unwrap_or(0);
-        if let Some(step) = s.step(q, problem.rows.len(), most).filter(|_| sparse && !problem.want_selection) {
-            return self.step(passes, q, problem, step, call);
+        if sparse && !problem.want_selection && problem.rows.len() <= NEAR {
+            if let Some(step) = s.step(q, problem.rows.iter().map(|r| r.visible)) {
+                return self.step(passes, q, problem, step, call);
+            }
         }
         let (rows, blocks) = self.blocks(problem, sparse, spans.attend);
         let mut most = [0u64; 6];
@@ -314,7 +318,9 @@ impl CudaExecutor {
         call.bind(Slot::Tables, &tables);
         call.params.rows[..rows.len()].copy_from_slice(&rows);
         call.params.numbers.span = step.span as u32;
-        let key = self.key(Kernel::Step { q, output: problem.output, cluster: step.cluster });
+        call.params.numbers.width = step.survivors as u32;
+        let key =
+            self.key(Kernel::Step { q, output: problem.output, cluster: step.cluster, sampled: step.survivors > 0 });
         let grid = Grid::xyz([step.cluster as u64, g.num_kv_heads as u64, rows.len() as u64], key.threads());
         let grid = grid.shared(step.shared as u32).cluster(step.cluster as u32);
         passes.dispatch(key, call.params, grid, call.binds())

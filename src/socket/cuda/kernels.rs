@@ -35,11 +35,12 @@ pub(crate) enum Kernel {
         q: DType,
         output: DType,
     },
-    /// A whole sparse step, by clusters of so many blocks.
+    /// A whole sparse step, by clusters of so many blocks; of all keys, or of those that a sample lets through.
     Step {
         q: DType,
         output: DType,
         cluster: usize,
+        sampled: bool,
     },
 }
 
@@ -58,6 +59,7 @@ const SOCKET_HEADERS: &[(&str, &str)] = &[
     ("scoring.cuh", include_str!("../../../shaders/cuda/common/scoring.cuh")),
     ("query.cuh", include_str!("../../../shaders/cuda/common/query.cuh")),
     ("score_keys.cuh", include_str!("../../../shaders/cuda/common/score_keys.cuh")),
+    ("runs.cuh", include_str!("../../../shaders/cuda/common/runs.cuh")),
     ("tiles.cuh", include_str!("../../../shaders/cuda/common/tiles.cuh")),
     ("cluster.cuh", include_str!("../../../shaders/cuda/common/cluster.cuh")),
 ];
@@ -189,10 +191,10 @@ impl Key {
                     all.extend(scoring);
                 }
             }
-            Kernel::Step { q, output, cluster } => {
+            Kernel::Step { q, output, cluster, sampled } => {
                 all.extend(scoring);
                 all.extend(attention(q, output, true).into_iter().filter(|(name, _)| *name != "STAGES"));
-                all.extend([("STAGES", STEP_STAGES), ("CLUSTER", cluster)]);
+                all.extend([("STAGES", STEP_STAGES), ("CLUSTER", cluster), ("SAMPLED", sampled.into())]);
             }
             Kernel::Prefill { q, output } => {
                 all.extend(attention(q, output, false).into_iter().filter(|(name, _)| *name != "P_SPLITS"));

@@ -26,6 +26,11 @@ pub(crate) const STEP_STAGES: usize = 2;
 const STEP_MINE: usize = 1024;
 const STEP_RANKED: usize = 512;
 const STEP_CHOSEN: usize = 4096;
+/// Its blocks take tokens in runs; of a block's tokens there must be room for one in so many to survive the sample.
+const STEP_RUN: usize = 128;
+const STEP_SHARE: usize = 22;
+/// Tokens of a block with which it is not worth a thought whether others have fewer.
+const STEP_FREE: usize = 4096;
 /// Blocks of its clusters at most: what GPUs with clusters of more than eight have.
 const STEP_CLUSTER: usize = 16;
 
@@ -57,6 +62,8 @@ pub(crate) struct Sizes {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Step {
     pub cluster: usize,
+    /// Keys of a block that a sample may let through; none where there is room for all levels.
+    pub survivors: usize,
     pub span: usize,
     pub shared: usize,
 }
@@ -108,29 +115,57 @@ impl Sizes {
         }
     }
 
-    /// Static and dynamic shared memory of the step kernel, where it has `span` tokens to a block.
-    fn step_shared(&self, q: DType, cluster: usize, span: usize) -> (usize, usize) {
+    /// Shared memory of the step kernel where it has `span` tokens to a block: what the compiler lays out, and bytes in
+    /// which `levels` are kept, beside which and with which.
+    fn step_shared(&self, q: DType, cluster: usize, span: usize, levels: usize) -> (usize, usize) {
         let g = &self.g;
         let rows = g.score_rows();
-        let lists = (rows * span / 8 + STEP_CHOSEN * 4 + (span / g.page + 2) * 8).next_multiple_of(256);
+        let bits = (rows * span / 8).next_multiple_of(256);
         let look_ups = match self.fast() {
             Fast::Halves => g.tables.next_multiple_of(4) * 256,
             Fast::Bytes => g.scoring_heads().div_ceil(4) * g.words.div_ceil(4) * 1024,
             _ => g.scoring_heads() * g.words * 512,
         };
-        let selection = rows * (BINS * 4 + (STEP_MINE + STEP_RANKED) * 8 + (span + 32) * 2) + look_ups;
+        let ranked = rows * STEP_RANKED * 8;
+        let selection = rows * (BINS * 4 + STEP_MINE * 8 + span / 8) + look_ups + levels.max(ranked);
         let (heads, _) = self.head_tiles();
         let results = (STEP_WARPS * heads * (g.value_dim.next_multiple_of(16) + 4) + heads * g.part_stride()) * 4;
-        let tiles = (STEP_WARPS * STEP_STAGES * self.stage()).max(results);
+        let attention = (STEP_WARPS * STEP_STAGES * self.stage() + STEP_CHOSEN * 4).max(results);
         let pass = g.scoring_heads().min(8);
         let hashing = pass * (g.head_dim + STEP_WARPS * 32 + 3 * 32) * 4 + g.group * 4;
-        let counting = rows * (48 + 16 + 4 * cluster + 8) + 4 * 16 * g.scoring_heads().div_ceil(4) + 512;
-        (hashing + counting + self.attend_static(q), lists + selection.max(tiles))
+        let counting = rows * (96 + 4 * cluster) + 16 * g.scoring_heads().next_multiple_of(4) + 512;
+        (hashing + counting + self.attend_static(q), bits + selection.max(attention))
     }
 
-    /// Whether and how a sparse step of `rows` rows of at most `visible` keys runs in one kernel: as many blocks as
-    /// there are multiprocessors at most, with all levels in shared memory.
-    pub fn step(&self, q: DType, rows: usize, visible: usize) -> Option<Step> {
+    /// Whether and how a sparse step of rows with so many keys runs in one kernel: with no more blocks than there are
+    /// multiprocessors, and not so many fewer, or so unequal ones, that the whole waits for a few.
+    pub fn step(&self, q: DType, visible: impl ExactSizeIterator<Item = usize> + Clone) -> Option<Step> {
+        let g = &self.g;
+        let cluster = self.step_cluster(q, visible.len())?;
+        let (most, all) = (visible.clone().max()?, visible.sum::<usize>());
+        let span = most.div_ceil(cluster * STEP_RUN).max(1) * STEP_RUN;
+        if span > STEP_FREE && span * self.multiprocessors > 2 * all * g.num_kv_heads {
+            return None;
+        }
+        // All levels, or those of the keys that a sample lets through.
+        let all = g.score_rows() * (span + 32) * 2;
+        let fits = |levels| {
+            let (fixed, shared) = self.step_shared(q, cluster, span, levels);
+            (fixed + shared <= self.shared).then_some(shared)
+        };
+        if let Some(shared) = fits(all) {
+            return Some(Step { cluster, survivors: 0, span, shared });
+        }
+        let (fixed, least) = self.step_shared(q, cluster, span, 0);
+        let room = self.shared.checked_sub(fixed + least)? + g.score_rows() * STEP_RANKED * 8;
+        let survivors = room / (g.score_rows() * 6) / 512 * 512;
+        let enough = survivors >= span / STEP_SHARE;
+        let shared = fits(survivors * g.score_rows() * 6).filter(|_| enough)?;
+        Some(Step { cluster, survivors, span, shared })
+    }
+
+    /// Blocks of the clusters that take a step of `rows` rows whole, where that is possible.
+    pub fn step_cluster(&self, q: DType, rows: usize) -> Option<usize> {
         let g = &self.g;
         let fits = self.clusters
             && self.on_matrix_unit(q)
@@ -138,14 +173,7 @@ impl Sizes {
             && (g.mean_query() || !g.per_group)
             && self.head_tiles().1 == 1;
         let blocks = self.multiprocessors / (rows * g.num_kv_heads).max(1);
-        if !fits || blocks < 2 {
-            return None;
-        }
-        let cluster = (1 << blocks.ilog2()).min(STEP_CLUSTER);
-        let span = visible.div_ceil(cluster).next_multiple_of(64).max(64);
-        let (fixed, shared) = self.step_shared(q, cluster, span);
-        // The list of chosen keys numbers them in 16 bits.
-        (fixed + shared <= self.shared && span + g.page <= 1 << 16).then_some(Step { cluster, span, shared })
+        (fits && blocks >= 2).then(|| (1 << blocks.ilog2()).min(STEP_CLUSTER))
     }
 
     /// Floats of a query's side of scoring: look-up tables, projections, bounds, shift.

@@ -60,6 +60,9 @@ pub(crate) fn test_keys() -> Vec<Box<dyn KernelKey>> {
         if s.prefill_on_matrix_unit(q, output) {
             kernels.push(Kernel::Prefill { q, output });
         }
+        if let Some(cluster) = s.step_cluster(q, 1) {
+            kernels.extend([false, true].map(|sampled| Kernel::Step { q, output, cluster, sampled }));
+        }
         keys.extend(kernels.into_iter().map(|kernel| Box::new(Key { kernel, sizes: s }) as Box<dyn KernelKey>));
     }
     let mut seen = std::collections::BTreeSet::new();
