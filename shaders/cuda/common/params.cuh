@@ -37,7 +37,7 @@ struct Numbers {
     float scale, beta;
     // Tokens per block.
     u32 span;
-    // Entries of a selection row; of a step, survivors that a block has room for.
+    // Entries of a selection row.
     u32 width;
     u32 items_count, max_count;
 };

@@ -12,10 +12,10 @@ __device__ __forceinline__ void store_lse(const Call& p, u64 index, float peak, 
 
 // Merges the parts of `heads` query heads from `first_head` on, in their order; by a whole block, one warp per head.
 // Lanes share the parts' weights, then the channels.
-template <int BLOCK> __device__ void merge_parts(const Call& p, const Row& row, u32 row_index, u32 first_head, u32 heads) {
+template <int THREADS> __device__ void merge_parts(const Call& p, const Row& row, u32 row_index, u32 first_head, u32 heads) {
     const u32 vectors = (VALUE_DIM + 3) / 4, own = (vectors + 31) / 32;
     u32 lane = threadIdx.x & 31;
-    for (u32 h = threadIdx.x >> 5; h < heads; h += BLOCK / 32) {
+    for (u32 h = threadIdx.x >> 5; h < heads; h += THREADS / 32) {
         u32 head = first_head + h;
         const float* parts = p.partials + ((u64)row.part_base + (u64)head * row.part_count) * PART_STRIDE;
         float top = MASKED;

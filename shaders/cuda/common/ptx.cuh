@@ -142,9 +142,9 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
-// Inclusive prefix sum over a block of COUNT warps; `total` is the sum of all. Called by all threads.
-template <int COUNT> __device__ __forceinline__ u32 block_scan(u32 value, u32& total) {
-    __shared__ u32 sums[COUNT];
+// Inclusive prefix sum over a block of WARPS warps; `total` is the sum of all. Called by all threads.
+template <int WARPS> __device__ __forceinline__ u32 block_scan(u32 value, u32& total) {
+    __shared__ u32 sums[WARPS];
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     for (u32 step = 1; step < 32; step <<= 1) {
         u32 below = __shfl_up_sync(FULL_WARP, value, step);
@@ -155,7 +155,7 @@ template <int COUNT> __device__ __forceinline__ u32 block_scan(u32 value, u32& t
     __syncthreads();
     u32 before = 0, all = 0;
 #pragma unroll
-    for (u32 w = 0; w < COUNT; w++) {
+    for (u32 w = 0; w < WARPS; w++) {
         u32 sum = sums[w];
         if (w < warp) before += sum;
         all += sum;

@@ -173,10 +173,15 @@ __device__ __forceinline__ float exact_score(const Call& p, const float* tables,
     return score * (1.0f / EXACT_HEADS);
 }
 
-// The same by eight neighbouring lanes, one scoring head; all lanes of the warp call it.
-__device__ __forceinline__ float exact_score_shared(const u32* index, const float* tables, u32 lane) {
-    float sum = exact_part(index, tables, lane % EXACT_PARTS);
+// The same by eight neighbouring lanes; all lanes of the warp call it.
+__device__ __forceinline__ float exact_score_shared(const Call& p, const float* tables, u32 sequence, u32 kv_head, u32 token) {
+    const u32* index = index_word(page_of(p, sequence, token), kv_head, 0, token);
+    float gain = key_gain_at(index), bias = key_bias_at(index), score = 0.0f;
+    for (u32 h = 0; h < EXACT_HEADS; h++, tables += TABLE_ROW) {
+        float sum = exact_part(index, tables, threadIdx.x % EXACT_PARTS);
 #pragma unroll
-    for (u32 step = EXACT_PARTS / 2; step > 0; step /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, step);
-    return key_gain_at(index) * sum + (key_bias_at(index) + tables[AT_SHIFT]);
+        for (u32 step = EXACT_PARTS / 2; step > 0; step /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, step);
+        score += gain * sum + (bias + tables[AT_SHIFT]);
+    }
+    return score * (1.0f / EXACT_HEADS);
 }

@@ -12,13 +12,11 @@ use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// Bytes of shared memory that a block may have unasked.
 const UNASKED_SHARED: u32 = 48 << 10;
-/// Blocks of a cluster that any GPU with clusters takes unasked.
-const UNASKED_CLUSTER: u32 = 8;
 
 /// The only input of a kernel's text.
 pub(crate) trait KernelKey: Send + Sync {
@@ -81,8 +79,6 @@ pub(crate) struct Kernel {
     shared_limit: AtomicU32,
     /// Largest value of the same.
     shared_most: u32,
-    /// Whether clusters of more blocks than all GPUs take are allowed.
-    large_clusters: AtomicBool,
     /// [`KernelKey::label`] of its key.
     pub label: String,
     /// Registers of a thread.
@@ -121,21 +117,6 @@ impl Kernel {
         let set = || unsafe { result::function::set_function_attribute(self.function, attribute, bytes as i32) };
         ctx.check(op, outside_capture(set))?;
         self.shared_limit.fetch_max(bytes, Ordering::Relaxed);
-        Ok(())
-    }
-}
-
-impl Kernel {
-    /// Makes sure that clusters may have `blocks` blocks.
-    pub(super) fn allow_cluster(&self, ctx: &Context, op: &'static str, blocks: u32) -> Result<()> {
-        if blocks <= UNASKED_CLUSTER || self.large_clusters.load(Ordering::Relaxed) {
-            return Ok(());
-        }
-        let attribute = Attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
-        // SAFETY: the function belongs to a module that is loaded for as long as `self` lives.
-        let set = || unsafe { result::function::set_function_attribute(self.function, attribute, 1) };
-        ctx.check(op, outside_capture(set))?;
-        self.large_clusters.store(true, Ordering::Relaxed);
         Ok(())
     }
 }
@@ -252,7 +233,6 @@ impl Kernels {
             module,
             shared_limit: AtomicU32::new(UNASKED_SHARED.saturating_sub(shared)),
             shared_most: ctx.caps().shared_memory.saturating_sub(shared),
-            large_clusters: AtomicBool::new(false),
             label: label.to_string(),
             registers: attribute(Attribute::CU_FUNC_ATTRIBUTE_NUM_REGS),
             local: attribute(Attribute::CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES),

@@ -3,7 +3,7 @@
 use super::CudaExecutor;
 use super::kernels::Kernel;
 use super::params::{Call, NEAR, Numbers, Row, Slot};
-use super::plan::{BINS, CANDIDATES, MOST_ROWS, Step};
+use super::plan::{BINS, CANDIDATES, MOST_ROWS};
 use crate::engine::cuda::{Bind, Buffer, CudaTimer, Grid, Passes, Ready, Scratch, stage};
 use crate::error::{Error, Result};
 use crate::socket::executor::{Attended, Selection, StageTime};
@@ -77,9 +77,6 @@ impl CudaExecutor {
         }
         if s.g.center {
             kernels.push(Kernel::MeanKeys);
-        }
-        if let Some(cluster) = s.step_cluster(q, 1) {
-            kernels.extend([false, true].map(|sampled| Kernel::Step { q, output, cluster, sampled }));
         }
         kernels
     }
@@ -229,11 +226,6 @@ impl CudaExecutor {
         let tokens: usize = problem.rows.iter().map(|r| r.visible).sum();
         let spans =
             Spans { score: s.score_span(tokens), select: s.select_span(tokens), attend: s.attend_span(tokens, sparse) };
-        if sparse && !problem.want_selection && problem.rows.len() <= NEAR {
-            if let Some(step) = s.step(q, problem.rows.iter().map(|r| r.visible)) {
-                return self.step(passes, q, problem, step, call);
-            }
-        }
         let (rows, blocks) = self.blocks(problem, sparse, spans.attend);
         let mut most = [0u64; 6];
         let mut most_rows = 0;
@@ -300,30 +292,6 @@ impl CudaExecutor {
             }
         }
         Ok(())
-    }
-
-    /// The whole of a sparse decode in one kernel.
-    fn step(
-        &mut self,
-        passes: &mut Passes<'_>,
-        q: DType,
-        problem: &AttendProblem,
-        step: Step,
-        mut call: Call,
-    ) -> Result<()> {
-        let g = self.sizes.g;
-        let (rows, _) = self.blocks(problem, false, step.span);
-        let tables = (rows.len() * self.sizes.table_row()) as u64 * g.tables_per_row() * 4;
-        let tables = self.workspace.tables.get(&self.ctx, problem.op, tables)?;
-        call.bind(Slot::Tables, &tables);
-        call.params.rows[..rows.len()].copy_from_slice(&rows);
-        call.params.numbers.span = step.span as u32;
-        call.params.numbers.width = step.survivors as u32;
-        let key =
-            self.key(Kernel::Step { q, output: problem.output, cluster: step.cluster, sampled: step.survivors > 0 });
-        let grid = Grid::xyz([step.cluster as u64, g.num_kv_heads as u64, rows.len() as u64], key.threads());
-        let grid = grid.shared(step.shared as u32).cluster(step.cluster as u32);
-        passes.dispatch(key, call.params, grid, call.binds())
     }
 
     fn prefill(&self, passes: &mut Passes<'_>, q: DType, problem: &AttendProblem, mut call: Call) -> Result<()> {

@@ -1,6 +1,6 @@
 //! The kernels: a typed key each, from which alone its text and constants follow.
 
-use super::plan::{BINS, CANDIDATES, Fast, STEP_STAGES, Sizes};
+use super::plan::{BINS, CANDIDATES, Fast, Sizes};
 use crate::engine::cuda::{HEADERS, KernelKey, KernelSource, Stage};
 use crate::socket::config::Scoring;
 use crate::tensor::DType;
@@ -35,13 +35,6 @@ pub(crate) enum Kernel {
         q: DType,
         output: DType,
     },
-    /// A whole sparse step, by clusters of so many blocks; of all keys, or of those that a sample lets through.
-    Step {
-        q: DType,
-        output: DType,
-        cluster: usize,
-        sampled: bool,
-    },
 }
 
 /// One compiled kernel.
@@ -57,11 +50,6 @@ const SOCKET_HEADERS: &[(&str, &str)] = &[
     ("params.cuh", include_str!("../../../shaders/cuda/common/params.cuh")),
     ("partials.cuh", include_str!("../../../shaders/cuda/common/partials.cuh")),
     ("scoring.cuh", include_str!("../../../shaders/cuda/common/scoring.cuh")),
-    ("query.cuh", include_str!("../../../shaders/cuda/common/query.cuh")),
-    ("score_keys.cuh", include_str!("../../../shaders/cuda/common/score_keys.cuh")),
-    ("runs.cuh", include_str!("../../../shaders/cuda/common/runs.cuh")),
-    ("tiles.cuh", include_str!("../../../shaders/cuda/common/tiles.cuh")),
-    ("cluster.cuh", include_str!("../../../shaders/cuda/common/cluster.cuh")),
 ];
 
 macro_rules! text {
@@ -86,7 +74,6 @@ impl Kernel {
             Self::Attend { .. } => (text!("attention/attend.cu"), "attend"),
             Self::AttendAny { .. } => (text!("attention/attend_any.cu"), "attend_any"),
             Self::Prefill { .. } => (text!("attention/prefill.cu"), "prefill"),
-            Self::Step { .. } => (text!("socket/step.cu"), "step"),
         };
         (file, text, entry)
     }
@@ -191,11 +178,6 @@ impl Key {
                     all.extend(scoring);
                 }
             }
-            Kernel::Step { q, output, cluster, sampled } => {
-                all.extend(scoring);
-                all.extend(attention(q, output, true).into_iter().filter(|(name, _)| *name != "STAGES"));
-                all.extend([("STAGES", STEP_STAGES), ("CLUSTER", cluster), ("SAMPLED", sampled.into())]);
-            }
             Kernel::Prefill { q, output } => {
                 all.extend(attention(q, output, false).into_iter().filter(|(name, _)| *name != "P_SPLITS"));
                 all.extend([("P_SPLITS", s.prefill_weight_parts(output)), ("KEYS", s.prefill_keys(output))]);
@@ -217,7 +199,6 @@ impl Stage for Key {
             Kernel::Collect => "collect",
             Kernel::Attend { .. } | Kernel::AttendAny { .. } => "attend",
             Kernel::Prefill { .. } => "prefill",
-            Kernel::Step { .. } => "step",
         }
     }
 }

@@ -19,21 +19,6 @@ pub(crate) const STEP_TOKENS: usize = 16;
 const CHOSEN: usize = 2048;
 const MOST_CHOSEN_SPAN: usize = 32768;
 
-/// Warps of a block of the step kernel, tiles that each has in shared memory, and the lengths of its lists: of candidates
-/// of its own, of candidates that are compared, of chosen keys.
-const STEP_WARPS: usize = 8;
-pub(crate) const STEP_STAGES: usize = 2;
-const STEP_MINE: usize = 1024;
-const STEP_RANKED: usize = 512;
-const STEP_CHOSEN: usize = 4096;
-/// Its blocks take tokens in runs; of a block's tokens there must be room for one in so many to survive the sample.
-const STEP_RUN: usize = 128;
-const STEP_SHARE: usize = 22;
-/// Tokens of a block with which it is not worth a thought whether others have fewer.
-const STEP_FREE: usize = 4096;
-/// Blocks of its clusters at most: what GPUs with clusters of more than eight have.
-const STEP_CLUSTER: usize = 16;
-
 /// How scores are stored first, see shaders/cuda/socket/score.cu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Fast {
@@ -54,18 +39,6 @@ pub(crate) struct Sizes {
     /// Bytes of shared memory that a block can have.
     pub shared: usize,
     pub multiprocessors: usize,
-    /// Whether blocks can form clusters.
-    pub clusters: bool,
-}
-
-/// How a whole step runs in one kernel: blocks of a cluster, tokens of each, shared memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Step {
-    pub cluster: usize,
-    /// Keys of a block that a sample may let through; none where there is room for all levels.
-    pub survivors: usize,
-    pub span: usize,
-    pub shared: usize,
 }
 
 impl Sizes {
@@ -111,69 +84,8 @@ impl Sizes {
             }
             Fast::Halves => g.tables.next_multiple_of(4) * 2 * 16 * 8 + 4 * BINS * 4,
             Fast::Codes => g.scoring_heads() * g.words * 512 + g.score_rows() * BINS * 4,
-            Fast::Bytes => g.score_rows() * BINS * 4 + g.scoring_heads().div_ceil(4) * g.words.div_ceil(4) * 1024,
+            Fast::Bytes => g.score_rows() * BINS * 4 + g.scoring_heads().div_ceil(4) * g.words * 64 * 4,
         }
-    }
-
-    /// Shared memory of the step kernel where it has `span` tokens to a block: what the compiler lays out, and bytes in
-    /// which `levels` are kept, beside which and with which.
-    fn step_shared(&self, q: DType, cluster: usize, span: usize, levels: usize) -> (usize, usize) {
-        let g = &self.g;
-        let rows = g.score_rows();
-        let bits = (rows * span / 8).next_multiple_of(256);
-        let look_ups = match self.fast() {
-            Fast::Halves => g.tables.next_multiple_of(4) * 256,
-            Fast::Bytes => g.scoring_heads().div_ceil(4) * g.words.div_ceil(4) * 1024,
-            _ => g.scoring_heads() * g.words * 512,
-        };
-        let ranked = rows * STEP_RANKED * 8;
-        let selection = rows * (BINS * 4 + STEP_MINE * 8 + span / 8) + look_ups + levels.max(ranked);
-        let (heads, _) = self.head_tiles();
-        let results = (STEP_WARPS * heads * (g.value_dim.next_multiple_of(16) + 4) + heads * g.part_stride()) * 4;
-        let attention = (STEP_WARPS * STEP_STAGES * self.stage() + STEP_CHOSEN * 4).max(results);
-        let pass = g.scoring_heads().min(8);
-        let hashing = pass * (g.head_dim + STEP_WARPS * 32 + 3 * 32) * 4 + g.group * 4;
-        let counting = rows * (96 + 4 * cluster) + 16 * g.scoring_heads().next_multiple_of(4) + 512;
-        (hashing + counting + self.attend_static(q), bits + selection.max(attention))
-    }
-
-    /// Whether and how a sparse step of rows with so many keys runs in one kernel: with no more blocks than there are
-    /// multiprocessors, and not so many fewer, or so unequal ones, that the whole waits for a few.
-    pub fn step(&self, q: DType, visible: impl ExactSizeIterator<Item = usize> + Clone) -> Option<Step> {
-        let g = &self.g;
-        let cluster = self.step_cluster(q, visible.len())?;
-        let (most, all) = (visible.clone().max()?, visible.sum::<usize>());
-        let span = most.div_ceil(cluster * STEP_RUN).max(1) * STEP_RUN;
-        if span > STEP_FREE && span * self.multiprocessors > 2 * all * g.num_kv_heads {
-            return None;
-        }
-        // All levels, or those of the keys that a sample lets through.
-        let all = g.score_rows() * (span + 32) * 2;
-        let fits = |levels| {
-            let (fixed, shared) = self.step_shared(q, cluster, span, levels);
-            (fixed + shared <= self.shared).then_some(shared)
-        };
-        if let Some(shared) = fits(all) {
-            return Some(Step { cluster, survivors: 0, span, shared });
-        }
-        let (fixed, least) = self.step_shared(q, cluster, span, 0);
-        let room = self.shared.checked_sub(fixed + least)? + g.score_rows() * STEP_RANKED * 8;
-        let survivors = room / (g.score_rows() * 6) / 512 * 512;
-        let enough = survivors >= span / STEP_SHARE;
-        let shared = fits(survivors * g.score_rows() * 6).filter(|_| enough)?;
-        Some(Step { cluster, survivors, span, shared })
-    }
-
-    /// Blocks of the clusters that take a step of `rows` rows whole, where that is possible.
-    pub fn step_cluster(&self, q: DType, rows: usize) -> Option<usize> {
-        let g = &self.g;
-        let fits = self.clusters
-            && self.on_matrix_unit(q)
-            && self.fast() != Fast::No
-            && (g.mean_query() || !g.per_group)
-            && self.head_tiles().1 == 1;
-        let blocks = self.multiprocessors / (rows * g.num_kv_heads).max(1);
-        (fits && blocks >= 2).then(|| (1 << blocks.ilog2()).min(STEP_CLUSTER))
     }
 
     /// Floats of a query's side of scoring: look-up tables, projections, bounds, shift.

@@ -12,7 +12,7 @@ use crate::tensor::DType;
 /// Shared memory and multiprocessors of an H200.
 fn sizes(config: SocketConfig, shape: CacheShape, page_tokens: usize) -> Sizes {
     let g = Geometry::new(&CacheSpec { config, shape, page_tokens });
-    Sizes { g, shared: 227 << 10, multiprocessors: 132, clusters: true }
+    Sizes { g, shared: 227 << 10, multiprocessors: 132 }
 }
 
 /// Every kernel of this room, for the table of resources.
@@ -59,9 +59,6 @@ pub(crate) fn test_keys() -> Vec<Box<dyn KernelKey>> {
         }
         if s.prefill_on_matrix_unit(q, output) {
             kernels.push(Kernel::Prefill { q, output });
-        }
-        if let Some(cluster) = s.step_cluster(q, 1) {
-            kernels.extend([false, true].map(|sampled| Kernel::Step { q, output, cluster, sampled }));
         }
         keys.extend(kernels.into_iter().map(|kernel| Box::new(Key { kernel, sizes: s }) as Box<dyn KernelKey>));
     }
