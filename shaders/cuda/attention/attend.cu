@@ -226,15 +226,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
         cuts[h] = p.cuts[(u64)blockIdx.z * KV_HEADS * SCORE_ROWS + score_head + min_u32(h, heads - 1)];
         needed = needed || (cuts[h] != CUT_ALL && cuts[h] != CUT_NONE);
     }
-    // Eight tokens a thread: one load of levels per head, ahead of time.
+    // Eight tokens a thread and round: one load of levels per head, some rounds ahead.
     const bool early = score_heads <= 4;
-    uint4 ahead[early ? score_heads : 1];
-    auto load_levels = [&](u32 token) {
+    const u32 rounds = HEAD_DIM + VALUE_DIM > 256 ? 1 : score_heads == 1 ? 4 : 2;
+    uint4 ahead[rounds][early ? score_heads : 1];
+    auto load_levels = [&](u32 round, u32 token) {
 #pragma unroll
         for (u32 h = 0; early && h < score_heads; h++)
-            if (token < span) ahead[h] = *(const uint4*)&scores[min_u32(h, heads - 1) * stride + token];
+            if (token < span) ahead[round][h] = *(const uint4*)&scores[min_u32(h, heads - 1) * stride + token];
     };
-    load_levels(threadIdx.x * 8);
+#pragma unroll
+    for (u32 r = 0; r < rounds; r++) load_levels(r, (r * THREADS + threadIdx.x) * 8);
     w.chosen = chosen;
     w.page_bases = page_bases;
     u32 scanned = 0;
@@ -247,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
         for (u32 h = 0; h < score_heads; h++) {
             u32 all = score_heads == 1 ? (1u << HEADS) - 1u : 1u << h;
             uint4 levels = {0, 0, 0, 0};
-            if (early) levels = ahead[h];
+            if (early) levels = ahead[0][h];
             else if (needed && token < span) levels = *(const uint4*)&scores[min_u32(h, heads - 1) * stride + token];
             u32 words[4] = {levels.x, levels.y, levels.z, levels.w};
 #pragma unroll
@@ -257,7 +259,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
             }
         }
         scanned += THREADS * 8;
-        load_levels(scanned + threadIdx.x * 8);
+#pragma unroll
+        for (u32 r = 1; r < rounds; r++)
+#pragma unroll
+            for (u32 h = 0; early && h < score_heads; h++) ahead[r - 1][h] = ahead[r][h];
+        load_levels(rounds - 1, scanned + ((rounds - 1) * THREADS + threadIdx.x) * 8);
         u32 own = 0, total;
 #pragma unroll
         for (u32 i = 0; i < 8; i++) {
