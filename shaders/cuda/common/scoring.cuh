@@ -35,8 +35,7 @@
 
 // How far the scores that are stored may be off, beside rounding: relative, and in units of the largest gain.
 #if FAST == 1
-// Six roundings of halves.
-#define RELATIVE_ERROR 3.0e-3f
+#define RELATIVE_ERROR 2.0e-3f
 #else
 #define RELATIVE_ERROR 1.0e-5f
 #endif

@@ -97,19 +97,19 @@ __device__ __forceinline__ void score_keys(const Call& p, const Row& row, u32 kv
         for (u32 w = 0; w < WORDS; w++) {
             // Byte offsets of the two digits of all four codes.
             u32 low = key.words[w] << 3 & 0x78787878u, high = key.words[w] >> 1 & 0x78787878u;
-            // Four products are added in halves: six roundings at most, see RELATIVE_ERROR.
-            u32 x = 0, y = 0;
 #pragma unroll
-            for (u32 t = 0; t < 4; t++) {
+            for (u32 t = 0; t < 4; t += 2) {
                 const u8* at = (const u8*)lookup + (w * 4 + t) * 256;
-                Pair a = *(const Pair*)(at + byte_of(low, t)), b = *(const Pair*)(at + 128 + byte_of(high, t));
-                x = t == 0 ? half_mul(a.low, b.low) : half_fma(a.low, b.low, x);
-                y = t == 0 ? half_mul(a.high, b.high) : half_fma(a.high, b.high, y);
+                Pair a0 = *(const Pair*)(at + byte_of(low, t)), b0 = *(const Pair*)(at + 128 + byte_of(high, t));
+                Pair a1 = *(const Pair*)(at + 256 + byte_of(low, t + 1)), b1 = *(const Pair*)(at + 384 + byte_of(high, t + 1));
+                // More sums of halves would cost more in candidates than they save here.
+                u32 x = half_fma(a1.low, b1.low, half_mul(a0.low, b0.low));
+                u32 y = half_fma(a1.high, b1.high, half_mul(a0.high, b0.high));
+                sums[0] += widen<DTYPE_F16>(x & 0xffffu);
+                sums[1] += widen<DTYPE_F16>(x >> 16);
+                sums[2] += widen<DTYPE_F16>(y & 0xffffu);
+                sums[3] += widen<DTYPE_F16>(y >> 16);
             }
-            sums[0] += widen<DTYPE_F16>(x & 0xffffu);
-            sums[1] += widen<DTYPE_F16>(x >> 16);
-            sums[2] += widen<DTYPE_F16>(y & 0xffffu);
-            sums[3] += widen<DTYPE_F16>(y >> 16);
         }
 #pragma unroll
         for (u32 h = 0; h < 4; h++)
