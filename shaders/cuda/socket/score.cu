@@ -269,7 +269,7 @@ __device__ __forceinline__ void score_keys(const Call& p, const Row& row, u32 kv
                 // NaN and what is negative become zero.
                 levels[k] = min_u32((u32)level, LEVELS + 1);
             }
-            if (mine) put(head, at + lane / 4 * 4, levels);
+            if (mine) put(at + lane / 4 * 4, levels);
         }
 }
 #elif FAST == 3
@@ -383,23 +383,39 @@ __device__ __forceinline__ void flush(const Call& p, u64 score_row, const u32* c
 struct Put {
     const Call& p;
     const Row& row;
-    u16* scores;
-    u32 stride;
     u32 first_head, end;
+#if FAST == 2
+    // Where the scores of the lane's own head are, and its counts.
+    u64 scores_at;
+    u32 counts_at;
 
-    __device__ __forceinline__ u32* counts(u32 head) const { return memory + LOOKUP_BYTES / 4 + (head - first_head) * BINS; }
-    __device__ __forceinline__ void operator()(u32 head, u32 token, u32 level) const {
-        put(level, token, is_contested(p, row, token), scores + (u64)head * stride, counts(head));
-    }
-    // Of four neighbouring tokens.
-    __device__ __forceinline__ void operator()(u32 head, u32 token, const u32 (&levels)[4]) const {
+    // Of four neighbouring tokens; where all 32 of the warp are contested keys of the span, they need no look each.
+    __device__ __forceinline__ void operator()(u32 token, const u32 (&levels)[4]) const {
+        u32 base = token & ~31u;
+        bool all = base + 32 <= end;
+#if DISJOINT
+        all = all && base >= p.sink && base + 32 + p.window <= row.visible;
+#endif
         // Rows are padded to whole 64 scores, so that the last ones may be written whole.
-        if (token < end) *(uint2*)&scores[(u64)head * stride + token] = uint2{levels[0] | levels[1] << 16, levels[2] | levels[3] << 16};
+        if (all || token < end) *(uint2*)&p.scores[scores_at + token] = uint2{levels[0] | levels[1] << 16, levels[2] | levels[3] << 16};
+        if (all) {
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) atomicAdd(&memory[counts_at + (levels[i] >> BIN_SHIFT)], 1u);
+            return;
+        }
 #pragma unroll
         for (u32 i = 0; i < 4; i++)
-            if (token + i < end && is_contested(p, row, token + i))
-                atomicAdd(&counts(head)[levels[i] >> BIN_SHIFT], 1u);
+            if (token + i < end && is_contested(p, row, token + i)) atomicAdd(&memory[counts_at + (levels[i] >> BIN_SHIFT)], 1u);
     }
+#else
+    u16* scores;
+    u32 stride;
+
+    __device__ __forceinline__ void operator()(u32 head, u32 token, u32 level) const {
+        u32* counts = memory + LOOKUP_BYTES / 4 + (head - first_head) * BINS;
+        put(level, token, is_contested(p, row, token), scores + (u64)head * stride, counts);
+    }
+#endif
 };
 
 __device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block_row) {
@@ -430,10 +446,16 @@ __device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block
 #endif
             __syncthreads();
         };
-        Put put_levels = {p, row, scores, stride, first_head, end};
 #if FAST == 2
+        u32 own = min_u32(threadIdx.x % 4, heads - 1);
+        u64 scores_at = scores - p.scores + (u64)(first_head + own) * stride;
+        u32 counts_at = LOOKUP_BYTES / 4 + own * BINS;
+        // Not to be worked out anew for each key.
+        asm volatile("" : "+l"(scores_at), "+r"(counts_at));
+        Put put_levels = {p, row, first_head, end, scores_at, counts_at};
         score_keys<EARLY_LOADS>(p, row, kv_head, table_row, block, first, end, memory, scales, index, ready, put_levels);
 #else
+        Put put_levels = {p, row, first_head, end, scores, stride};
         score_keys(p, row, kv_head, table_row, block, first, end, memory, index, ready, put_levels);
 #endif
         __syncthreads();
