@@ -140,8 +140,9 @@ __device__ __forceinline__ bool is_selected(u32 level, u32 cut) { return level >
 
 // What words `part`, `part` + 8, ... of a key's index say.
 __device__ __forceinline__ float exact_part(const u32* index, const float* tables, u32 part) {
+    const u32 unrolled = EXACT_HEADS > 1 ? 1 : 2;
     float sum = 0.0f;
-#pragma unroll 2
+#pragma unroll unrolled
     for (u32 w = part; w < WORDS; w += EXACT_PARTS) {
         u32 codes = index[w * PAGE];
 #pragma unroll

@@ -81,7 +81,7 @@ __device__ float absolute_error(const Call& p, const Row& row, u32 kv_head, u64 
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) select_keys(ARGUMENTS) {
     CALL;
-    __shared__ u32 mine[MINE];
+    __shared__ u32 mine[MINE], mine_keys[MINE];
     __shared__ u32 mine_count;
     __shared__ u32 counts[BINS];
     __shared__ u32 place;
@@ -101,6 +101,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) select_ke
             p.cuts[score_row] = row.heavy == 0 ? CUT_NONE : CUT_ALL;
         return;
     }
+    u64 stride = ((u64)row.visible + 63) / 64;
+    u16* scores = p.scores + ((u64)row.score_base + head * stride) * 64;
+    u32 first = blockIdx.x * p.span, end = min_u32(row.visible, first + p.span);
+    // Rows are padded to whole 64 scores. The first are on their way while the threshold is found.
+    uint4 levels[AT_ONCE];
+    auto load_levels = [&](u32 token, u32 upto) {
+#pragma unroll
+        for (u32 j = 0; j < AT_ONCE; j++)
+            if (token + j * THREADS * 8 < upto) levels[j] = *(const uint4*)&scores[token + j * THREADS * 8];
+    };
+    load_levels(first + threadIdx.x * 8, min_u32(end, first + BATCH));
     u32* histogram = p.histogram + (u64)score_row * (BINS + 1);
     Range range = range_of(p, row, kv_head, table_row, lane);
     float absolute = absolute_error(p, row, kv_head, table_row, lane);
@@ -110,10 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) select_ke
         if (blockIdx.x == 0 && threadIdx.x == 0) p.cuts[score_row] = CUT_ALL;
         return;
     }
-    u64 stride = ((u64)row.visible + 63) / 64;
-    u16* scores = p.scores + ((u64)row.score_base + head * stride) * 64;
     u32* candidates = p.candidates + (u64)score_row * CANDIDATES * 2;
-    u32 first = blockIdx.x * p.span, end = min_u32(row.visible, first + p.span);
     const float* tables = p.tables + table_row * TABLE_ROW;
 #if EXACT_HEADS * TABLE_ROW <= 5632
     __shared__ __align__(16) float near_tables[EXACT_HEADS * TABLE_ROW];
@@ -127,11 +135,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) select_ke
         __syncthreads();
         u32 upto = min_u32(end, base + BATCH);
         for (u32 token = base + threadIdx.x * 8; token < upto; token += THREADS * 8 * AT_ONCE) {
-            // Rows are padded to whole 64 scores.
-            uint4 levels[AT_ONCE];
-#pragma unroll
-            for (u32 j = 0; j < AT_ONCE; j++)
-                if (token + j * THREADS * 8 < upto) levels[j] = *(const uint4*)&scores[token + j * THREADS * 8];
+            if (token >= first + THREADS * 8 * AT_ONCE) load_levels(token, upto);
 #pragma unroll
             for (u32 j = 0; j < AT_ONCE; j++) {
                 u32 at_token = token + j * THREADS * 8;
@@ -151,22 +155,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) select_ke
         }
         __syncthreads();
         u32 count = mine_count;
-        if (threadIdx.x == 0 && count > 0) place = atomicAdd(&histogram[BINS], count);
+        // By the warp that has the fewest candidates.
+        if (threadIdx.x == THREADS - 1 && count > 0) place = atomicAdd(&histogram[BINS], count);
+        if (count <= SHARED_BATCH) {
+            for (u32 i = threadIdx.x / EXACT_PARTS; i - lane / EXACT_PARTS < count; i += THREADS / EXACT_PARTS) {
+                u32 own = mine[min_u32(i, count - 1)];
+                u32 key = order_key(exact_score_shared(p, tables, row.sequence, kv_head, own));
+                if (i < count && lane % EXACT_PARTS == 0) mine_keys[i] = key;
+            }
+        } else if (count <= MINE) {
+            for (u32 i = threadIdx.x; i < count; i += THREADS)
+                mine_keys[i] = order_key(exact_score(p, tables, row.sequence, kv_head, mine[i]));
+        }
         __syncthreads();
         // A row with more candidates than a list holds is searched whole.
         if (count <= MINE && count > 0 && place + count <= CANDIDATES) {
-            if (count <= SHARED_BATCH) {
-                for (u32 i = threadIdx.x / EXACT_PARTS; i - lane / EXACT_PARTS < count; i += THREADS / EXACT_PARTS) {
-                    u32 own = mine[min_u32(i, count - 1)];
-                    u32 key = order_key(exact_score_shared(p, tables, row.sequence, kv_head, own));
-                    if (i < count && lane % EXACT_PARTS == 0) *(uint2*)&candidates[(place + i) * 2] = uint2{key, own};
-                }
-            } else {
-                for (u32 i = threadIdx.x; i < count; i += THREADS) {
-                    u32 key = order_key(exact_score(p, tables, row.sequence, kv_head, mine[i]));
-                    *(uint2*)&candidates[(place + i) * 2] = uint2{key, mine[i]};
-                }
-            }
+            for (u32 i = threadIdx.x; i < count; i += THREADS) *(uint2*)&candidates[(place + i) * 2] = uint2{mine_keys[i], mine[i]};
         } else if (count > 0 && threadIdx.x == 0) {
             atomicMax(&histogram[BINS], CANDIDATES + 1);
         }
