@@ -125,18 +125,16 @@ __device__ __forceinline__ void let_later_start() {
 // what they wrote before is visible to the last block afterwards.
 __device__ __forceinline__ bool is_last(u32* counter, u32 blocks) {
     __shared__ u32 arrived;
+    __threadfence();
     __syncthreads();
-    // The barriers make one thread's fences those of the block.
     if (threadIdx.x == 0) {
-        __threadfence();
         arrived = atomicAdd(counter, 1u);
-        if (arrived + 1 == blocks) {
-            *counter = 0;
-            __threadfence();
-        }
+        if (arrived + 1 == blocks) *counter = 0;
     }
     __syncthreads();
-    return arrived + 1 == blocks;
+    bool last = arrived + 1 == blocks;
+    if (last) __threadfence();
+    return last;
 }
 
 __device__ __forceinline__ float warp_sum(float x) {
