@@ -79,6 +79,33 @@ __device__ float absolute_error(const Call& p, const Row& row, u32 kv_head, u64 
 #endif
 }
 
+// The candidates of a row: as listed, or, where there is no list, as the levels say, scored whenever they are wanted.
+struct Candidates {
+    const Call& p;
+    const Row& row;
+    const float* tables;
+    const u16* scores;
+    const u32* list;
+    u32 kv_head, count, low_level, high_level;
+
+    // Calls `use` with the order key and the token of each; a block's threads share them.
+    template <class Use> __device__ __forceinline__ void each(Use use) const {
+        for (u32 i = threadIdx.x; i < count; i += THREADS) {
+            if (list) {
+                uint2 candidate = *(const uint2*)&list[i * 2];
+                use(candidate.x, candidate.y);
+                continue;
+            }
+            u32 level = scores[i];
+            bool contested = level >= low_level && level < high_level;
+#if DISJOINT
+            contested = contested && !in_base(p, row, i);
+#endif
+            if (contested) use(order_key(exact_score(p, tables, row.sequence, kv_head, i)), i);
+        }
+    }
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) select_keys(ARGUMENTS) {
     CALL;
     __shared__ u32 mine[MINE], mine_keys[MINE];
@@ -182,21 +209,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) select_ke
     u32 count = whole ? row.visible : listed;
     u32 wanted = row.heavy - found.above;
     if (threadIdx.x == 0) p.cuts[score_row] = high_level;
-    auto each_candidate = [&](auto use) {
-        for (u32 i = threadIdx.x; i < count; i += THREADS) {
-            if (!whole) {
-                uint2 candidate = *(const uint2*)&candidates[i * 2];
-                use(candidate.x, candidate.y);
-                continue;
-            }
-            u32 level = scores[i];
-            bool contested = level >= low_level && level < high_level;
-#if DISJOINT
-            contested = contested && !in_base(p, row, i);
-#endif
-            if (contested) use(order_key(exact_score(p, tables, row.sequence, kv_head, i)), i);
-        }
-    };
+    Candidates all = {p, row, tables, scores, whole ? nullptr : candidates, kv_head, count, low_level, high_level};
     // A candidate's rank is its order key, from the least on, then its token: one number of 64 bits, the larger the better,
     // of which the first digits are those of `prefix`. Of `active` candidates with these `wanted` are selected.
     __shared__ u32 least, most, picked, picked_above, picked_count;
@@ -211,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) select_ke
         }
         __syncthreads();
         u32 own_least = ~0u, own_most = 0;
-        each_candidate([&](u32 key, u32) {
+        all.each([&](u32 key, u32) {
             own_least = min_u32(own_least, key);
             own_most = max_u32(own_most, key);
         });
@@ -229,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) select_ke
     while (active > RANKED && rounds < 5) {
         for (u32 i = threadIdx.x; i < BINS; i += THREADS) counts[i] = 0;
         __syncthreads();
-        each_candidate([&](u32 key, u32 token) {
+        all.each([&](u32 key, u32 token) {
             u64 number = number_of(key, token);
             if (digits_of(number) == prefix) atomicAdd(&counts[(number >> (64 - DIGIT_BITS * (rounds + 1))) & (BINS - 1)], 1u);
         });
@@ -260,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) select_ke
     __shared__ uint2 ranked[2 * RANKED];
     if (threadIdx.x == 0) place = 0;
     __syncthreads();
-    each_candidate([&](u32 key, u32 token) {
+    all.each([&](u32 key, u32 token) {
         u64 digits = digits_of(number_of(key, token));
         if (digits == prefix) ranked[atomicAdd(&place, 1u)] = uint2{key, token};
         else scores[token] = digits > prefix ? LEVEL_SELECTED : 0;
