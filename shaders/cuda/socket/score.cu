@@ -1,7 +1,8 @@
 // Scores every key of a span for the query heads of its kv head, stores levels, and counts them in the row's histogram:
 // one block per (span of tokens, kv head, row).
+#include "scoring.cuh"
 
-#ifndef THREADS
+// Registers set how many there are.
 #if FAST == 2
 #define THREADS 256
 #define BLOCKS_TOGETHER 3
@@ -9,10 +10,6 @@
 #define THREADS 512
 #define BLOCKS_TOGETHER 2
 #endif
-#endif
-// Loads of 32 keys that a warp has under way.
-#define EARLY_LOADS 1
-#include "scoring.cuh"
 
 #define CODE_MASK ((1u << PLANES) - 1u)
 
@@ -197,16 +194,14 @@ __device__ __forceinline__ void fill_lookup(const Call& p, u64 table_row, void* 
     }
 }
 
-// For four heads from the `block`-th four on. EARLY: so many loads of 32 keys are on their way.
-template <u32 EARLY, class Index, class Ready, class Put>
+// For four heads from the `block`-th four on.
+template <class Index, class Ready, class Put>
 __device__ __forceinline__ void score_keys(const Call& p, const Row& row, u32 kv_head, u64 table_row, u32 block, u32 first,
                                            u32 end, const void* lookup, const Scales* scales, Index index, Ready ready, Put put) {
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    Keys ring[EARLY];
+    Keys next;
     u32 base = first + warp * 32;
-#pragma unroll
-    for (u32 i = 0; i < EARLY; i++)
-        if (base + i * THREADS < end) load_keys(ring[i], index(base + i * THREADS));
+    if (base < end) load_keys(next, index(base));
     ready();
     u32 head = block * 4 + lane % 4;
     bool mine = head < SCORING_HEADS;
@@ -232,45 +227,42 @@ __device__ __forceinline__ void score_keys(const Call& p, const Row& row, u32 kv
     u32 b[near ? 8 : 1];
 #pragma unroll
     for (u32 i = 0; near && i < 8; i++) b[i] = fragment(0, i);
-    for (; base < end; base += EARLY * THREADS)
+    for (; base < end; base += THREADS) {
+        Keys keys = next;
+        // The next keys are on their way while these are scored.
+        if (base + THREADS < end) load_keys(next, index(base + THREADS));
+        int sums[2][4] = {};
 #pragma unroll
-        for (u32 i = 0; i < EARLY; i++) {
-            u32 at = base + i * THREADS, later = at + EARLY * THREADS;
-            if (at >= end) break;
-            Keys keys = ring[i];
-            if (later < end) load_keys(ring[i], index(later));
-            int sums[2][4] = {};
+        for (u32 block_of = 0; block_of < WORD_BLOCKS; block_of++) {
+            uint4 words = keys.words[block_of];
+            // Bits stay where they are in their half of a byte: one instruction each.
+            u32 low[4] = {words.x, words.y, words.z, words.w};
+            u32 high[4] = {words.x >> 4, words.y >> 4, words.z >> 4, words.w >> 4};
 #pragma unroll
-            for (u32 block_of = 0; block_of < WORD_BLOCKS; block_of++) {
-                uint4 words = keys.words[block_of];
-                // Bits stay where they are in their half of a byte: one instruction each.
-                u32 low[4] = {words.x, words.y, words.z, words.w};
-                u32 high[4] = {words.x >> 4, words.y >> 4, words.z >> 4, words.w >> 4};
+            for (u32 step = 0; step < 4; step++) {
+                u32 b0 = near ? b[step * 2] : fragment(block_of, step * 2);
+                u32 b1 = near ? b[step * 2 + 1] : fragment(block_of, step * 2 + 1);
 #pragma unroll
-                for (u32 step = 0; step < 4; step++) {
-                    u32 b0 = near ? b[step * 2] : fragment(block_of, step * 2);
-                    u32 b1 = near ? b[step * 2 + 1] : fragment(block_of, step * 2 + 1);
-#pragma unroll
-                    for (u32 t = 0; t < 2; t++) {
-                        const u32 mask = 0x01010101u << step;
-                        u32 a[4] = {low[2 * t] & mask, low[2 * t + 1] & mask, high[2 * t] & mask, high[2 * t + 1] & mask};
-                        mma_bytes(sums[t], a, b0, b1);
-                    }
+                for (u32 t = 0; t < 2; t++) {
+                    const u32 mask = 0x01010101u << step;
+                    u32 a[4] = {low[2 * t] & mask, low[2 * t + 1] & mask, high[2 * t] & mask, high[2 * t + 1] & mask};
+                    mma_bytes(sums[t], a, b0, b1);
                 }
             }
-            u32 gains[4] = {keys.gain.x, keys.gain.y, keys.gain.z, keys.gain.w};
-            u32 biases[4] = {keys.bias.x, keys.bias.y, keys.bias.z, keys.bias.w};
-            u32 levels[4];
-#pragma unroll
-            for (u32 k = 0; k < 4; k++) {
-                float sum = (float)(128 * sums[k / 2][k % 2 * 2] + sums[k / 2][k % 2 * 2 + 1]);
-                float level = bits_float(gains[k]) * (sum * unit - offset) + least;
-                if (BIAS) level += bits_float(biases[k]) * range.inverse_width;
-                // NaN and what is negative become zero.
-                levels[k] = min_u32((u32)level, LEVELS + 1);
-            }
-            if (mine) put(at + lane / 4 * 4, levels);
         }
+        u32 gains[4] = {keys.gain.x, keys.gain.y, keys.gain.z, keys.gain.w};
+        u32 biases[4] = {keys.bias.x, keys.bias.y, keys.bias.z, keys.bias.w};
+        u32 levels[4];
+#pragma unroll
+        for (u32 k = 0; k < 4; k++) {
+            float sum = (float)(128 * sums[k / 2][k % 2 * 2] + sums[k / 2][k % 2 * 2 + 1]);
+            float level = bits_float(gains[k]) * (sum * unit - offset) + least;
+            if (BIAS) level += bits_float(biases[k]) * range.inverse_width;
+            // NaN and what is negative become zero.
+            levels[k] = min_u32((u32)level, LEVELS + 1);
+        }
+        if (mine) put(base + lane / 4 * 4, levels);
+    }
 }
 #elif FAST == 3
 // Look-ups of 8-bit codes in f32, one head at a time: an entry's place is cut out of the word as a byte, into the address
@@ -453,7 +445,7 @@ __device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block
         // Not to be worked out anew for each key.
         asm volatile("" : "+l"(scores_at), "+r"(counts_at));
         Put put_levels = {p, row, first_head, end, scores_at, counts_at};
-        score_keys<EARLY_LOADS>(p, row, kv_head, table_row, block, first, end, memory, scales, index, ready, put_levels);
+        score_keys(p, row, kv_head, table_row, block, first, end, memory, scales, index, ready, put_levels);
 #else
         Put put_levels = {p, row, first_head, end, scores, stride};
         score_keys(p, row, kv_head, table_row, block, first, end, memory, index, ready, put_levels);
