@@ -320,7 +320,10 @@ __device__ __forceinline__ void score_keys(const Call& p, const Row& row, u32 kv
 #pragma unroll
             for (u32 w = 0; w < WORDS; w++) {
                 // Byte offsets of the two digits of all four codes.
-                u32 low = key.words[w] << 2 & 0x3c3c3c3cu, high = key.words[w] >> 2 & 0x3c3c3c3cu;
+                u32 word = key.words[w];
+                // Not kept from one head to the next: registers are dearer.
+                if (heads > 1) asm volatile("" : "+r"(word));
+                u32 low = word << 2 & 0x3c3c3c3cu, high = word >> 2 & 0x3c3c3c3cu;
                 u32 tables = at + w * 512;
                 float a0 = entry_at<0>(address_of(tables, low, 0)), b0 = entry_at<64>(address_of(tables, high, 0));
                 float a1 = entry_at<128>(address_of(tables, low, 1)), b1 = entry_at<192>(address_of(tables, high, 1));
