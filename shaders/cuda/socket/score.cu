@@ -347,8 +347,8 @@ __device__ __forceinline__ void score_keys(const Call& p, const Row& row, u32 kv
 #endif
 
 // Counts a level, and stores it.
-__device__ __forceinline__ void put(u32 level, u32 token, bool contested, u16* scores, u32* counts) {
-    scores[token] = (u16)level;
+__device__ __forceinline__ void put(u32 level, u32 place, bool contested, u16* scores, u32* counts) {
+    scores[place] = (u16)level;
     if (contested) atomicAdd(&counts[level >> BIN_SHIFT], 1u);
 }
 
@@ -403,12 +403,15 @@ struct Put {
             if (token + i < end && is_contested(p, row, token + i)) atomicAdd(&memory[counts_at + (levels[i] >> BIN_SHIFT)], 1u);
     }
 #else
+    // From the first of the block's heads on.
     u16* scores;
     u32 stride;
 
     __device__ __forceinline__ void operator()(u32 head, u32 token, u32 level) const {
-        u32* counts = memory + LOOKUP_BYTES / 4 + (head - first_head) * BINS;
-        put(level, token, is_contested(p, row, token), scores + (u64)head * stride, counts);
+        u32 of_block = head - first_head;
+        u32* counts = memory + LOOKUP_BYTES / 4 + of_block * BINS;
+        bool contested = is_contested(p, row, token);
+        put(level, of_block * stride + token, contested, scores, counts);
     }
 #endif
 };
@@ -450,7 +453,7 @@ __device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block
         Put put_levels = {p, row, first_head, end, scores_at, counts_at};
         score_keys(p, row, kv_head, table_row, block, first, end, memory, scales, index, ready, put_levels);
 #else
-        Put put_levels = {p, row, first_head, end, scores, stride};
+        Put put_levels = {p, row, first_head, end, scores + (u64)first_head * stride, stride};
         score_keys(p, row, kv_head, table_row, block, first, end, memory, index, ready, put_levels);
 #endif
         __syncthreads();
