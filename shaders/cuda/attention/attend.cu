@@ -99,7 +99,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
     u32 row_index = p.first_row + blockIdx.z;
     Row row = p.rows[row_index];
     u32 first = blockIdx.x * p.span;
-    wait_for_earlier();
+    // What was chosen is not known yet, the query is.
+    if (!SPARSE || first >= row.visible) wait_for_earlier();
     if (first >= row.visible) {
         // A query before the first key.
         if (row.visible == 0 && blockIdx.x == 0) {
@@ -214,6 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
     const u32 in_page = first % PAGE, span = w.count;
     for (u32 i = threadIdx.x; i < (in_page + span + PAGE - 1) / PAGE; i += THREADS)
         page_bases[i] = page_of(p, row.sequence, first + i * PAGE);
+    wait_for_earlier();
     const u32 score_head = kv_head * SCORE_ROWS + (SCORE_ROWS == 1 ? 0 : first_head);
     const u64 stride = ((u64)row.visible + 63) / 64 * 64;
     const u16* scores = p.scores + (u64)row.score_base * 64 + score_head * stride + first;
@@ -224,15 +226,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
         cuts[h] = p.cuts[(u64)blockIdx.z * KV_HEADS * SCORE_ROWS + score_head + min_u32(h, heads - 1)];
         needed = needed || (cuts[h] != CUT_ALL && cuts[h] != CUT_NONE);
     }
-    // Eight tokens a thread: one load of levels per head, ahead of time.
+    // Eight tokens a thread and round: one load of levels per head, some rounds ahead.
     const bool early = score_heads <= 4;
-    uint4 ahead[early ? score_heads : 1];
-    auto load_levels = [&](u32 token) {
+    const u32 rounds = HEAD_DIM + VALUE_DIM > 256 ? 1 : score_heads == 1 ? 4 : 2;
+    uint4 ahead[rounds][early ? score_heads : 1];
+    auto load_levels = [&](u32 round, u32 token) {
 #pragma unroll
         for (u32 h = 0; early && h < score_heads; h++)
-            if (needed && token < span) ahead[h] = *(const uint4*)&scores[min_u32(h, heads - 1) * stride + token];
+            if (token < span) ahead[round][h] = *(const uint4*)&scores[min_u32(h, heads - 1) * stride + token];
     };
-    load_levels(threadIdx.x * 8);
+#pragma unroll
+    for (u32 r = 0; r < rounds; r++) load_levels(r, (r * THREADS + threadIdx.x) * 8);
     w.chosen = chosen;
     w.page_bases = page_bases;
     u32 scanned = 0;
@@ -245,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
         for (u32 h = 0; h < score_heads; h++) {
             u32 all = score_heads == 1 ? (1u << HEADS) - 1u : 1u << h;
             uint4 levels = {0, 0, 0, 0};
-            if (early) levels = ahead[h];
+            if (early) levels = ahead[0][h];
             else if (needed && token < span) levels = *(const uint4*)&scores[min_u32(h, heads - 1) * stride + token];
             u32 words[4] = {levels.x, levels.y, levels.z, levels.w};
 #pragma unroll
@@ -255,7 +259,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
             }
         }
         scanned += THREADS * 8;
-        load_levels(scanned + threadIdx.x * 8);
+#pragma unroll
+        for (u32 r = 1; r < rounds; r++)
+#pragma unroll
+            for (u32 h = 0; early && h < score_heads; h++) ahead[r - 1][h] = ahead[r][h];
+        load_levels(rounds - 1, scanned + ((rounds - 1) * THREADS + threadIdx.x) * 8);
         u32 own = 0, total;
 #pragma unroll
         for (u32 i = 0; i < 8; i++) {

@@ -34,7 +34,7 @@ template <int THREADS> __device__ void merge_parts(const Call& p, const Row& row
                 sum += state.y * weight;
             }
             u32 count = min_u32(32, row.part_count - base);
-#pragma unroll 8
+#pragma unroll 16
             for (u32 j = 0; j < count; j++) {
                 float of_part = __shfl_sync(FULL_WARP, weight, j);
                 const float4* at = (const float4*)&parts[(u64)(base + j) * PART_STRIDE + 4];

@@ -135,28 +135,52 @@ __device__ __forceinline__ bool is_selected(u32 level, u32 cut) { return level >
 #define EXACT_HEADS 1
 #endif
 
+// Parts of the sum over tables, which are added as a tree: whether one thread or eight lanes add, the bits are the same.
+#define EXACT_PARTS 8
+
+// What words `part`, `part` + 8, ... of a key's index say.
+__device__ __forceinline__ float exact_part(const u32* index, const float* tables, u32 part) {
+    const u32 unrolled = EXACT_HEADS > 1 ? 1 : 2;
+    float sum = 0.0f;
+#pragma unroll unrolled
+    for (u32 w = part; w < WORDS; w += EXACT_PARTS) {
+        u32 codes = index[w * PAGE];
+#pragma unroll
+        for (u32 t = 0; t < TABLES_PER_WORD; t++)
+            if (TABLES % TABLES_PER_WORD == 0 || w * TABLES_PER_WORD + t < TABLES)
+                sum += table_value(tables, w * TABLES_PER_WORD + t, codes >> (t * PLANES) & ((1u << PLANES) - 1u));
+    }
+    return sum;
+}
+
+__device__ __forceinline__ float key_gain_at(const u32* index) { return GAIN ? bits_float(index[WORDS * PAGE]) : 1.0f; }
+__device__ __forceinline__ float key_bias_at(const u32* index) { return BIAS ? bits_float(index[(WORDS + 1) * PAGE]) : 0.0f; }
+
 // The score of one key, by one thread, from the tables of EXACT_HEADS scoring heads.
 __device__ __forceinline__ float exact_score(const Call& p, const float* tables, u32 sequence, u32 kv_head, u32 token) {
-    u64 page = page_of(p, sequence, token);
-    const u32* index = index_word(page, kv_head, 0, token);
-    float gain = 1.0f, bias = 0.0f;
-#if GAIN
-    gain = bits_float(index[WORDS * PAGE]);
-#endif
-#if BIAS
-    bias = bits_float(index[(WORDS + 1) * PAGE]);
-#endif
-    float score = 0.0f;
+    const u32* index = index_word(page_of(p, sequence, token), kv_head, 0, token);
+    float gain = key_gain_at(index), bias = key_bias_at(index), score = 0.0f;
     for (u32 h = 0; h < EXACT_HEADS; h++, tables += TABLE_ROW) {
-        float sum = 0.0f;
-#pragma unroll 2
-        for (u32 w = 0; w < WORDS; w++) {
-            u32 codes = index[w * PAGE];
+        float parts[EXACT_PARTS];
 #pragma unroll
-            for (u32 t = 0; t < TABLES_PER_WORD; t++)
-                if (w * TABLES_PER_WORD + t < TABLES)
-                    sum += table_value(tables, w * TABLES_PER_WORD + t, codes >> (t * PLANES) & ((1u << PLANES) - 1u));
-        }
+        for (u32 i = 0; i < EXACT_PARTS; i++) parts[i] = exact_part(index, tables, i);
+#pragma unroll
+        for (u32 step = EXACT_PARTS / 2; step > 0; step /= 2)
+#pragma unroll
+            for (u32 i = 0; i < step; i++) parts[i] += parts[i + step];
+        score += gain * parts[0] + (bias + tables[AT_SHIFT]);
+    }
+    return score * (1.0f / EXACT_HEADS);
+}
+
+// The same by eight neighbouring lanes; all lanes of the warp call it.
+__device__ __forceinline__ float exact_score_shared(const Call& p, const float* tables, u32 sequence, u32 kv_head, u32 token) {
+    const u32* index = index_word(page_of(p, sequence, token), kv_head, 0, token);
+    float gain = key_gain_at(index), bias = key_bias_at(index), score = 0.0f;
+    for (u32 h = 0; h < EXACT_HEADS; h++, tables += TABLE_ROW) {
+        float sum = exact_part(index, tables, threadIdx.x % EXACT_PARTS);
+#pragma unroll
+        for (u32 step = EXACT_PARTS / 2; step > 0; step /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, step);
         score += gain * sum + (bias + tables[AT_SHIFT]);
     }
     return score * (1.0f / EXACT_HEADS);

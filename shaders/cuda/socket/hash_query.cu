@@ -53,6 +53,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hash_query(ARGUMENTS) {
         }
     }
     wait_for_earlier();
+    let_later_start();
     {
         u64 first = (u64)(block_row * KV_HEADS + kv_head) * SCORE_ROWS * (BINS + 1);
         for (u32 i = blockIdx.x * THREADS + threadIdx.x; i < SCORE_ROWS * (BINS + 1); i += QUERY_BLOCKS * THREADS)
@@ -172,5 +173,4 @@ extern "C" __global__ void __launch_bounds__(THREADS) hash_query(ARGUMENTS) {
         }
         __syncthreads();
     }
-    let_later_start();
 }

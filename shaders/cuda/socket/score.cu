@@ -10,14 +10,352 @@
 #define THREADS 512
 #define BLOCKS_TOGETHER 2
 #endif
+
 #define CODE_MASK ((1u << PLANES) - 1u)
 
-extern __shared__ u32 memory[];
+extern __shared__ __align__(256) u32 memory[];
+
+// One instruction where the compiler's own choice is two.
+__device__ __forceinline__ u32 byte_of(u32 word, u32 byte) {
+    u32 value;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(value) : "r"(word), "r"(0x4440u | byte));
+    return value;
+}
+
+// Brings the index of a key nearer.
+__device__ __forceinline__ void prefetch_key(const u32* index) {
+#pragma unroll
+    for (u32 w = 0; w < INDEX_WORDS; w++) asm volatile("prefetch.global.L2 [%0];" ::"l"(index + w * PAGE));
+}
+
+#if FAST == 1
+// Products of halves for four heads at once. A digit's 16 entries of four halves are 128 bytes: whichever entries the
+// lanes want, each of the 32 banks is asked for one word.
+#define LOOKUP_BYTES ((TABLES + 3) / 4 * 4 * 2 * 16 * 8)
+#define HEADS_TOGETHER 4
+
+struct __align__(8) Pair {
+    u32 low, high;
+};
+
+__device__ __forceinline__ u32 half_mul(u32 a, u32 b) {
+    u32 d;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+__device__ __forceinline__ u32 half_fma(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+struct Key {
+    u32 words[WORDS];
+    float gain;
+};
+
+__device__ __forceinline__ void load_key(Key& key, const u32* index) {
+#pragma unroll
+    for (u32 w = 0; w < WORDS; w++) key.words[w] = __ldg(&index[w * PAGE]);
+    key.gain = GAIN ? bits_float(__ldg(&index[WORDS * PAGE])) : 1.0f;
+}
+
+// Look-ups of four heads from the `block`-th four on; barriers are the caller's.
+__device__ __forceinline__ void fill_lookup(const Call& p, u64 table_row, u32 block, void* memory) {
+    Pair* lookup = (Pair*)memory;
+    for (u32 i = threadIdx.x; i < LOOKUP_BYTES / 8; i += THREADS) {
+        float entry[4];
+        for (u32 h = 0; h < 4; h++) {
+            bool inside = block * 4 + h < SCORING_HEADS && i < ENTRIES;
+            entry[h] = inside ? p.tables[(table_row + block * 4 + h) * TABLE_ROW + i] : 0.0f;
+        }
+        lookup[i] = Pair{pack_pair<DTYPE_F16>(entry[0], entry[1]), pack_pair<DTYPE_F16>(entry[2], entry[3])};
+    }
+}
+
+template <class Index, class Ready, class Put>
+__device__ __forceinline__ void score_keys(const Call& p, const Row& row, u32 kv_head, u64 table_row, u32 block, u32 first,
+                                           u32 end, const void* lookup, Index index, Ready ready, Put put) {
+    u32 token = first + threadIdx.x;
+    if (token < end) prefetch_key(index(token));
+    ready();
+    // Soft collisions are never negative and have no shift: levels start at zero.
+    float scales[4];
+#pragma unroll
+    for (u32 h = 0; h < 4; h++) {
+        u32 head = min_u32(block * 4 + h, SCORING_HEADS - 1);
+        scales[h] = range_of(p, row, kv_head, table_row + head, threadIdx.x & 31).inverse_width;
+    }
+    for (; token < end; token += THREADS) {
+        Key key;
+        load_key(key, index(token));
+        float sums[4] = {};
+#pragma unroll
+        for (u32 w = 0; w < WORDS; w++) {
+            // Byte offsets of the two digits of all four codes.
+            u32 low = key.words[w] << 3 & 0x78787878u, high = key.words[w] >> 1 & 0x78787878u;
+#pragma unroll
+            for (u32 t = 0; t < 4; t += 2) {
+                const u8* at = (const u8*)lookup + (w * 4 + t) * 256;
+                Pair a0 = *(const Pair*)(at + byte_of(low, t)), b0 = *(const Pair*)(at + 128 + byte_of(high, t));
+                Pair a1 = *(const Pair*)(at + 256 + byte_of(low, t + 1)), b1 = *(const Pair*)(at + 384 + byte_of(high, t + 1));
+                // More sums of halves would cost more in candidates than they save here.
+                u32 x = half_fma(a1.low, b1.low, half_mul(a0.low, b0.low));
+                u32 y = half_fma(a1.high, b1.high, half_mul(a0.high, b0.high));
+                sums[0] += widen<DTYPE_F16>(x & 0xffffu);
+                sums[1] += widen<DTYPE_F16>(x >> 16);
+                sums[2] += widen<DTYPE_F16>(y & 0xffffu);
+                sums[3] += widen<DTYPE_F16>(y >> 16);
+            }
+        }
+#pragma unroll
+        for (u32 h = 0; h < 4; h++)
+            if (block * 4 + h < SCORING_HEADS)
+                put(block * 4 + h, token, min_u32((u32)(key.gain * scales[h] * sums[h] + 1.0f), LEVELS + 1));
+    }
+}
+#elif FAST == 2
+// Sums over sign bits as products of bytes on the matrix unit: bits are 0 or a power of two, projections are two digits of a fixed
+// point number, in two columns of b each. A lane holds the sums of one head for four neighbouring keys.
+#define HEAD_BLOCKS ((SCORING_HEADS + 3) / 4)
+#define WORD_BLOCKS ((WORDS + 3) / 4)
+#define LOOKUP_BYTES (HEAD_BLOCKS * WORDS * 64 * 4)
+#define HEADS_TOGETHER 4
+
+// Of 32 keys: one word of each four for four neighbours, and their scalars.
+struct Keys {
+    uint4 words[WORD_BLOCKS], gain, bias;
+};
+
+__device__ __forceinline__ void load_keys(Keys& keys, const u32* index) {
+    u32 lane = threadIdx.x & 31;
+    index += lane / 4 * 4;
+#pragma unroll
+    for (u32 b = 0; b < WORD_BLOCKS; b++) {
+        u32 word = b * 4 + lane % 4;
+        keys.words[b] = uint4{0, 0, 0, 0};
+        if (WORDS % 4 == 0 || word < WORDS) keys.words[b] = __ldg((const uint4*)&index[word * PAGE]);
+    }
+    keys.gain = __ldg((const uint4*)&index[WORDS * PAGE]);
+    if (BIAS) keys.bias = __ldg((const uint4*)&index[(INDEX_WORDS - 1) * PAGE]);
+}
+
+// The bit of its word that a plane is. A bit counts for a power of two by its place in half a byte, and projections are
+// divided by it.
+__device__ __forceinline__ u32 bit_of(u32 plane) {
+    return plane / PLANES % TABLES_PER_WORD * PLANES + PLANES - 1 - plane % PLANES;
+}
+
+struct Scales {
+    float unit, offset, inverse;
+};
+
+// Projections in fixed point of all heads, and their scales; with barriers.
+__device__ __forceinline__ void fill_lookup(const Call& p, u64 table_row, void* memory, Scales* scales) {
+    u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    u32* fragments = (u32*)memory;
+    for (u32 h = warp; h < HEAD_BLOCKS * 4; h += THREADS / 32) {
+        float largest = 0.0f, sum = 0.0f;
+        const float* u = p.tables + (table_row + min_u32(h, SCORING_HEADS - 1)) * TABLE_ROW + AT_PROJECTIONS;
+        for (u32 i = lane; i < BITS; i += 32) largest = fmaxf(largest, fabsf(u[i]));
+        for (u32 step = 16; step > 0; step >>= 1) largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, step));
+        float inverse = largest > 0.0f ? 16256.0f / largest : 0.0f;
+        for (u32 i = lane; i < BITS; i += 32) {
+            float power = (float)(1u << (bit_of(i) & 3u));
+            sum += rintf(u[i] * inverse / power) * power;
+        }
+        sum = warp_sum(sum);
+        if (lane == 0) scales[h] = Scales{largest * (1.0f / 16256.0f), sum, inverse};
+    }
+    __syncthreads();
+    // Fragment of b, per (head block, word block, step, half, column, word of the four): bytes 16·half + 4·word + i of the
+    // column stand for bit step + 4·half + 8·i of the word.
+    for (u32 at = threadIdx.x; at < HEAD_BLOCKS * WORDS * 64; at += THREADS) {
+        u32 in_block = at % (WORDS * 64), word_block = in_block / 256, in_words = in_block % 256;
+        u32 words = min_u32(4, WORDS - word_block * 4), word = word_block * 4 + in_words % words;
+        u32 column = in_words / words % 8, half = in_words / (words * 8) % 2, step = in_words / (words * 16);
+        u32 head = at / (WORDS * 64) * 4 + column / 2;
+        u32 bytes = 0;
+        if (head < SCORING_HEADS) {
+            const float* u = p.tables + (table_row + head) * TABLE_ROW + AT_PROJECTIONS;
+            float inverse = scales[head].inverse;
+            for (u32 i = 0; i < 4; i++) {
+                u32 bit = step + 4 * half + 8 * i;
+                u32 table = word * TABLES_PER_WORD + bit / PLANES;
+                if (bit / PLANES < TABLES_PER_WORD && table < TABLES) {
+                    int value = (int)rintf(u[table * PLANES + PLANES - 1 - bit % PLANES] * inverse / (float)(1u << step));
+                    int high = (value + 64) >> 7;
+                    int digit = column % 2 == 0 ? high : value - high * 128;
+                    bytes |= (u32)(digit & 255) << (8 * i);
+                }
+            }
+        }
+        fragments[at] = bytes;
+    }
+}
+
+// For four heads from the `block`-th four on.
+template <class Index, class Ready, class Put>
+__device__ __forceinline__ void score_keys(const Call& p, const Row& row, u32 kv_head, u64 table_row, u32 block, u32 first,
+                                           u32 end, const void* lookup, const Scales* scales, Index index, Ready ready, Put put) {
+    u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    Keys next;
+    u32 base = first + warp * 32;
+    if (base < end) load_keys(next, index(base));
+    ready();
+    u32 head = block * 4 + lane % 4;
+    bool mine = head < SCORING_HEADS;
+    Range range = range_of(p, row, kv_head, table_row + min_u32(block * 4, SCORING_HEADS - 1), lane);
+#pragma unroll
+    for (u32 h = 1; h < 4; h++) {
+        if (block * 4 + h >= SCORING_HEADS) break;
+        Range other = range_of(p, row, kv_head, table_row + block * 4 + h, lane);
+        if (lane % 4 == h) range = other;
+    }
+    const u32* fragments = (const u32*)lookup + block * WORDS * 64;
+    auto fragment = [&](u32 word_block, u32 of_step) {
+        u32 words = min_u32(4, WORDS - word_block * 4);
+        bool inside = WORDS % 4 == 0 || lane % 4 < words;
+        return inside ? fragments[word_block * 256 + (of_step * 8 + lane / 4) * words + lane % 4] : 0;
+    };
+    // In levels: what a sum counts for, what no bit at all does, and a key without gain; see level_of.
+    float unit = 2.0f * scales[head].unit * range.inverse_width;
+    float offset = scales[head].offset * scales[head].unit * range.inverse_width;
+    float least = (range.shift - range.low) * range.inverse_width + 1.0f;
+    // Few fragments stay in registers.
+    const bool near = WORD_BLOCKS == 1;
+    u32 b[near ? 8 : 1];
+#pragma unroll
+    for (u32 i = 0; near && i < 8; i++) b[i] = fragment(0, i);
+    for (; base < end; base += THREADS) {
+        Keys keys = next;
+        // The next keys are on their way while these are scored.
+        if (base + THREADS < end) load_keys(next, index(base + THREADS));
+        int sums[2][4] = {};
+#pragma unroll
+        for (u32 block_of = 0; block_of < WORD_BLOCKS; block_of++) {
+            uint4 words = keys.words[block_of];
+            // Bits stay where they are in their half of a byte: one instruction each.
+            u32 low[4] = {words.x, words.y, words.z, words.w};
+            u32 high[4] = {words.x >> 4, words.y >> 4, words.z >> 4, words.w >> 4};
+#pragma unroll
+            for (u32 step = 0; step < 4; step++) {
+                u32 b0 = near ? b[step * 2] : fragment(block_of, step * 2);
+                u32 b1 = near ? b[step * 2 + 1] : fragment(block_of, step * 2 + 1);
+#pragma unroll
+                for (u32 t = 0; t < 2; t++) {
+                    const u32 mask = 0x01010101u << step;
+                    u32 a[4] = {low[2 * t] & mask, low[2 * t + 1] & mask, high[2 * t] & mask, high[2 * t + 1] & mask};
+                    mma_bytes(sums[t], a, b0, b1);
+                }
+            }
+        }
+        u32 gains[4] = {keys.gain.x, keys.gain.y, keys.gain.z, keys.gain.w};
+        u32 biases[4] = {keys.bias.x, keys.bias.y, keys.bias.z, keys.bias.w};
+        u32 levels[4];
+#pragma unroll
+        for (u32 k = 0; k < 4; k++) {
+            float sum = (float)(128 * sums[k / 2][k % 2 * 2] + sums[k / 2][k % 2 * 2 + 1]);
+            float level = bits_float(gains[k]) * (sum * unit - offset) + least;
+            if (BIAS) level += bits_float(biases[k]) * range.inverse_width;
+            // NaN and what is negative become zero.
+            levels[k] = min_u32((u32)level, LEVELS + 1);
+        }
+        if (mine) put(base + lane / 4 * 4, levels);
+    }
+}
+#elif FAST == 3
+// Look-ups of 8-bit codes in f32, one head at a time: an entry's place is cut out of the word as a byte, into the address
+// of tables that start on whole 256 bytes.
+__device__ __forceinline__ u32 address_of(u32 tables, u32 word, u32 byte) {
+    u32 address;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(address) : "r"(word), "r"(tables), "r"(0x7650u | byte));
+    return address;
+}
+template <u32 OFFSET> __device__ __forceinline__ float entry_at(u32 address) {
+    float entry;
+    asm volatile("ld.shared.f32 %0, [%1 + %2];" : "=f"(entry) : "r"(address), "n"(OFFSET));
+    return entry;
+}
+#define LOOKUP_BYTES (SCORING_HEADS * WORDS * 512)
+#define HEADS_TOGETHER (MEAN_SCORE ? SCORING_HEADS : 1)
+
+struct Key {
+    u32 words[WORDS];
+    float gain, bias;
+};
+
+__device__ __forceinline__ void load_key(Key& key, const u32* index) {
+#pragma unroll
+    for (u32 w = 0; w < WORDS; w++) key.words[w] = __ldg(&index[w * PAGE]);
+    key.gain = GAIN ? bits_float(__ldg(&index[WORDS * PAGE])) : 1.0f;
+    key.bias = BIAS ? bits_float(__ldg(&index[(WORDS + 1) * PAGE])) : 0.0f;
+}
+
+__device__ __forceinline__ void fill_lookup(const Call& p, u64 table_row, void* memory) {
+    const u32 entries = WORDS * 4 * 32;
+    float* lookup = (float*)memory;
+    for (u32 i = threadIdx.x; i < SCORING_HEADS * entries; i += THREADS) {
+        bool inside = i % entries < ENTRIES;
+        lookup[i] = inside ? p.tables[(table_row + i / entries) * TABLE_ROW + i % entries] : 0.0f;
+    }
+}
+
+// For head `h`, or for the mean of all.
+template <class Index, class Ready, class Put>
+__device__ __forceinline__ void score_keys(const Call& p, const Row& row, u32 kv_head, u64 table_row, u32 h, u32 first,
+                                           u32 end, const void* lookup, Index index, Ready ready, Put put) {
+    const u32 heads = HEADS_TOGETHER;
+    u32 token = first + threadIdx.x;
+    if (token < end) prefetch_key(index(token));
+    ready();
+    Range range = range_of(p, row, kv_head, table_row + h, threadIdx.x & 31);
+    for (; token < end; token += THREADS) {
+        Key key;
+        load_key(key, index(token));
+        float score = 0.0f;
+        for (u32 m = 0; m < heads; m++) {
+            u32 at = shared_address(lookup) + (h + m) * (WORDS * 512);
+            float sums[2] = {0.0f, 0.0f};
+#pragma unroll
+            for (u32 w = 0; w < WORDS; w++) {
+                // Byte offsets of the two digits of all four codes.
+                u32 word = key.words[w];
+                // Not kept from one head to the next: registers are dearer.
+                if (heads > 1) asm volatile("" : "+r"(word));
+                u32 low = word << 2 & 0x3c3c3c3cu, high = word >> 2 & 0x3c3c3c3cu;
+                u32 tables = at + w * 512;
+                float a0 = entry_at<0>(address_of(tables, low, 0)), b0 = entry_at<64>(address_of(tables, high, 0));
+                float a1 = entry_at<128>(address_of(tables, low, 1)), b1 = entry_at<192>(address_of(tables, high, 1));
+                float a2 = entry_at<256>(address_of(tables, low, 2)), b2 = entry_at<320>(address_of(tables, high, 2));
+                float a3 = entry_at<384>(address_of(tables, low, 3)), b3 = entry_at<448>(address_of(tables, high, 3));
+                if (PRODUCT) {
+                    sums[0] += a0 * b0;
+                    sums[1] += a1 * b1;
+                    sums[0] += a2 * b2;
+                    sums[1] += a3 * b3;
+                } else {
+                    sums[0] += (a0 + b0) + (a2 + b2);
+                    sums[1] += (a1 + b1) + (a3 + b3);
+                }
+            }
+            score += key.gain * (sums[0] + sums[1]) + (key.bias + range.shift);
+        }
+        put(MEAN_SCORE ? 0 : h, token, level_of(score * (1.0f / heads), range));
+    }
+}
+#endif
 
 // Counts a level, and stores it.
-__device__ __forceinline__ void put(u32 level, u32 token, bool contested, u16* scores, u32* counts) {
-    scores[token] = (u16)level;
+__device__ __forceinline__ void put(u32 level, u32 place, bool contested, u16* scores, u32* counts) {
+    scores[place] = (u16)level;
     if (contested) atomicAdd(&counts[level >> BIN_SHIFT], 1u);
+}
+
+// Waits for the query's tables.
+__device__ __forceinline__ void begin() {
+    wait_for_earlier();
+    let_later_start();
 }
 
 __device__ __forceinline__ bool is_contested(const Call& p, const Row& row, u32 token) {
@@ -35,269 +373,92 @@ __device__ __forceinline__ void flush(const Call& p, u64 score_row, const u32* c
     }
 }
 
+#if FAST
+// The block's heads in turns: their counts are in shared memory, beside the look-ups.
+struct Put {
+    const Call& p;
+    const Row& row;
+    u32 first_head, end;
 #if FAST == 2
-// Sums over sign bits as products of bytes on the matrix unit: bits are 0 or 1, projections are two digits of a fixed
-// point number, in two columns of b each. A lane holds the sums of one head for four neighbouring keys.
-#define HEAD_BLOCKS ((SCORING_HEADS + 3) / 4)
-#define B_WORDS (WORDS * 2 * 32)
+    // Where the scores of the lane's own head are, and its counts.
+    u64 scores_at;
+    u32 counts_at;
 
-// Index words of 32 keys: a lane has those of four neighbours.
-__device__ __forceinline__ void load_index(const Call& p, const Row& row, u32 kv_head, u32 base, u32 lane, uint4 (&words)[INDEX_WORDS]) {
-    u64 page = page_of(p, row.sequence, base);
+    // Of four neighbouring tokens; where all 32 of the warp are contested keys of the span, they need no look each.
+    __device__ __forceinline__ void operator()(u32 token, const u32 (&levels)[4]) const {
+        u32 base = token & ~31u;
+        bool all = base + 32 <= end;
+#if DISJOINT
+        all = all && base >= p.sink && base + 32 + p.window <= row.visible;
+#endif
+        // Rows are padded to whole 64 scores, so that the last ones may be written whole.
+        if (all || token < end) *(uint2*)&p.scores[scores_at + token] = uint2{levels[0] | levels[1] << 16, levels[2] | levels[3] << 16};
+        if (all) {
 #pragma unroll
-    for (u32 w = 0; w < INDEX_WORDS; w++) words[w] = __ldg((const uint4*)index_word(page, kv_head, w, base + lane / 4 * 4));
-}
+            for (u32 i = 0; i < 4; i++) atomicAdd(&memory[counts_at + (levels[i] >> BIN_SHIFT)], 1u);
+            return;
+        }
+#pragma unroll
+        for (u32 i = 0; i < 4; i++)
+            if (token + i < end && is_contested(p, row, token + i)) atomicAdd(&memory[counts_at + (levels[i] >> BIN_SHIFT)], 1u);
+    }
+#else
+    // From the first of the block's heads on.
+    u16* scores;
+    u32 stride;
 
-__device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block_row) {
-    u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    u32* counts = memory;
-    u32* fragments = memory + SCORE_ROWS * BINS;
-    __shared__ float units[HEAD_BLOCKS * 4];
-    __shared__ float inverses[HEAD_BLOCKS * 4];
-    __shared__ float offsets[HEAD_BLOCKS * 4];
-    u64 table_row = (u64)(block_row * KV_HEADS + kv_head) * SCORING_HEADS;
-    for (u32 i = threadIdx.x; i < SCORE_ROWS * BINS; i += THREADS) counts[i] = 0;
-    for (u32 h = warp; h < SCORING_HEADS; h += THREADS / 32) {
-        const float* u = p.tables + (table_row + h) * TABLE_ROW + AT_PROJECTIONS;
-        float largest = 0.0f, sum = 0.0f;
-        for (u32 i = lane; i < BITS; i += 32) largest = fmaxf(largest, fabsf(u[i]));
-        for (u32 step = 16; step > 0; step >>= 1) largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, step));
-        float inverse = largest > 0.0f ? 16256.0f / largest : 0.0f;
-        for (u32 i = lane; i < BITS; i += 32) sum += rintf(u[i] * inverse);
-        sum = warp_sum(sum);
-        if (lane == 0) {
-            units[h] = largest * (1.0f / 16256.0f);
-            inverses[h] = inverse;
-            offsets[h] = sum;
-        }
+    __device__ __forceinline__ void operator()(u32 head, u32 token, u32 level) const {
+        u32 of_block = head - first_head;
+        u32* counts = memory + LOOKUP_BYTES / 4 + of_block * BINS;
+        bool contested = is_contested(p, row, token);
+        put(level, of_block * stride + token, contested, scores, counts);
     }
-    __syncthreads();
-    // Fragment of b, per (head block, word, half, lane): bytes k = 16·half + 4·(lane % 4) + i of column lane / 4, where
-    // byte k stands for bit lane % 4 + 4·half + 8·i of the word.
-    for (u32 at = threadIdx.x; at < HEAD_BLOCKS * B_WORDS; at += THREADS) {
-        u32 of_lane = at % 32, half = at / 32 % 2, word = at / 64 % WORDS, block = at / B_WORDS;
-        u32 column = of_lane / 4, head = block * 4 + column / 2;
-        u32 bytes = 0;
-        if (head < SCORING_HEADS) {
-            const float* u = p.tables + (table_row + head) * TABLE_ROW + AT_PROJECTIONS;
-            float inverse = inverses[head];
-            for (u32 i = 0; i < 4; i++) {
-                u32 bit = of_lane % 4 + 4 * half + 8 * i;
-                u32 table = word * TABLES_PER_WORD + bit / PLANES;
-                if (bit / PLANES < TABLES_PER_WORD && table < TABLES) {
-                    float x = u[table * PLANES + PLANES - 1 - bit % PLANES];
-                    int value = (int)rintf(x * inverse);
-                    int high = (value + 64) >> 7;
-                    int digit = column % 2 == 0 ? high : value - high * 128;
-                    bytes |= (u32)(digit & 255) << (8 * i);
-                }
-            }
-        }
-        fragments[at] = bytes;
-    }
-    __syncthreads();
-    u32 first = blockIdx.x * p.span;
-    u32 end = min_u32(row.visible, first + p.span);
-    u64 stride = ((u64)row.visible + 63) / 64;
-    for (u32 block = 0; block < HEAD_BLOCKS; block++) {
-        u32 head = block * 4 + lane % 4;
-        bool mine = head < SCORING_HEADS;
-        Range range = range_of(p, row, kv_head, table_row + min_u32(block * 4, SCORING_HEADS - 1), lane);
-        for (u32 h = 1; h < 4; h++) {
-            Range other = range_of(p, row, kv_head, table_row + min_u32(block * 4 + h, SCORING_HEADS - 1), lane);
-            if (lane % 4 == h) range = other;
-        }
-        float unit = mine ? units[head] : 0.0f, offset = mine ? offsets[head] : 0.0f;
-        u32 score_head = mine ? head : 0;
-        u16* scores = p.scores + ((u64)row.score_base + (kv_head * SCORE_ROWS + score_head) * stride) * 64;
-        u32 base = first + warp * 32;
-        uint4 next[INDEX_WORDS];
-        if (base < end) load_index(p, row, kv_head, base, lane, next);
-        for (; base < end; base += THREADS) {
-            u32 token = base + lane / 4 * 4;
-            uint4 index[INDEX_WORDS];
-#pragma unroll
-            for (u32 w = 0; w < INDEX_WORDS; w++) index[w] = next[w];
-            // The next keys are on their way while these are scored.
-            if (base + THREADS < end) load_index(p, row, kv_head, base + THREADS, lane, next);
-            int sums[2][4] = {};
-#pragma unroll
-            for (u32 w = 0; w < WORDS; w++) {
-                uint4 words = index[w];
-                u32 b0 = fragments[block * B_WORDS + w * 64 + lane], b1 = fragments[block * B_WORDS + w * 64 + 32 + lane];
-                u32 of[4] = {words.x >> (lane % 4), words.y >> (lane % 4), words.z >> (lane % 4), words.w >> (lane % 4)};
-#pragma unroll
-                for (u32 t = 0; t < 2; t++) {
-                    u32 a[4] = {of[2 * t] & 0x01010101u, of[2 * t + 1] & 0x01010101u,
-                                of[2 * t] >> 4 & 0x01010101u, of[2 * t + 1] >> 4 & 0x01010101u};
-                    mma_bytes(sums[t], a, b0, b1);
-                }
-            }
-            uint4 gain = index[WORDS];
-            uint4 bias = index[INDEX_WORDS - 1];
-            u32 gains[4] = {gain.x, gain.y, gain.z, gain.w}, biases[4] = {bias.x, bias.y, bias.z, bias.w};
-            u32 levels[4];
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) {
-                float sum = (float)(128 * sums[i / 2][i % 2 * 2] + sums[i / 2][i % 2 * 2 + 1]);
-                float score = bits_float(gains[i]) * ((2.0f * sum - offset) * unit) + range.shift;
-                if (BIAS) score += bits_float(biases[i]);
-                levels[i] = level_of(score, range);
-            }
-            if (mine) {
-                uint2 packed = {levels[0] | levels[1] << 16, levels[2] | levels[3] << 16};
-                // Rows are padded to whole 64 scores, so that the last ones may be written whole.
-                if (token < end) *(uint2*)&scores[token] = packed;
-#pragma unroll
-                for (u32 i = 0; i < 4; i++)
-                    if (token + i < end && is_contested(p, row, token + i))
-                        atomicAdd(&counts[score_head * BINS + (levels[i] >> BIN_SHIFT)], 1u);
-            }
-        }
-    }
-    __syncthreads();
-    flush(p, (u64)(block_row * KV_HEADS + kv_head) * SCORE_ROWS, counts, SCORE_ROWS);
-}
-#elif FAST == 1
-// Products of two look-ups of four heads at once, in halves: entries of a digit are 128 bytes, so that look-ups of a
-// warp never meet in a bank.
-struct Pair {
-    u32 low, high;
+#endif
 };
-__device__ __forceinline__ u32 half_mul(u32 a, u32 b) {
-    u32 d;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-__device__ __forceinline__ u32 half_fma(u32 a, u32 b, u32 c) {
-    u32 d;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
-#define HEAD_BLOCKS ((SCORING_HEADS + 3) / 4)
-#define AHEAD 1
 
 __device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block_row) {
-    u32 lane = threadIdx.x & 31;
-    Pair* lookup = (Pair*)memory;
-    u32* counts = memory + (TABLES + 3) / 4 * 4 * 2 * 16 * 2;
+    u32* counts = memory + LOOKUP_BYTES / 4;
     u64 table_row = (u64)(block_row * KV_HEADS + kv_head) * SCORING_HEADS;
+    u64 score_row = (u64)(block_row * KV_HEADS + kv_head) * SCORE_ROWS;
     u32 first = blockIdx.x * p.span;
     u32 end = min_u32(row.visible, first + p.span);
-    u64 stride = ((u64)row.visible + 63) / 64;
-    for (u32 block = 0; block < HEAD_BLOCKS; block++) {
-        __syncthreads();
-        for (u32 i = threadIdx.x; i < (TABLES + 3) / 4 * 4 * 2 * 16; i += THREADS) {
-            float entry[4];
-            for (u32 h = 0; h < 4; h++) {
-                bool inside = block * 4 + h < SCORING_HEADS && i < ENTRIES;
-                entry[h] = inside ? p.tables[(table_row + block * 4 + h) * TABLE_ROW + i] : 0.0f;
-            }
-            lookup[i] = Pair{pack_pair<DTYPE_F16>(entry[0], entry[1]), pack_pair<DTYPE_F16>(entry[2], entry[3])};
-        }
-        for (u32 i = threadIdx.x; i < 4 * BINS; i += THREADS) counts[i] = 0;
-        Range ranges[4];
-        for (u32 h = 0; h < 4; h++)
-            ranges[h] = range_of(p, row, kv_head, table_row + min_u32(block * 4 + h, SCORING_HEADS - 1), lane);
-        __syncthreads();
-        u16* scores = p.scores + ((u64)row.score_base + (kv_head * SCORE_ROWS + block * 4) * stride) * 64;
-        for (u32 token = first + threadIdx.x; token < end; token += THREADS) {
-            u64 page = page_of(p, row.sequence, token);
-            const u32* index = index_word(page, kv_head, 0, token);
-            u32 words[WORDS];
-#pragma unroll
-            for (u32 w = 0; w < WORDS; w++) words[w] = __ldg(&index[w * PAGE]);
-            float gain = 1.0f;
-#if GAIN
-            gain = bits_float(__ldg(&index[WORDS * PAGE]));
+    u32 stride = (row.visible + 63) / 64 * 64;
+    u16* scores = p.scores + (u64)row.score_base * 64 + (u64)(kv_head * SCORE_ROWS) * stride;
+    auto index = [&](u32 token) { return index_word(page_of(p, row.sequence, token), kv_head, 0, token); };
+#if FAST == 2
+    __shared__ Scales scales[HEAD_BLOCKS * 4];
 #endif
-            float sums[4] = {};
-#pragma unroll
-            for (u32 w = 0; w < WORDS; w++) {
-                // Byte offsets of the two digits of all four codes.
-                u32 low = words[w] << 3 & 0x78787878u, high = words[w] >> 1 & 0x78787878u;
-#pragma unroll
-                for (u32 t = 0; t < 4; t += 2) {
-                    const u8* at = (const u8*)lookup + (w * 4 + t) * 256;
-                    Pair a0 = *(const Pair*)(at + (low >> (8 * t) & 255u)), b0 = *(const Pair*)(at + 128 + (high >> (8 * t) & 255u));
-                    at += 256;
-                    Pair a1 = *(const Pair*)(at + (low >> (8 * t + 8) & 255u)), b1 = *(const Pair*)(at + 128 + (high >> (8 * t + 8) & 255u));
-                    u32 x = half_fma(a1.low, b1.low, half_mul(a0.low, b0.low));
-                    u32 y = half_fma(a1.high, b1.high, half_mul(a0.high, b0.high));
-                    sums[0] += widen<DTYPE_F16>(x & 0xffffu);
-                    sums[1] += widen<DTYPE_F16>(x >> 16);
-                    sums[2] += widen<DTYPE_F16>(y & 0xffffu);
-                    sums[3] += widen<DTYPE_F16>(y >> 16);
-                }
-            }
-            bool contested = is_contested(p, row, token);
-#pragma unroll
-            for (u32 h = 0; h < 4; h++)
-                if (block * 4 + h < SCORING_HEADS)
-                    put(level_of(gain * sums[h], ranges[h]), token, contested, scores + h * stride * 64, counts + h * BINS);
-        }
+    for (u32 block = 0; block < (SCORING_HEADS + HEADS_TOGETHER - 1) / HEADS_TOGETHER; block++) {
+        u32 first_head = MEAN_SCORE ? 0 : block * HEADS_TOGETHER, heads = min_u32(HEADS_TOGETHER, SCORE_ROWS - first_head);
+        // The first keys are on their way while the query is hashed.
+        auto ready = [&]() {
+            __syncthreads();
+            for (u32 i = threadIdx.x; i < heads * BINS; i += THREADS) counts[i] = 0;
+            if (block == 0) begin();
+#if FAST == 1
+            fill_lookup(p, table_row, block, memory);
+#elif FAST == 2
+            if (block == 0) fill_lookup(p, table_row, memory, scales);
+#else
+            if (block == 0) fill_lookup(p, table_row, memory);
+#endif
+            __syncthreads();
+        };
+#if FAST == 2
+        u32 own = min_u32(threadIdx.x % 4, heads - 1);
+        u64 scores_at = scores - p.scores + (u64)(first_head + own) * stride;
+        u32 counts_at = LOOKUP_BYTES / 4 + own * BINS;
+        // Not to be worked out anew for each key.
+        asm volatile("" : "+l"(scores_at), "+r"(counts_at));
+        Put put_levels = {p, row, first_head, end, scores_at, counts_at};
+        score_keys(p, row, kv_head, table_row, block, first, end, memory, scales, index, ready, put_levels);
+#else
+        Put put_levels = {p, row, first_head, end, scores + (u64)first_head * stride, stride};
+        score_keys(p, row, kv_head, table_row, block, first, end, memory, index, ready, put_levels);
+#endif
         __syncthreads();
-        flush(p, (u64)(block_row * KV_HEADS + kv_head) * SCORE_ROWS + block * 4, counts, min_u32(4, SCORING_HEADS - block * 4));
+        flush(p, score_row + first_head, counts, heads);
     }
-}
-#elif FAST == 3
-// Look-ups of 8-bit codes in f32, one head at a time: an entry's place is cut out of the word as a byte.
-__device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block_row) {
-    u32 lane = threadIdx.x & 31;
-    const u32 entries = WORDS * 4 * 32;
-    float* lookup = (float*)memory;
-    u32* counts = memory + SCORING_HEADS * entries;
-    u64 table_row = (u64)(block_row * KV_HEADS + kv_head) * SCORING_HEADS;
-    u32 first = blockIdx.x * p.span;
-    u32 end = min_u32(row.visible, first + p.span);
-    u64 stride = ((u64)row.visible + 63) / 64 * 64;
-    for (u32 i = threadIdx.x; i < SCORING_HEADS * entries; i += THREADS) {
-        bool inside = i % entries < ENTRIES;
-        lookup[i] = inside ? p.tables[(table_row + i / entries) * TABLE_ROW + i % entries] : 0.0f;
-    }
-    for (u32 i = threadIdx.x; i < SCORE_ROWS * BINS; i += THREADS) counts[i] = 0;
-    __syncthreads();
-    u16* scores = p.scores + (u64)row.score_base * 64 + kv_head * SCORE_ROWS * stride;
-    for (u32 h = 0; h < SCORING_HEADS; h += MEAN_SCORE ? SCORING_HEADS : 1) {
-        Range range = range_of(p, row, kv_head, table_row + h, lane);
-        for (u32 token = first + threadIdx.x; token < end; token += THREADS) {
-            u64 page = page_of(p, row.sequence, token);
-            const u32* index = index_word(page, kv_head, 0, token);
-            u32 words[WORDS];
-#pragma unroll
-            for (u32 w = 0; w < WORDS; w++) words[w] = __ldg(&index[w * PAGE]);
-            float gain = 1.0f, bias = 0.0f;
-#if GAIN
-            gain = bits_float(__ldg(&index[WORDS * PAGE]));
-#endif
-#if BIAS
-            bias = bits_float(__ldg(&index[(WORDS + 1) * PAGE]));
-#endif
-            float score = 0.0f;
-            const u32 heads = MEAN_SCORE ? SCORING_HEADS : 1;
-            for (u32 m = 0; m < heads; m++) {
-                const u8* at = (const u8*)(lookup + (h + m) * entries);
-                float sums[2] = {0.0f, 0.0f};
-#pragma unroll
-                for (u32 w = 0; w < WORDS; w++) {
-                    // Byte offsets of the two digits of all four codes.
-                    u32 low = words[w] << 2 & 0x3c3c3c3cu, high = words[w] >> 2 & 0x3c3c3c3cu;
-#pragma unroll
-                    for (u32 t = 0; t < 4; t++) {
-                        float a = *(const float*)(at + w * 512 + t * 128 + (low >> (8 * t) & 255u));
-                        float b = *(const float*)(at + w * 512 + t * 128 + 64 + (high >> (8 * t) & 255u));
-                        if (PRODUCT) sums[t % 2] += a * b;
-                        else sums[t % 2] += a + b;
-                    }
-                }
-                score += gain * (sums[0] + sums[1]) + (bias + range.shift);
-            }
-            u32 of_row = MEAN_SCORE ? 0 : h;
-            put(level_of(score * (1.0f / heads), range), token, is_contested(p, row, token), scores + of_row * stride, counts + of_row * BINS);
-        }
-    }
-    __syncthreads();
-    flush(p, (u64)(block_row * KV_HEADS + kv_head) * SCORE_ROWS, counts, SCORE_ROWS);
 }
 #else
 // Any scoring, in f32: look-ups of HEADS_PER_PASS heads and BLOCK_TABLES tables at a time in shared memory.
@@ -320,6 +481,7 @@ __device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block
     const u32 outer = PASSES;
 #endif
     u32 loaded = ~0u;
+    begin();
     for (u32 out = 0; out < outer; out++) {
         __syncthreads();
         u32 score_heads = MEAN_SCORE ? 1 : min_u32(HEADS_PER_PASS, SCORING_HEADS - out * HEADS_PER_PASS);
@@ -398,9 +560,8 @@ __device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) score(ARGUMENTS) {
     CALL;
     Row row = p.rows[p.first_row + blockIdx.z];
-    wait_for_earlier();
     // Rows that keep every key need no scores.
     if (blockIdx.x * p.span < row.visible && row.heavy < row.visible && row.heavy > 0)
         score_span(p, row, blockIdx.y, blockIdx.z);
-    let_later_start();
+    else begin();
 }

@@ -5,11 +5,16 @@
 
 #define THREADS 512
 #define WARPS (THREADS / 32)
+// As registers allow.
+#define BLOCKS_TOGETHER (EXACT_HEADS > 1 ? 1 : 2)
 // Tokens looked through before those found are scored, and how many may be found.
 #define BATCH 65536
 #define MINE 2048
-// Candidates of a row that are compared each with each.
+// Candidates of a row that are compared each with each; more are told apart by their digits first.
 #define RANKED 256
+#define DIGIT_BITS 11
+// Candidates of a batch, up to which eight lanes share one.
+#define SHARED_BATCH 256
 // Loads of eight levels that are under way together.
 #define AT_ONCE 2
 
@@ -18,8 +23,7 @@ struct Found {
 };
 
 // Bins that the threshold may lie in, how many keys are above them, and how many there are.
-__device__ Found find_bins(const Call& p, const u32* histogram, const Range& range, float absolute, u32 wanted) {
-    __shared__ u32 counts[BINS];
+__device__ Found find_bins(const Call& p, const u32* histogram, u32* counts, const Range& range, float absolute, u32 wanted) {
     __shared__ u32 chosen;
     const u32 own = BINS / THREADS;
     // From the highest bin down: each thread owns neighbouring bins.
@@ -61,12 +65,12 @@ __device__ Found find_bins(const Call& p, const u32* histogram, const Range& ran
 // Error of stored sums in units of the largest gain, beside the relative one.
 __device__ float absolute_error(const Call& p, const Row& row, u32 kv_head, u64 table_row, u32 lane) {
 #if FAST == 2
-    // Half a unit of the fixed point numbers, for each bit.
+    // Half a unit of the fixed point numbers for each bit, times the power of two that it counts for: 15 / 4 on average.
     const float* u = p.tables + table_row * TABLE_ROW + AT_PROJECTIONS;
     float largest = 0.0f;
     for (u32 i = lane; i < BITS; i += 32) largest = fmaxf(largest, fabsf(u[i]));
     for (u32 step = 16; step > 0; step >>= 1) largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, step));
-    return largest_gain(p, row.slot, kv_head) * largest * (0.51f * BITS / 16256.0f);
+    return largest_gain(p, row.slot, kv_head) * largest * (0.51f * 3.75f * BITS / 16256.0f);
 #elif FAST == 1
     // Halves below the smallest normal one.
     return largest_gain(p, row.slot, kv_head) * (TABLES * 2.4e-7f);
@@ -75,12 +79,39 @@ __device__ float absolute_error(const Call& p, const Row& row, u32 kv_head, u64 
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) select_keys(ARGUMENTS) {
+// The candidates of a row: as listed, or, where there is no list, as the levels say, scored whenever they are wanted.
+struct Candidates {
+    const Call& p;
+    const Row& row;
+    const float* tables;
+    const u16* scores;
+    const u32* list;
+    u32 kv_head, count, low_level, high_level;
+
+    // Calls `use` with the order key and the token of each; a block's threads share them.
+    template <class Use> __device__ __forceinline__ void each(Use use) const {
+        for (u32 i = threadIdx.x; i < count; i += THREADS) {
+            if (list) {
+                uint2 candidate = *(const uint2*)&list[i * 2];
+                use(candidate.x, candidate.y);
+                continue;
+            }
+            u32 level = scores[i];
+            bool contested = level >= low_level && level < high_level;
+#if DISJOINT
+            contested = contested && !in_base(p, row, i);
+#endif
+            if (contested) use(order_key(exact_score(p, tables, row.sequence, kv_head, i)), i);
+        }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) select_keys(ARGUMENTS) {
     CALL;
-    __shared__ u32 mine[MINE];
+    __shared__ u32 mine[MINE], mine_keys[MINE];
     __shared__ u32 mine_count;
-    __shared__ u32 digits[256];
-    __shared__ u32 picked, picked_above, place;
+    __shared__ u32 counts[BINS];
+    __shared__ u32 place;
     u32 lane = threadIdx.x & 31;
     u32 score_row = blockIdx.y;
     u32 head = score_row % (KV_HEADS * SCORE_ROWS);
@@ -88,6 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) select_keys(ARGUMENTS) 
     Row row = p.rows[p.first_row + score_row / (KV_HEADS * SCORE_ROWS)];
     u64 table_row = (u64)(score_row / SCORE_ROWS) * SCORING_HEADS + (SCORE_ROWS == 1 ? 0 : head % SCORE_ROWS);
     wait_for_earlier();
+    let_later_start();
     bool dense = row.heavy == 0 || row.heavy >= row.visible;
     u32 spans = (row.visible + p.span - 1) / p.span;
     if (dense || blockIdx.x >= spans) {
@@ -96,19 +128,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) select_keys(ARGUMENTS) 
             p.cuts[score_row] = row.heavy == 0 ? CUT_NONE : CUT_ALL;
         return;
     }
+    u64 stride = ((u64)row.visible + 63) / 64;
+    u16* scores = p.scores + ((u64)row.score_base + head * stride) * 64;
+    u32 first = blockIdx.x * p.span, end = min_u32(row.visible, first + p.span);
+    // Rows are padded to whole 64 scores. The first are on their way while the threshold is found.
+    uint4 levels[AT_ONCE];
+    auto load_levels = [&](u32 token, u32 upto) {
+#pragma unroll
+        for (u32 j = 0; j < AT_ONCE; j++)
+            if (token + j * THREADS * 8 < upto) levels[j] = *(const uint4*)&scores[token + j * THREADS * 8];
+    };
+    load_levels(first + threadIdx.x * 8, min_u32(end, first + BATCH));
     u32* histogram = p.histogram + (u64)score_row * (BINS + 1);
     Range range = range_of(p, row, kv_head, table_row, lane);
     float absolute = absolute_error(p, row, kv_head, table_row, lane);
-    Found found = find_bins(p, histogram, range, absolute, row.heavy);
+    Found found = find_bins(p, histogram, counts, range, absolute, row.heavy);
     if (found.total <= row.heavy) {
         // Fewer compete than there is room for.
         if (blockIdx.x == 0 && threadIdx.x == 0) p.cuts[score_row] = CUT_ALL;
         return;
     }
-    u64 stride = ((u64)row.visible + 63) / 64;
-    u16* scores = p.scores + ((u64)row.score_base + head * stride) * 64;
     u32* candidates = p.candidates + (u64)score_row * CANDIDATES * 2;
-    u32 first = blockIdx.x * p.span, end = min_u32(row.visible, first + p.span);
     const float* tables = p.tables + table_row * TABLE_ROW;
 #if EXACT_HEADS * TABLE_ROW <= 5632
     __shared__ __align__(16) float near_tables[EXACT_HEADS * TABLE_ROW];
@@ -122,11 +162,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) select_keys(ARGUMENTS) 
         __syncthreads();
         u32 upto = min_u32(end, base + BATCH);
         for (u32 token = base + threadIdx.x * 8; token < upto; token += THREADS * 8 * AT_ONCE) {
-            // Rows are padded to whole 64 scores.
-            uint4 levels[AT_ONCE];
-#pragma unroll
-            for (u32 j = 0; j < AT_ONCE; j++)
-                if (token + j * THREADS * 8 < upto) levels[j] = *(const uint4*)&scores[token + j * THREADS * 8];
+            if (token >= first + THREADS * 8 * AT_ONCE) load_levels(token, upto);
 #pragma unroll
             for (u32 j = 0; j < AT_ONCE; j++) {
                 u32 at_token = token + j * THREADS * 8;
@@ -146,14 +182,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) select_keys(ARGUMENTS) 
         }
         __syncthreads();
         u32 count = mine_count;
-        if (threadIdx.x == 0 && count > 0) place = atomicAdd(&histogram[BINS], count);
+        // By the warp that has the fewest candidates.
+        if (threadIdx.x == THREADS - 1 && count > 0) place = atomicAdd(&histogram[BINS], count);
+        if (count <= SHARED_BATCH) {
+            for (u32 i = threadIdx.x / EXACT_PARTS; i - lane / EXACT_PARTS < count; i += THREADS / EXACT_PARTS) {
+                u32 own = mine[min_u32(i, count - 1)];
+                u32 key = order_key(exact_score_shared(p, tables, row.sequence, kv_head, own));
+                if (i < count && lane % EXACT_PARTS == 0) mine_keys[i] = key;
+            }
+        } else if (count <= MINE) {
+            for (u32 i = threadIdx.x; i < count; i += THREADS)
+                mine_keys[i] = order_key(exact_score(p, tables, row.sequence, kv_head, mine[i]));
+        }
         __syncthreads();
         // A row with more candidates than a list holds is searched whole.
         if (count <= MINE && count > 0 && place + count <= CANDIDATES) {
-            for (u32 i = threadIdx.x; i < count; i += THREADS) {
-                u32 key = order_key(exact_score(p, tables, row.sequence, kv_head, mine[i]));
-                *(uint2*)&candidates[(place + i) * 2] = uint2{key, mine[i]};
-            }
+            for (u32 i = threadIdx.x; i < count; i += THREADS) *(uint2*)&candidates[(place + i) * 2] = uint2{mine_keys[i], mine[i]};
         } else if (count > 0 && threadIdx.x == 0) {
             atomicMax(&histogram[BINS], CANDIDATES + 1);
         }
@@ -165,85 +209,84 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) select_keys(ARGUMENTS) 
     u32 count = whole ? row.visible : listed;
     u32 wanted = row.heavy - found.above;
     if (threadIdx.x == 0) p.cuts[score_row] = high_level;
-    if (!whole && count <= RANKED) {
-        // Few enough to compare each with each: two threads a candidate.
-        __shared__ uint2 ranked[RANKED];
-        for (u32 i = threadIdx.x; i < count; i += THREADS) ranked[i] = uint2{candidates[i * 2], candidates[i * 2 + 1]};
+    Candidates all = {p, row, tables, scores, whole ? nullptr : candidates, kv_head, count, low_level, high_level};
+    // A candidate's rank is its order key, from the least on, then its token: one number of 64 bits, the larger the better,
+    // of which the first digits are those of `prefix`. Of `active` candidates with these `wanted` are selected.
+    __shared__ u32 least, most, picked, picked_above, picked_count;
+    u32 active = count, rounds = 0, base_key = 0, shift = 0;
+    u64 prefix = 0;
+    auto number_of = [&](u32 key, u32 token) { return ((u64)(key - base_key) << 32 | ~token) << shift; };
+    auto digits_of = [&](u64 number) { return rounds == 0 ? 0 : number >> (64 - DIGIT_BITS * rounds); };
+    if (active > RANKED) {
+        if (threadIdx.x == 0) {
+            least = ~0u;
+            most = 0;
+        }
         __syncthreads();
-        uint2 own = ranked[min_u32(threadIdx.x / 2, RANKED - 1)];
-        u32 before = 0;
-        for (u32 i = threadIdx.x % 2; i < count; i += 2) {
+        u32 own_least = ~0u, own_most = 0;
+        all.each([&](u32 key, u32) {
+            own_least = min_u32(own_least, key);
+            own_most = max_u32(own_most, key);
+        });
+        own_least = __reduce_min_sync(FULL_WARP, own_least);
+        own_most = __reduce_max_sync(FULL_WARP, own_most);
+        if (lane == 0) {
+            atomicMin(&least, own_least);
+            atomicMax(&most, own_most);
+        }
+        __syncthreads();
+        base_key = least;
+        shift = __clz((int)(most - least));
+    }
+    // Five rounds leave nine bits of the token, or as many candidates as the list holds.
+    while (active > RANKED && rounds < 5) {
+        for (u32 i = threadIdx.x; i < BINS; i += THREADS) counts[i] = 0;
+        __syncthreads();
+        all.each([&](u32 key, u32 token) {
+            u64 number = number_of(key, token);
+            if (digits_of(number) == prefix) atomicAdd(&counts[(number >> (64 - DIGIT_BITS * (rounds + 1))) & (BINS - 1)], 1u);
+        });
+        __syncthreads();
+        // From the highest bin down: each thread owns neighbouring bins.
+        const u32 own = BINS / THREADS;
+        u32 top = BINS - 1 - threadIdx.x * own, sum = 0, total;
+        for (u32 i = 0; i < own; i++) sum += counts[top - i];
+        u32 upto = block_scan<WARPS>(sum, total);
+        if (upto >= wanted && upto - sum < wanted) {
+            u32 above = upto - sum, bin = top;
+            for (u32 i = 0; i < own; i++) {
+                bin = top - i;
+                if (above + counts[bin] >= wanted) break;
+                above += counts[bin];
+            }
+            picked = bin;
+            picked_above = above;
+            picked_count = counts[bin];
+        }
+        __syncthreads();
+        prefix = prefix << DIGIT_BITS | picked;
+        wanted -= picked_above;
+        active = picked_count;
+        rounds++;
+    }
+    // What is left is compared each with each, two threads a candidate.
+    __shared__ uint2 ranked[2 * RANKED];
+    if (threadIdx.x == 0) place = 0;
+    __syncthreads();
+    all.each([&](u32 key, u32 token) {
+        u64 digits = digits_of(number_of(key, token));
+        if (digits == prefix) ranked[atomicAdd(&place, 1u)] = uint2{key, token};
+        else scores[token] = digits > prefix ? LEVEL_SELECTED : 0;
+    });
+    __syncthreads();
+    for (u32 first_ranked = 0; first_ranked < active; first_ranked += THREADS / 2) {
+        u32 place_of = first_ranked + threadIdx.x / 2, before = 0;
+        uint2 own = ranked[min_u32(place_of, active - 1)];
+        for (u32 i = threadIdx.x % 2; i < active; i += 2) {
             uint2 other = ranked[i];
             before += other.x > own.x || (other.x == own.x && other.y < own.y) ? 1 : 0;
         }
         before += __shfl_xor_sync(FULL_WARP, before, 1);
-        if (threadIdx.x / 2 < count && threadIdx.x % 2 == 0) scores[own.y] = before < wanted ? LEVEL_SELECTED : 0;
-        return;
+        if (place_of < active && threadIdx.x % 2 == 0) scores[own.y] = before < wanted ? LEVEL_SELECTED : 0;
     }
-    u32 key_prefix = 0, token_prefix = 0;
-    bool exhausted = false;
-    for (u32 round = 0; round < 8 && !exhausted; round++) {
-        u32 shift = 24 - (round & 3) * 8;
-        // Bits above the current digit; none in the first round of each half.
-        u32 mask = (round & 3) == 0 ? 0 : 0xffffffffu << (shift + 8);
-        __syncthreads();
-        if (threadIdx.x < 256) digits[threadIdx.x] = 0;
-        __syncthreads();
-        for (u32 i = threadIdx.x; i < count; i += THREADS) {
-            u32 key, token;
-            if (whole) {
-                u32 level = scores[i];
-                token = i;
-                bool contested = level >= low_level && level < high_level;
-#if DISJOINT
-                contested = contested && !in_base(p, row, token);
-#endif
-                if (!contested) continue;
-                key = order_key(exact_score(p, tables, row.sequence, kv_head, token));
-            } else {
-                key = candidates[i * 2];
-                token = candidates[i * 2 + 1];
-            }
-            if (round < 4) {
-                if ((key & mask) == (key_prefix & mask)) atomicAdd(&digits[key >> shift & 255u], 1u);
-            } else if (key == key_prefix && (~token & mask) == (token_prefix & mask)) {
-                atomicAdd(&digits[~token >> shift & 255u], 1u);
-            }
-        }
-        __syncthreads();
-        // Thread 0 owns the largest digit.
-        u32 own = threadIdx.x < 256 ? digits[255 - threadIdx.x] : 0, total;
-        u32 upto = block_scan<WARPS>(own, total);
-        if (upto >= wanted && upto - own < wanted) {
-            picked = 255 - threadIdx.x;
-            picked_above = upto - own;
-        }
-        __syncthreads();
-        wanted -= picked_above;
-        if (round < 4) key_prefix |= picked << shift;
-        else token_prefix |= picked << shift;
-        // All keys of the last digit are wanted: no ties to break.
-        if (round == 3 && digits[picked] == wanted) exhausted = true;
-    }
-    u32 last_token = exhausted ? 0xffffffffu : ~token_prefix;
-    __syncthreads();
-    for (u32 i = threadIdx.x; i < count; i += THREADS) {
-        u32 key, token;
-        if (whole) {
-            u32 level = scores[i];
-            token = i;
-            bool contested = level >= low_level && level < high_level;
-#if DISJOINT
-            contested = contested && !in_base(p, row, token);
-#endif
-            if (!contested) continue;
-            key = order_key(exact_score(p, tables, row.sequence, kv_head, token));
-        } else {
-            key = candidates[i * 2];
-            token = candidates[i * 2 + 1];
-        }
-        bool selected = key > key_prefix || (key == key_prefix && token <= last_token);
-        scores[token] = selected ? LEVEL_SELECTED : 0;
-    }
-    let_later_start();
 }

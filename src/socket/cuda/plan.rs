@@ -207,7 +207,9 @@ impl Sizes {
 
     /// Tokens of a block of the scorer; `tokens` is the sum over all rows.
     pub fn score_span(&self, tokens: usize) -> usize {
-        self.span(tokens * self.g.num_kv_heads, 2, 512).min(1 << 16)
+        // As many as registers let a multiprocessor have.
+        let waves = if self.fast() == Fast::Bytes { 3 } else { 2 };
+        self.span(tokens * self.g.num_kv_heads, waves, 512).min(1 << 16)
     }
 
     pub fn select_span(&self, tokens: usize) -> usize {
