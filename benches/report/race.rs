@@ -1,0 +1,120 @@
+//! RACE forward, backward and by the step.
+
+use super::arguments::Sizes;
+use super::figure::{Case, Table};
+use super::session::Session;
+use super::support::clock::Clock;
+use super::support::outcome::Outcome;
+use super::support::race_layer::{Layer, Size, Tensors, Truths};
+use super::support::race_step::Steps;
+use softhash::DType;
+use std::time::Instant;
+
+const STAGES: [&str; 2] = ["forward", "backward"];
+
+/// Tokens of a call at most: what a tensor on each path holds.
+fn segment(session: &Session) -> u64 {
+    match () {
+        () if session.is_software() => 1 << 16,
+        () if session.device.as_wgpu().is_some() => 1 << 18,
+        () => 1 << 22,
+    }
+}
+
+/// The element type and the name that figures go by.
+fn dtype(name: &str) -> Option<(DType, &'static str)> {
+    match name {
+        "bf16" => Some((DType::Bf16, "bf16")),
+        "f32" => Some((DType::F32, "f32")),
+        _ => None,
+    }
+}
+
+/// Forward and backward by length.
+pub fn by_length(session: &mut Session, sizes: &Sizes, truths: &mut Truths) {
+    let (heads, channels, segment) = (sizes.race_heads, sizes.head_dim, segment(session));
+    let mut pace = 0.0;
+    for &tokens in &sizes.tokens {
+        for (dtype, name) in sizes.dtypes.iter().filter_map(|name| dtype(name)) {
+            let start = Instant::now();
+            let size = Size { tokens, segment, heads, channels, dtype };
+            let case = |session: &Session, (planes, tables): (usize, usize), stage| Case {
+                heads: (heads, heads),
+                head_dim: channels,
+                dtype: name,
+                tokens,
+                ..session.case(Table::Race, &format!("P{planes} L{tables}"), stage)
+            };
+            let cases = |session: &Session, hash| STAGES.map(|stage| case(session, hash, stage));
+            let mut tensors = None;
+            for (i, &hash) in sizes.hashes.iter().enumerate() {
+                let cases = cases(session, hash);
+                if !session.has_room(pace * tokens as f64) {
+                    cases.into_iter().for_each(|case| session.leave_out(case));
+                    continue;
+                }
+                let begin = Instant::now();
+                if tensors.is_none() {
+                    tensors = Some(Tensors::new(&session.device, size));
+                }
+                match &tensors {
+                    Some(Ok(tensors)) => layer(session, tensors, truths, hash, cases),
+                    Some(Err(error)) => cases.into_iter().for_each(|case| session.fail(case, &**error)),
+                    None => (),
+                }
+                // With the first go the tensors.
+                let since = if i == 0 { start } else { begin };
+                pace = since.elapsed().as_secs_f64() / tokens as f64;
+            }
+        }
+    }
+}
+
+fn layer(session: &mut Session, tensors: &Tensors, truths: &mut Truths, hash: (usize, usize), cases: [Case; 2]) {
+    let mut ready = || -> Outcome<Layer<'_>> {
+        let mut layer = Layer::new(&session.device, tensors, hash)?;
+        layer.check(truths, true)?;
+        Ok(layer)
+    };
+    let mut layer = match ready() {
+        Ok(layer) => layer,
+        Err(error) => return cases.into_iter().for_each(|case| session.fail(case, &*error)),
+    };
+    let [forward, backward] = cases;
+    let calls = tensors.size.tokens.div_ceil(tensors.size.segment);
+    let bytes = [layer.bytes(false), layer.bytes(true)];
+    session.measure(forward, bytes[0], calls, |clock| clock.once(|| layer.forward(|_, _| Ok(()))));
+    session.measure(backward, bytes[1], calls, |clock| clock.once(|| layer.backward(|_, _| Ok(()))));
+}
+
+/// One token of every sequence.
+pub fn steps(session: &mut Session, sizes: &Sizes) {
+    for &(heads, batch) in &sizes.steps {
+        for &(planes, tables) in &sizes.step_hashes {
+            let case = Case {
+                heads: (heads, heads),
+                head_dim: sizes.head_dim,
+                batch,
+                tokens: 1,
+                ..session.case(Table::RaceStep, &format!("P{planes} L{tables}"), "step")
+            };
+            if !session.has_room(0.0) {
+                session.leave_out(case);
+                continue;
+            }
+            let ready = || -> Outcome<(Steps, Clock)> {
+                let shape = (heads, sizes.head_dim, DType::Bf16);
+                let mut steps = Steps::new(&session.device, shape, batch, (planes, tables))?;
+                steps.check()?;
+                Ok((steps, Clock::new(&session.device)?))
+            };
+            match ready() {
+                Ok((mut steps, clock)) => {
+                    let bytes = steps.bytes();
+                    session.measure_step(case, bytes, &clock, steps.step(&clock));
+                }
+                Err(error) => session.fail(case, &*error),
+            }
+        }
+    }
+}
