@@ -141,8 +141,8 @@ impl Sizes {
             head_dims: vec![32],
             head_dims_keys: 2 * K,
             append: 2 * K,
-            tokens: vec![512, 1024],
-            hashes: vec![(2, 2), (4, 4)],
+            tokens: vec![256, 512],
+            hashes: vec![(2, 2)],
             steps: vec![(2, 1), (2, 3)],
             seconds: 0.005,
             ..Self::full()

@@ -70,16 +70,19 @@ pub fn run(arguments: &Arguments) -> Outcome<bool> {
         verdicts: Vec::new(),
     };
     measure_peers(arguments, &sizes, &mut report);
-    measure_devices(arguments, &sizes, deadline, &mut report);
-    report.verdicts = verdict::verdicts(&report);
-    report.seconds = start.elapsed().as_secs_f64();
-    let text = markdown::render(&report);
-    println!("{text}");
-    let save = |name: &str, text: &str| std::fs::write(arguments.out.join(name), text);
-    save("report.md", &text)?;
-    save("report.json", &serde_json::to_string_pretty(&report)?)?;
-    plot::draw(&report, &arguments.out)?;
+    measure_devices(arguments, &sizes, deadline, &mut report, |report| save(arguments, start, report))?;
+    println!("{}", markdown::render(&report));
     Ok(report.is_right())
+}
+
+/// Writes what there is so far.
+fn save(arguments: &Arguments, start: Instant, report: &mut Report) -> Outcome<()> {
+    report.verdicts = verdict::verdicts(report);
+    report.seconds = start.elapsed().as_secs_f64();
+    let write = |name: &str, text: &str| std::fs::write(arguments.out.join(name), text);
+    write("report.md", &markdown::render(report))?;
+    write("report.json", &serde_json::to_string_pretty(report)?)?;
+    plot::draw(report, &arguments.out)
 }
 
 /// Before any device is open, since they are measured on one of them.
@@ -111,7 +114,14 @@ fn all_devices() -> Vec<String> {
     cuda.into_iter().chain(gpus.take(1).map(|d| d.name)).chain(["cpu".into()]).collect()
 }
 
-fn measure_devices(arguments: &Arguments, sizes: &Sizes, deadline: Option<Instant>, report: &mut Report) {
+/// One device after the other; `save` is called after each.
+fn measure_devices(
+    arguments: &Arguments,
+    sizes: &Sizes,
+    deadline: Option<Instant>,
+    report: &mut Report,
+    save: impl Fn(&mut Report) -> Outcome<()>,
+) -> Outcome<()> {
     let asked = if arguments.device.is_empty() { all_devices() } else { arguments.device.clone() };
     let mut problems: Vec<Problem> =
         sizes.heads.iter().map(|&(q, kv)| Problem::new(q, kv, sizes.head_dim, sizes.lengths[0])).collect();
@@ -137,8 +147,10 @@ fn measure_devices(arguments: &Arguments, sizes: &Sizes, deadline: Option<Instan
             Ok(mut session) => tables(&mut session, arguments, sizes, &mut problems, &mut truths),
             Err(error) => report.missing.push(format!("{name}: {error}")),
         }
+        save(report)?;
     }
     bar.finish_and_clear();
+    save(report)
 }
 
 /// All tables of one device, each in a share of the time that the ones before have left.

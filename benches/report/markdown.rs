@@ -229,8 +229,9 @@ fn race(out: &mut String, report: &Report) {
                 "## RACE, {} heads of {} channels, {dtype}: {}\n",
                 first.heads.0, first.head_dim, subject.asked
             );
-            let (clocks, most) = (clocks(&figures), figures.iter().filter_map(|f| f.measured()).map(|m| m.calls).max());
-            let _ = writeln!(out, "Batch 1 ({clocks}); the longest in {} calls.\n", most.unwrap_or(1));
+            let calls = figures.iter().filter_map(|f| f.measured()).map(|m| m.calls).max().unwrap_or(1);
+            let cut = if calls > 1 { format!("; the longest in {calls} calls") } else { String::new() };
+            let _ = writeln!(out, "Batch 1 ({}){cut}.\n", clocks(&figures));
             for stage in ["forward", "backward", "both"] {
                 let of: Vec<&Figure> = all.iter().copied().filter(|f| f.case.stage == stage).collect();
                 pivot(out, stage, &of, |c| count(c.tokens), |c| c.what.clone(), cell);

@@ -25,9 +25,8 @@ struct Line {
     points: Vec<(f64, f64)>,
 }
 
-/// Draws all that the report has figures for; gives the files' names.
-pub fn draw(report: &Report, folder: &Path) -> Outcome<Vec<String>> {
-    let mut names = Vec::new();
+/// Draws all that the report has figures for.
+pub fn draw(report: &Report, folder: &Path) -> Outcome<()> {
     let mut heads: Vec<_> = report.of(Table::Decode).map(|f| f.case.heads).collect();
     heads.sort_unstable();
     heads.dedup();
@@ -35,9 +34,9 @@ pub fn draw(report: &Report, folder: &Path) -> Outcome<Vec<String>> {
         let of = |f: &&Figure| f.case.table == Table::Decode && f.case.heads == (q, kv);
         let title = format!("Decoding one token, {q}/{kv} heads, bf16");
         let lines = lines(report, of, Figure::seconds);
-        names.extend(chart(folder, &format!("decode-{q}-{kv}"), &title, "keys", Axis::Seconds, &lines)?);
+        chart(folder, &format!("decode-{q}-{kv}"), &title, "keys", Axis::Seconds, &lines)?;
         let lines = self::lines(report, |f| of(f) && f.case.device != DEVICE, Figure::fraction);
-        names.extend(chart(folder, &format!("decode-{q}-{kv}-bound"), &title, "keys", Axis::Fraction, &lines)?);
+        chart(folder, &format!("decode-{q}-{kv}-bound"), &title, "keys", Axis::Fraction, &lines)?;
     }
     for stage in ["forward", "backward"] {
         for dtype in ["bf16", "f32"] {
@@ -47,12 +46,12 @@ pub fn draw(report: &Report, folder: &Path) -> Outcome<Vec<String>> {
             };
             let title = format!("RACE {stage}, {dtype}");
             let file = format!("race-{stage}-{dtype}");
-            names.extend(chart(folder, &file, &title, "tokens", Axis::Seconds, &lines(report, of, Figure::seconds))?);
+            chart(folder, &file, &title, "tokens", Axis::Seconds, &lines(report, of, Figure::seconds))?;
             let lines = lines(report, |f| of(f) && f.case.device != DEVICE, Figure::fraction);
-            names.extend(chart(folder, &format!("{file}-bound"), &title, "tokens", Axis::Fraction, &lines)?);
+            chart(folder, &format!("{file}-bound"), &title, "tokens", Axis::Fraction, &lines)?;
         }
     }
-    Ok(names)
+    Ok(())
 }
 
 fn lines(report: &Report, of: impl Fn(&&Figure) -> bool, value: impl Fn(&Figure) -> Option<f64>) -> Vec<Line> {
@@ -126,13 +125,12 @@ fn bounds(values: impl Iterator<Item = f64> + Clone, base: f64) -> Range<f64> {
     base.powf((power(low) - 0.05).floor())..base.powf((power(high) + 0.05).ceil())
 }
 
-/// `None` where there is nothing to draw.
-fn chart(folder: &Path, file: &str, title: &str, x: &str, axis: Axis, lines: &[Line]) -> Outcome<Option<String>> {
+/// Draws nothing where there are no lines.
+fn chart(folder: &Path, file: &str, title: &str, x: &str, axis: Axis, lines: &[Line]) -> Outcome<()> {
     if lines.is_empty() {
-        return Ok(None);
+        return Ok(());
     }
-    let file = format!("{file}.svg");
-    let path = folder.join(&file);
+    let path = folder.join(format!("{file}.svg"));
     let root = SVGBackend::new(&path, (900, 560)).into_drawing_area();
     root.fill(&WHITE)?;
     let (plot, legend) = root.split_horizontally(680);
@@ -153,13 +151,21 @@ fn chart(folder: &Path, file: &str, title: &str, x: &str, axis: Axis, lines: &[L
         }
     };
     let mut chart = ChartBuilder::on(&plot)
-        .caption(title, ("sans-serif", 19))
+        .caption(title, ("sans-serif", 23))
         .margin(14)
-        .x_label_area_size(42)
-        .y_label_area_size(72)
+        .x_label_area_size(48)
+        .y_label_area_size(84)
         .build_cartesian_2d(across, up)?;
     let grid = RGBColor(225, 225, 225);
-    chart.configure_mesh().x_desc(x).y_desc(y).bold_line_style(grid).light_line_style(WHITE).draw()?;
+    chart
+        .configure_mesh()
+        .x_desc(x)
+        .y_desc(y)
+        .label_style(("sans-serif", 16))
+        .axis_desc_style(("sans-serif", 17))
+        .bold_line_style(grid)
+        .light_line_style(WHITE)
+        .draw()?;
     for (i, line) in lines.iter().enumerate() {
         let style = COLOURS[line.colour % COLOURS.len()].stroke_width(2);
         let (size, space) = dashes(line.device);
@@ -174,10 +180,10 @@ fn chart(folder: &Path, file: &str, title: &str, x: &str, axis: Axis, lines: &[L
             legend.draw(&PathElement::new(vec![(from, at), (to, at)], style))?;
             from = to + space as i32;
         }
-        legend.draw(&Text::new(line.name.clone(), (48, at - 7), ("sans-serif", 13)))?;
+        legend.draw(&Text::new(line.name.clone(), (48, at - 8), ("sans-serif", 16)))?;
     }
     root.present()?;
-    Ok(Some(file))
+    Ok(())
 }
 
 /// 10.0 µs as 10 µs.
