@@ -2,7 +2,9 @@
 #![cfg(feature = "wgpu")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod common;
+mod common {
+    pub mod device;
+}
 #[path = "../benches/report/main.rs"]
 mod report;
 

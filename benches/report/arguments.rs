@@ -113,6 +113,14 @@ impl Sizes {
         sizes
     }
 
+    /// Without what takes the CPU minutes, unless it was asked for.
+    pub fn for_software(&self, arguments: &Arguments) -> Self {
+        let mut sizes = self.clone();
+        sizes.lengths.retain(|&keys| !arguments.lengths.is_empty() || keys <= 128 * K);
+        sizes.tokens.retain(|&tokens| !arguments.tokens.is_empty() || tokens <= 1 << 20);
+        sizes
+    }
+
     fn full() -> Self {
         Self {
             lengths: [16, 32, 64, 128, 256, 512, 1024].map(|n| n * K).to_vec(),

@@ -9,7 +9,7 @@ use super::support::outcome::Outcome;
 use super::support::resident::resident;
 use super::support::step::step;
 use super::support::{judge, scorings};
-use softhash::{DecodeOptions, Mode, SocketCache, Tensor};
+use softhash::{DType, DecodeOptions, Mode, SocketCache, Tensor};
 use std::ops::Range;
 use std::time::Instant;
 
@@ -37,8 +37,12 @@ impl Bank {
         let make = |i: usize| -> Outcome<SocketCache> {
             let config = scorings::config(what).ok_or("no such scoring")?;
             let mut cache = SocketCache::new(&session.device, config, problem.shape(), problem.lens.len())?;
+            // What is compiled later would be taken for the time that lengths take.
+            cache.warm_up(DType::Bf16, DType::Bf16)?;
+            cache.warm_up(DType::Bf16, DType::F32)?;
             let longest = lens.iter().filter(|&&len| in_turn(session, problem, len) > i).max();
-            cache.reserve(longest.copied().unwrap_or(0))?;
+            // Where there is no room for the longest, it grows as far as it can.
+            let _ = cache.reserve(longest.copied().unwrap_or(0));
             Ok(cache)
         };
         let count = lens.iter().map(|&len| in_turn(session, problem, len)).max().unwrap_or(1);
@@ -136,6 +140,10 @@ pub fn by_length(session: &mut Session, sizes: &Sizes, problem: &mut Problem) {
         tokens: keys as u64,
         ..session.case(Table::Decode, what, "decode")
     };
+    if !session.has_room(0.0) {
+        let cases = lengths.iter().flat_map(|&keys| ALL.map(|what| case(session, what, keys)));
+        return cases.collect::<Vec<_>>().into_iter().for_each(|case| session.leave_out(case));
+    }
     let mut banks: Vec<Bank> = SCORINGS.iter().map(|what| Bank::new(session, what, problem, lengths)).collect();
     let (mut held, mut pace) = (0, 0.0);
     for &keys in lengths {

@@ -78,6 +78,8 @@ pub struct Measured {
 pub struct Figure {
     #[serde(flatten)]
     pub case: Case,
+    /// Seconds after the begin of its device's session.
+    pub at_seconds: f64,
     #[serde(flatten)]
     pub outcome: Outcome,
 }

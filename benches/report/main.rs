@@ -144,6 +144,9 @@ fn measure_devices(
         let session = Session::new(device, &subject, sizes.seconds, until, &mut report.figures, &bar);
         report.devices.push(subject);
         match session {
+            Ok(mut session) if session.is_software() => {
+                tables(&mut session, arguments, &sizes.for_software(arguments), &mut problems, &mut truths);
+            }
             Ok(mut session) => tables(&mut session, arguments, sizes, &mut problems, &mut truths),
             Err(error) => report.missing.push(format!("{name}: {error}")),
         }

@@ -251,7 +251,11 @@ fn both(figures: &[&Figure]) -> Vec<Figure> {
         sum.median_seconds += b.median_seconds;
         let bound = |m: &super::figure::Measured| Some(m.fraction_of_bound? * m.median_seconds);
         sum.fraction_of_bound = Some((bound(a)? + bound(b)?) / sum.median_seconds);
-        Some(Figure { case: Case { stage: "both", ..case }, outcome: Outcome::Measured(sum) })
+        Some(Figure {
+            case: Case { stage: "both", ..case },
+            at_seconds: forward.at_seconds,
+            outcome: Outcome::Measured(sum),
+        })
     };
     forward.filter_map(sum).collect()
 }
@@ -273,7 +277,7 @@ fn notes(out: &mut String, report: &Report) {
         out.push('\n');
     }
     let mut why: Vec<String> = Vec::new();
-    for Figure { case, outcome } in &report.figures {
+    for Figure { case, outcome, .. } in &report.figures {
         let (kind, reason) = match outcome {
             Outcome::Measured(_) => continue,
             Outcome::Wrong { why } => ("wrong", why),

@@ -103,7 +103,7 @@ impl Record {
             bytes: None,
             fraction_of_bound: None,
         };
-        Some(Figure { case, outcome: Outcome::Measured(measured) })
+        Some(Figure { case, at_seconds: 0.0, outcome: Outcome::Measured(measured) })
     }
 }
 

@@ -17,6 +17,7 @@ pub struct Session<'a> {
     pub asked: String,
     ceiling: f64,
     patience: Patience,
+    start: Instant,
     deadline: Option<Instant>,
     /// When this table's share of the time ends.
     share: Option<Instant>,
@@ -39,6 +40,7 @@ impl<'a> Session<'a> {
             asked: subject.asked.clone(),
             ceiling: subject.ceiling(),
             patience: Patience { seconds, least: 3 },
+            start: Instant::now(),
             deadline,
             share: deadline,
             figures,
@@ -119,6 +121,6 @@ impl<'a> Session<'a> {
     fn push(&mut self, case: Case, outcome: Outcome) {
         self.bar.set_message(format!("{} {:?} {}", case.device, case.table, case.what));
         self.bar.inc(1);
-        self.figures.push(Figure { case, outcome });
+        self.figures.push(Figure { case, at_seconds: self.start.elapsed().as_secs_f64(), outcome });
     }
 }

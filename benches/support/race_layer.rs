@@ -108,14 +108,23 @@ pub const HEAD: usize = 0;
 /// Tokens before the last among which results are looked at: more than a segment, fewer than 12 million.
 const REACH: u64 = 1 << 19;
 
+/// RACE of those heads, channels and elements, with its kernels compiled.
+pub fn race(
+    device: &Device,
+    (heads, channels, dtype): (usize, usize, DType),
+    (planes, tables): (usize, usize),
+) -> Outcome<Race> {
+    let shape = RaceShape { num_q_heads: heads, num_kv_heads: heads, head_dim: channels, value_dim: channels, dtype };
+    let race = Race::new(device, RaceConfig { planes, tables, ..RaceConfig::default() }, shape)?;
+    race.warm_up(dtype)?;
+    Ok(race)
+}
+
 impl<'a> Layer<'a> {
     pub fn new(device: &Device, tensors: &'a Tensors, hash: (usize, usize)) -> Outcome<Self> {
         let Size { heads, channels, dtype, .. } = tensors.size;
         let (planes, tables) = hash;
-        let shape =
-            RaceShape { num_q_heads: heads, num_kv_heads: heads, head_dim: channels, value_dim: channels, dtype };
-        let race = Race::new(device, RaceConfig { planes, tables, ..RaceConfig::default() }, shape)?;
-        race.warm_up(dtype)?;
+        let race = race(device, (heads, channels, dtype), hash)?;
         Ok(Self { race, tensors, name: format!("RACE P{planes} L{tables}"), hash })
     }
 

@@ -3,12 +3,13 @@
 use super::clock::Clock;
 use super::counter::{Counter, Part};
 use super::outcome::{Outcome, Wrong};
+use super::race_layer::race;
 use super::race_truth::{self, Truth};
 use super::resident::{elements, resident};
 use super::step::Step;
 #[cfg(feature = "cuda")]
 use super::step::{STEPS, replayed};
-use softhash::{DType, Device, Race, RaceConfig, RaceOptions, RaceShape, RaceState, Tensor};
+use softhash::{DType, Device, Race, RaceOptions, RaceState, Tensor};
 use std::time::Instant;
 
 /// Steps that are checked.
@@ -27,14 +28,12 @@ pub struct Steps {
 impl Steps {
     pub fn new(
         device: &Device,
-        (heads, channels, dtype): (usize, usize, DType),
+        layer: (usize, usize, DType),
         batch: usize,
         (planes, tables): (usize, usize),
     ) -> Outcome<Self> {
-        let shape =
-            RaceShape { num_q_heads: heads, num_kv_heads: heads, head_dim: channels, value_dim: channels, dtype };
-        let race = Race::new(device, RaceConfig { planes, tables, ..RaceConfig::default() }, shape)?;
-        race.warm_up(dtype)?;
+        let race = race(device, layer, (planes, tables))?;
+        let (heads, channels, dtype) = layer;
         // Heads of all sequences side by side.
         let counter = Counter { seed: 1, heads: batch * heads, channels, dtype, period: CHECKED };
         let state = race.new_state(batch)?;
