@@ -38,8 +38,10 @@ impl Bank {
             let config = scorings::config(what).ok_or("no such scoring")?;
             let mut cache = SocketCache::new(&session.device, config, problem.shape(), problem.lens.len())?;
             // What is compiled later would be taken for the time that lengths take.
-            cache.warm_up(DType::Bf16, DType::Bf16)?;
-            cache.warm_up(DType::Bf16, DType::F32)?;
+            if session.is_limited() {
+                cache.warm_up(DType::Bf16, DType::Bf16)?;
+                cache.warm_up(DType::Bf16, DType::F32)?;
+            }
             let longest = lens.iter().filter(|&&len| in_turn(session, problem, len) > i).max();
             // Where there is no room for the longest, it grows as far as it can.
             let _ = cache.reserve(longest.copied().unwrap_or(0));

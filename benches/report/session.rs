@@ -53,6 +53,11 @@ impl<'a> Session<'a> {
         self.device.is_cpu() || self.device.report().gpu.is_some_and(|gpu| gpu.software)
     }
 
+    /// Whether there is a limit to its time.
+    pub fn is_limited(&self) -> bool {
+        self.deadline.is_some()
+    }
+
     /// Gives what follows this part of the time that is left.
     pub fn take_share(&mut self, part: f64) {
         let left = |deadline: Instant| deadline.saturating_duration_since(Instant::now());

@@ -1,5 +1,6 @@
 //! What a device can move at most.
 
+use super::clock::timer;
 use softhash::{Device, wgpu};
 use std::time::Instant;
 
@@ -82,7 +83,7 @@ fn gpu_seconds(device: &Device, gpu: &wgpu::Device, queue: &wgpu::Queue, kernel:
         .map(|(binding, buffer)| wgpu::BindGroupEntry { binding, resource: buffer.as_entire_binding() });
     let layout = pipeline.get_bind_group_layout(0);
     let group = gpu.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout: &layout, entries: &entries });
-    let timer = device.timer(1).unwrap();
+    let timer = timer(device).unwrap();
     best(|| {
         let mut encoder = gpu.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         if let Some(timer) = &timer {

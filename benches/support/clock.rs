@@ -16,11 +16,16 @@ pub struct Clock {
     failed: Cell<bool>,
 }
 
+/// The timestamps of a wgpu device. Those of lavapipe do not wait for the threads that do the work.
+pub fn timer(device: &Device) -> softhash::Result<Option<Timer>> {
+    if device.report().gpu.is_some_and(|gpu| gpu.software) { Ok(None) } else { device.timer(1) }
+}
+
 impl Clock {
     pub fn new(device: &Device) -> Outcome<Self> {
         Ok(Self {
             device: device.clone(),
-            timer: device.timer(1)?,
+            timer: timer(device)?,
             #[cfg(feature = "cuda")]
             cuda: device.cuda_timer(1)?,
             failed: Cell::new(false),

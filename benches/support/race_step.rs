@@ -78,9 +78,17 @@ impl Steps {
         #[cfg(feature = "cuda")]
         if device.as_cuda().is_some() {
             let [q, k, v] = views();
-            race.append(state, &q, &k, &v)?;
-            let work = || (0..STEPS).map(|_| race.append(state, &q, &k, &v)).collect::<Result<Vec<_>, _>>();
-            return Ok(Step { graph: true, seconds: replayed(&device, work, |_| Ok(true), STEPS)? });
+            let mut twin = race.fork(state)?;
+            let mut expected = Vec::new();
+            for _ in 0..STEPS {
+                expected.push(race.append(&mut twin, &q, &k, &v)?.read_blocking()?);
+            }
+            let right = |results: &Vec<Tensor>| -> Outcome<bool> {
+                let found = results.iter().map(Tensor::read_blocking).collect::<Result<Vec<_>, _>>()?;
+                Ok(found == expected)
+            };
+            let work = || (0..STEPS).map(|_| race.append(state, &q, &k, &v)).collect();
+            return Ok(Step { graph: true, seconds: replayed(&device, work, right, STEPS)? });
         }
         if device.as_wgpu().is_some() {
             let seconds = move || {
