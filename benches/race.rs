@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo bench --bench race -- [--device auto|cpu|NAME] [--lengths 65536,1048576] [--hashes 2x2,3x3,4x4]
-//!                             [--dtypes f32,bf16] [--dense 1024,4096] [--json FILE] [FILTER]
+//!                             [--dtypes f32,bf16] [--windows 0,256] [--dense 1024,4096] [--json FILE] [FILTER]
 //! ```
 //! The executable runs without cargo. Every result is checked against sums in f64 over all tokens before it is timed; a
 //! wrong one ends the run. Up to `--segment` tokens one call does all; beyond, the state is carried from call to call,
@@ -20,7 +20,7 @@ use softhash::{DType, Device};
 use support::clock::{Clock, Patience, samples};
 use support::outcome::Outcome;
 use support::race_dense::dense;
-use support::race_layer::{Layer, Size, Tensors, Truths};
+use support::race_layer::{Layer, Size, Tensors, Truths, name};
 use support::race_record::{Record, Run};
 use support::race_step::Steps;
 
@@ -38,6 +38,9 @@ struct Arguments {
     /// f32, bf16.
     #[arg(long, value_delimiter = ',', default_value = "f32,bf16")]
     dtypes: Vec<String>,
+    /// Tokens of the exact window beside RACE; 0 for none.
+    #[arg(long, value_delimiter = ',', default_value = "0")]
+    windows: Vec<usize>,
     /// Lengths at which exact attention runs too, to find where RACE overtakes it; none leaves that out.
     #[arg(long, value_delimiter = ',', num_args = 0.., default_value = "512,1024,2048,4096,8192")]
     dense: Vec<u64>,
@@ -108,6 +111,8 @@ fn main() {
     let mut meter = Meter { run, clock: Clock::new(&device).unwrap(), patience };
     let mut truths = Truths::default();
     let segment = arguments.segment.unwrap_or(if device.is_cpu() { 1 << 16 } else { 1 << 18 });
+    let with = |hash| arguments.windows.iter().map(move |&window| (pair(hash), window));
+    let layers: Vec<_> = arguments.hashes.iter().flat_map(|hash| with(hash)).collect();
     for dtype in &arguments.dtypes {
         let dtype = match dtype.as_str() {
             "f32" => DType::F32,
@@ -118,18 +123,17 @@ fn main() {
         let size = |tokens| Size { tokens, segment, heads, channels, dtype };
         for &tokens in &arguments.lengths {
             let tensors = Tensors::new(&device, size(tokens)).unwrap();
-            for hash in &arguments.hashes {
-                let mut layer = Layer::new(&device, &tensors, pair(hash)).unwrap();
+            for &(hash, window) in &layers {
+                let mut layer = Layer::new(&device, &tensors, hash, window).unwrap();
                 layer.check(&mut truths, true).unwrap_or_else(|error| panic!("{error}"));
                 meter.forward(&mut layer);
                 meter.backward(&mut layer);
             }
         }
-        for hash in &arguments.hashes {
-            let mut steps = Steps::new(&device, (heads, channels, dtype), 1, pair(hash)).unwrap();
+        for &(hash, window) in &layers {
+            let mut steps = Steps::new(&device, (heads, channels, dtype), 1, hash, window).unwrap();
             steps.check().unwrap_or_else(|error| panic!("{error}"));
-            let ((planes, tables), bytes) = (pair(hash), steps.bytes());
-            let record = Record::new(&format!("RACE P{planes} L{tables}"), "step", &size(1), bytes);
+            let record = Record::new(&name(hash, window), "step", &size(1), steps.bytes());
             let clock = Clock::new(&device).unwrap();
             let mut step = steps.step(&clock).unwrap();
             meter.add(record, |_| (step.seconds)());
@@ -146,7 +150,7 @@ fn main() {
                 })
             });
             for (hash, crossing) in arguments.hashes.iter().zip(&mut crossings) {
-                let mut layer = Layer::new(&device, &tensors, pair(hash)).unwrap();
+                let mut layer = Layer::new(&device, &tensors, pair(hash), 0).unwrap();
                 layer.check(&mut truths, false).unwrap_or_else(|error| panic!("{error}"));
                 if meter.forward(&mut layer) < exact && crossing.is_none() {
                     *crossing = Some(tokens);

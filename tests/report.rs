@@ -124,6 +124,30 @@ fn a_small_report_has_all_that_was_asked_for() {
 }
 
 #[test]
+fn a_wrong_result_is_told_from_one_that_fails() {
+    use report::support::{data::Problem, judge, outcome::Wrong};
+    use softhash::{DecodeOptions, Device, Mode, SocketCache, SocketConfig};
+    let mut problem = Problem::ragged(2, 2, 64, vec![1500, 2048]);
+    let mut cache = SocketCache::new(&Device::cpu(), SocketConfig::fast(), problem.shape(), 2).unwrap();
+    problem.fill(&mut cache);
+    for mode in [Mode::Dense, Mode::Sparse] {
+        let options = DecodeOptions { mode, ..DecodeOptions::default() };
+        judge::check(&mut cache, &mut problem, &options).unwrap();
+        // Attention with another scale is not what the judge computes.
+        let other = DecodeOptions { scale: Some(0.5), ..options };
+        assert!(judge::check(&mut cache, &mut problem, &other).is_err_and(|error| error.is::<Wrong>()));
+    }
+    // One key more than the judge knows of.
+    let [k, v] = problem.keys_values(0, 7..8).unwrap();
+    cache.append_to(1, &k.view().unwrap(), &v.view().unwrap()).unwrap();
+    let dense = DecodeOptions { mode: Mode::Dense, ..DecodeOptions::default() };
+    assert!(judge::check(&mut cache, &mut problem, &dense).is_err_and(|error| error.is::<Wrong>()));
+    // A cache of another shape fails, which says nothing of its results.
+    let mut other = SocketCache::new(&Device::cpu(), SocketConfig::fast(), problem.shape(), 1).unwrap();
+    assert!(judge::check(&mut other, &mut problem, &dense).is_err_and(|error| !error.is::<Wrong>()));
+}
+
+#[test]
 fn only_what_is_asked_for_is_measured_and_only_while_there_is_time() {
     let folder = tempfile::tempdir().unwrap();
     let only = ["--device", "cpu", "--only", "race-step,decode", "--heads", "2/2", "--lengths", "2048"];

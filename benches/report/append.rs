@@ -31,7 +31,7 @@ pub fn all(session: &mut Session, sizes: &Sizes) {
             ..session.case(Table::Append, what, "append")
         };
         let cases = [case(session, sizes.append), case(session, 1)];
-        if !session.has_room(0.0) {
+        if session.is_over() {
             cases.into_iter().for_each(|case| session.leave_out(case));
         } else if let Err(error) = one(session, &mut problem, what, cases.clone()) {
             cases.into_iter().for_each(|case| session.fail(case, &*error));

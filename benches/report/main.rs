@@ -18,7 +18,7 @@ mod plot;
 mod race;
 mod session;
 #[path = "../support/mod.rs"]
-mod support;
+pub mod support;
 mod verdict;
 
 pub use arguments::Arguments;
@@ -156,36 +156,31 @@ fn measure_devices(
     save(report)
 }
 
-/// All tables of one device, each in a share of the time that the ones before have left.
+/// All tables of one device. Those by length take a share of the time that the ones before have left, the others what they
+/// need.
 fn tables(session: &mut Session, arguments: &Arguments, sizes: &Sizes, problems: &mut [Problem], truths: &mut Truths) {
     let wanted = |table| arguments.only.is_empty() || arguments.only.contains(&table);
     let (q, kv) = sizes.heads[0];
     if wanted(Table::RaceStep) {
-        session.take_share(0.1);
         race::steps(session, sizes);
     }
     if wanted(Table::Decode) {
         for (i, problem) in problems.iter_mut().enumerate() {
-            session.take_share([0.3, 0.4][i.min(1)]);
-            decode::by_length(session, sizes, problem);
+            decode::by_length(session, [0.3, 0.45][i.min(1)], sizes, problem);
         }
     }
     if wanted(Table::HeadDims) {
-        session.take_share(0.2);
         for &dim in &sizes.head_dims {
             decode::whole(session, Table::HeadDims, &mut Problem::new(q, kv, dim, sizes.head_dims_keys));
         }
     }
     if wanted(Table::Ragged) {
-        session.take_share(0.2);
         decode::whole(session, Table::Ragged, &mut Problem::ragged(q, kv, sizes.head_dim, sizes.ragged.clone()));
     }
     if wanted(Table::Append) {
-        session.take_share(0.2);
         append::all(session, sizes);
     }
     if wanted(Table::Race) {
-        session.take_share(1.0);
         race::by_length(session, sizes, truths);
     }
 }

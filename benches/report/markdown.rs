@@ -34,6 +34,9 @@ fn pivot<'a>(
     column: impl Fn(&Case) -> String,
     cell: impl Fn(&'a Figure) -> String,
 ) {
+    if figures.is_empty() {
+        return;
+    }
     let unique = |of: &dyn Fn(&Case) -> String| {
         let mut all: Vec<String> = Vec::new();
         for figure in figures {
@@ -132,7 +135,7 @@ fn clocks(figures: &[&Figure]) -> String {
     let mut clocks: Vec<_> = figures.iter().filter_map(|f| f.measured()).map(|m| m.clock).collect();
     clocks.sort_unstable();
     clocks.dedup();
-    clocks.join(", ")
+    if clocks.is_empty() { "not measured".into() } else { clocks.join(", ") }
 }
 
 /// As [`cell`], and how many times faster than the best dense attention of the run.

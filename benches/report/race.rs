@@ -12,13 +12,17 @@ use std::time::Instant;
 
 const STAGES: [&str; 2] = ["forward", "backward"];
 
-/// Tokens of a call at most: what a tensor on each path holds.
-fn segment(session: &Session) -> u64 {
-    match () {
-        () if session.is_software() => 1 << 16,
-        () if session.device.as_wgpu().is_some() => 1 << 18,
-        () => 1 << 22,
+/// Tokens of a call at most: what a buffer holds through wgpu; on CUDA as many as fit into memory with all results.
+fn segment(session: &Session, heads: usize, channels: usize, dtype: DType) -> u64 {
+    #[cfg(feature = "cuda")]
+    if let Some(cuda) = session.device.report().cuda {
+        // q, k, v, o and the gradient of o, and three gradients in f32.
+        let token = (heads * channels * (5 * dtype.size() + 12)) as u64;
+        let fitting = cuda.memory / 5 * 4 / token;
+        return 1 << fitting.clamp(1 << 16, 1 << 22).ilog2();
     }
+    let _ = (heads, channels, dtype);
+    if session.is_software() { 1 << 16 } else { 1 << 18 }
 }
 
 /// The element type and the name that figures go by.
@@ -32,17 +36,19 @@ fn dtype(name: &str) -> Option<(DType, &'static str)> {
 
 /// Forward and backward by length.
 pub fn by_length(session: &mut Session, sizes: &Sizes, truths: &mut Truths) {
-    let (heads, channels, segment) = (sizes.race_heads, sizes.head_dim, segment(session));
+    let (heads, channels) = (sizes.race_heads, sizes.head_dim);
     // What is compiled later would be taken for the time that lengths take; what fails fails again.
     for (dtype, _) in sizes.dtypes.iter().filter(|_| session.is_limited()).filter_map(|name| dtype(name)) {
-        sizes.hashes.iter().take_while(|_| session.has_room(0.0)).for_each(|&hash| {
-            let _ = race(&session.device, (heads, channels, dtype), hash);
+        sizes.hashes.iter().take_while(|_| !session.is_over()).for_each(|&hash| {
+            let _ = race(&session.device, (heads, channels, dtype), hash, 0);
         });
     }
+    session.take_share(1.0);
     let mut pace = 0.0;
     for &tokens in &sizes.tokens {
         for (dtype, name) in sizes.dtypes.iter().filter_map(|name| dtype(name)) {
             let start = Instant::now();
+            let segment = segment(session, heads, channels, dtype);
             let size = Size { tokens, segment, heads, channels, dtype };
             let case = |session: &Session, (planes, tables): (usize, usize), stage| Case {
                 heads: (heads, heads),
@@ -78,7 +84,7 @@ pub fn by_length(session: &mut Session, sizes: &Sizes, truths: &mut Truths) {
 
 fn layer(session: &mut Session, tensors: &Tensors, truths: &mut Truths, hash: (usize, usize), cases: [Case; 2]) {
     let mut ready = || -> Outcome<Layer<'_>> {
-        let mut layer = Layer::new(&session.device, tensors, hash)?;
+        let mut layer = Layer::new(&session.device, tensors, hash, 0)?;
         layer.check(truths, true)?;
         Ok(layer)
     };
@@ -104,13 +110,13 @@ pub fn steps(session: &mut Session, sizes: &Sizes) {
                 tokens: 1,
                 ..session.case(Table::RaceStep, &format!("P{planes} L{tables}"), "step")
             };
-            if !session.has_room(0.0) {
+            if session.is_over() {
                 session.leave_out(case);
                 continue;
             }
             let ready = || -> Outcome<(Steps, Clock)> {
                 let shape = (heads, sizes.head_dim, DType::Bf16);
-                let mut steps = Steps::new(&session.device, shape, batch, (planes, tables))?;
+                let mut steps = Steps::new(&session.device, shape, batch, (planes, tables), 0)?;
                 steps.check()?;
                 Ok((steps, Clock::new(&session.device)?))
             };

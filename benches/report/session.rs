@@ -64,6 +64,11 @@ impl<'a> Session<'a> {
         self.share = self.deadline.map(|deadline| Instant::now() + left(deadline).mul_f64(part));
     }
 
+    /// Whether nothing more is to be begun, whatever its share.
+    pub fn is_over(&self) -> bool {
+        self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
+    }
+
     /// Whether something that takes about `seconds` can be begun.
     pub fn has_room(&self, seconds: f64) -> bool {
         let seconds = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);

@@ -15,7 +15,7 @@ pub fn measure(device: &Device) -> [f64; 2] {
     let small = device.is_cpu() || device.report().gpu.is_some_and(|g| g.software);
     let bytes: u64 = if small { 64 << 20 } else { 1 << 29 };
     match device.as_wgpu() {
-        Some((gpu, queue)) => [("copy", 2.0), ("read", 1.0)]
+        Some((gpu, queue)) => [("copy_all", 2.0), ("read_all", 1.0)]
             .map(|(kernel, times)| times * bytes as f64 / gpu_seconds(device, gpu, queue, kernel, bytes)),
         None => host(bytes as usize),
     }
@@ -48,13 +48,13 @@ const SHADER: &str = "
     @group(0) @binding(0) var<storage, read> a: array<vec4<u32>>;
     @group(0) @binding(1) var<storage, read_write> b: array<vec4<u32>>;
     @compute @workgroup_size(256)
-    fn copy(@builtin(workgroup_id) g: vec3<u32>, @builtin(local_invocation_index) i: u32) {
+    fn copy_all(@builtin(workgroup_id) g: vec3<u32>, @builtin(local_invocation_index) i: u32) {
         let at = g.x * 1024u + i;
         let x = a[at]; let y = a[at + 256u]; let z = a[at + 512u]; let w = a[at + 768u];
         b[at] = x; b[at + 256u] = y; b[at + 512u] = z; b[at + 768u] = w;
     }
     @compute @workgroup_size(256)
-    fn read(@builtin(workgroup_id) g: vec3<u32>, @builtin(local_invocation_index) i: u32) {
+    fn read_all(@builtin(workgroup_id) g: vec3<u32>, @builtin(local_invocation_index) i: u32) {
         let at = g.x * 1024u + i;
         let x = a[at] ^ a[at + 256u] ^ a[at + 512u] ^ a[at + 768u];
         // Never, but the compiler cannot know.

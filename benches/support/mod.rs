@@ -20,6 +20,7 @@ pub mod race_record;
 pub mod race_step;
 #[path = "../../examples/common/race_truth.rs"]
 pub mod race_truth;
+pub mod race_window;
 pub mod record;
 pub mod resident;
 pub mod scorings;

@@ -4,10 +4,11 @@ use super::counter::{Counter, Part};
 use super::counter_gpu::Generator;
 use super::outcome::{Outcome, Wrong};
 use super::race_truth::{self, At, Truth};
+use super::race_window::Window;
 use super::resident::{elements, repeated};
 use softhash::{
-    DType, Device, Race, RaceConfig, RaceOptions, RaceShape, Segment, SegmentSource, StreamFailure, StreamOptions,
-    Tensor, TensorView, Wanted,
+    DType, Device, Gate, Race, RaceConfig, RaceOptions, RaceShape, Segment, SegmentSource, StreamFailure,
+    StreamOptions, Tensor, TensorView, Wanted,
 };
 use std::collections::HashMap;
 use std::ops::Range;
@@ -93,7 +94,17 @@ impl SegmentSource for Again<'_> {
 
 /// What is true at some tokens, kept for the next device that is asked the same.
 #[derive(Default)]
-pub struct Truths(HashMap<(u64, u64, DType, (usize, usize), Vec<u64>, bool), Vec<At>>);
+pub struct Truths(HashMap<Question, Vec<At>>);
+
+#[derive(PartialEq, Eq, Hash)]
+struct Question {
+    tokens: u64,
+    period: u64,
+    dtype: DType,
+    hash: (usize, usize),
+    wanted: Vec<u64>,
+    backward: bool,
+}
 
 pub struct Layer<'a> {
     race: Race,
@@ -108,24 +119,41 @@ pub const HEAD: usize = 0;
 /// Tokens before the last among which results are looked at: more than a segment, fewer than 12 million.
 const REACH: u64 = 1 << 19;
 
-/// RACE of those heads, channels and elements, with its kernels compiled.
+/// How far the output is mixed with that of the window beside it.
+const GATE: f64 = 0.5;
+
+/// RACE of those heads, channels and elements, with its kernels compiled; `window` tokens of exact attention beside it, 0
+/// for none.
 pub fn race(
     device: &Device,
     (heads, channels, dtype): (usize, usize, DType),
     (planes, tables): (usize, usize),
+    window: usize,
 ) -> Outcome<Race> {
     let shape = RaceShape { num_q_heads: heads, num_kv_heads: heads, head_dim: channels, value_dim: channels, dtype };
-    let race = Race::new(device, RaceConfig { planes, tables, ..RaceConfig::default() }, shape)?;
+    let config = RaceConfig { planes, tables, window, gate: Gate::Shared(GATE as f32), ..RaceConfig::default() };
+    let race = Race::new(device, config, shape)?;
     race.warm_up(dtype)?;
     Ok(race)
 }
 
+/// What the judge knows of the window of `race`; `None` where there is none.
+pub fn window(race: &Race) -> Option<Window> {
+    let tokens = race.config().window as u64;
+    (tokens > 0).then_some(Window { tokens, gate: GATE })
+}
+
+/// P and L, and the window's tokens where there is one.
+pub fn name((planes, tables): (usize, usize), window: usize) -> String {
+    let of_window = if window > 0 { format!(" W{window}") } else { String::new() };
+    format!("RACE P{planes} L{tables}{of_window}")
+}
+
 impl<'a> Layer<'a> {
-    pub fn new(device: &Device, tensors: &'a Tensors, hash: (usize, usize)) -> Outcome<Self> {
+    pub fn new(device: &Device, tensors: &'a Tensors, hash: (usize, usize), window: usize) -> Outcome<Self> {
         let Size { heads, channels, dtype, .. } = tensors.size;
-        let (planes, tables) = hash;
-        let race = race(device, (heads, channels, dtype), hash)?;
-        Ok(Self { race, tensors, name: format!("RACE P{planes} L{tables}"), hash })
+        let race = race(device, (heads, channels, dtype), hash, window)?;
+        Ok(Self { race, tensors, name: name(hash, window), hash })
     }
 
     pub fn size(&self) -> Size {
@@ -173,8 +201,11 @@ impl<'a> Layer<'a> {
         let (counter, planes_per_table) = (self.tensors.counter, self.hash.0);
         let planes = self.race.hyperplanes()?.into_iter().map(f64::from).collect();
         let truth = Truth { counter, head: HEAD, planes, planes_per_table, beta: 1.0 };
-        let key = (tokens, counter.period, dtype, self.hash, wanted.to_vec(), backward);
-        Ok(truths.0.entry(key).or_insert_with(|| truth.at(tokens, wanted, backward, |_| ())).clone())
+        let (period, hash, wanted) = (counter.period, self.hash, wanted.to_vec());
+        let question = Question { tokens, period, dtype, hash, wanted, backward };
+        let wanted = question.wanted.clone();
+        let answer = truths.0.entry(question).or_insert_with(|| truth.at(tokens, &wanted, backward, |_| ()));
+        Ok(answer.clone())
     }
 
     /// Compares one head at some tokens with sums in f64 over all of them.
@@ -183,7 +214,10 @@ impl<'a> Layer<'a> {
         let reach = tokens.min(REACH);
         let mut wanted = vec![tokens - reach + reach / 3, tokens - reach + reach * 2 / 3, tokens - 1];
         wanted.dedup();
-        let truths = self.truths(truths, &wanted, backward)?;
+        let mut truths = self.truths(truths, &wanted, backward)?;
+        if let Some(window) = window(&self.race) {
+            truths.iter_mut().for_each(|at| window.mix(&self.tensors.counter, HEAD, tokens, backward, at));
+        }
         let mut found: Vec<At> = wanted.iter().map(|&token| At { token, ..At::default() }).collect();
         let device = self.race.device().clone();
         let row = |range: &Range<u64>, token: u64, tensor: &Tensor| -> Outcome<Vec<f64>> {

@@ -3,7 +3,7 @@
 use super::clock::Clock;
 use super::counter::{Counter, Part};
 use super::outcome::{Outcome, Wrong};
-use super::race_layer::race;
+use super::race_layer::{race, window};
 use super::race_truth::{self, Truth};
 use super::resident::{elements, resident};
 use super::step::Step;
@@ -30,15 +30,16 @@ impl Steps {
         device: &Device,
         layer: (usize, usize, DType),
         batch: usize,
-        (planes, tables): (usize, usize),
+        hash: (usize, usize),
+        window: usize,
     ) -> Outcome<Self> {
-        let race = race(device, layer, (planes, tables))?;
+        let race = race(device, layer, hash, window)?;
         let (heads, channels, dtype) = layer;
         // Heads of all sequences side by side.
         let counter = Counter { seed: 1, heads: batch * heads, channels, dtype, period: CHECKED };
         let state = race.new_state(batch)?;
         let inputs = inputs(device, &counter, batch, 0)?;
-        Ok(Self { race, state, batch, counter, planes, inputs })
+        Ok(Self { race, state, batch, counter, planes: hash.0, inputs })
     }
 
     /// Takes some steps, and compares what the last gives for the first and the last head with sums in f64.
@@ -54,10 +55,13 @@ impl Steps {
         for head in [0, self.counter.heads - 1] {
             let planes = self.race.hyperplanes()?.into_iter().map(f64::from).collect();
             let truth = Truth { counter: self.counter, head, planes, planes_per_table: self.planes, beta: 1.0 };
-            let truth = &truth.at(CHECKED, &[CHECKED - 1], false, |_| ())[0].o;
+            let mut truth = truth.at(CHECKED, &[CHECKED - 1], false, |_| ()).remove(0);
+            if let Some(window) = window(&self.race) {
+                window.mix(&self.counter, head, CHECKED, false, &mut truth);
+            }
             let channels = self.counter.channels;
             let found = elements(&device, &o, head * channels..(head + 1) * channels)?;
-            let error = race_truth::error(&found.into_iter().map(f64::from).collect::<Vec<_>>(), truth);
+            let error = race_truth::error(&found.into_iter().map(f64::from).collect::<Vec<_>>(), &truth.o);
             if error >= race_truth::tolerance(self.counter.dtype) {
                 return Err(Wrong(format!("a step of RACE is off by {error:.1e} in head {head}")).into());
             }
@@ -75,6 +79,11 @@ impl Steps {
         let Self { race, state, inputs, .. } = self;
         let device = race.device().clone();
         let views = || inputs.each_ref().map(|tensor| tensor.view().unwrap());
+        // A window is timed full.
+        for _ in 0..race.config().window {
+            let [q, k, v] = views();
+            race.append(state, &q, &k, &v)?;
+        }
         #[cfg(feature = "cuda")]
         if device.as_cuda().is_some() {
             let [q, k, v] = views();
