@@ -12,29 +12,17 @@
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-#[path = "../examples/common/counter.rs"]
-mod counter;
-#[path = "../examples/common/counter_gpu.rs"]
-mod counter_gpu;
-#[cfg(feature = "cuda")]
-#[path = "support/cuda.rs"]
-mod cuda;
-#[path = "support/origin.rs"]
-mod origin;
-#[path = "support/race_layer.rs"]
-mod race_layer;
-#[path = "support/race_record.rs"]
-mod race_record;
-#[path = "../examples/common/race_truth.rs"]
-mod race_truth;
-#[path = "support/race_window.rs"]
-mod race_window;
+#[path = "support/mod.rs"]
+mod support;
 
 use clap::Parser;
-use race_layer::{Layer, Size, Tensors, dense};
-use race_record::{Record, Run};
-use softhash::{DType, Device, Timer, wgpu};
-use std::time::Instant;
+use softhash::{DType, Device};
+use support::clock::{Clock, Patience, samples};
+use support::outcome::Outcome;
+use support::race_dense::dense;
+use support::race_layer::{Layer, Size, Tensors, Truths, name};
+use support::race_record::{Record, Run};
+use support::race_step::Steps;
 
 #[derive(Parser)]
 struct Arguments {
@@ -77,63 +65,32 @@ struct Arguments {
     filter: Option<String>,
 }
 
-/// Measures on the device's clock where it has one.
-pub struct Clock {
-    device: Device,
-    timer: Option<Timer>,
-    #[cfg(feature = "cuda")]
-    cuda: Option<softhash::CudaTimer>,
-    seconds: f64,
+/// Measures into a table.
+struct Meter {
+    run: Run,
+    clock: Clock,
+    patience: Patience,
 }
 
-impl Clock {
-    fn submit(&self, record: impl FnOnce(&Timer, &mut wgpu::CommandEncoder)) {
-        if let (Some((gpu, queue)), Some(timer)) = (self.device.as_wgpu(), &self.timer) {
-            let mut encoder = gpu.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-            record(timer, &mut encoder);
-            queue.submit([encoder.finish()]);
-        }
-    }
-
-    /// Seconds of one run, and whether they are the GPU's.
-    fn once(&self, run: &mut dyn FnMut()) -> (f64, bool) {
-        #[cfg(feature = "cuda")]
-        if let Some(timer) = &self.cuda {
-            return (cuda::seconds(timer, run), true);
-        }
-        self.wait();
-        self.submit(|timer, encoder| timer.begin(encoder, 0));
-        let start = Instant::now();
-        run();
-        self.submit(|timer, encoder| {
-            timer.end(encoder, 0);
-            timer.resolve(encoder);
-        });
-        self.wait();
-        let wall = start.elapsed().as_secs_f64();
-        let own = self.timer.as_ref().and_then(|timer| timer.read_blocking().unwrap()[0]);
-        own.map_or((wall, false), |nanoseconds| (nanoseconds * 1e-9, true))
-    }
-
-    fn wait(&self) {
-        if let Some((gpu, _)) = self.device.as_wgpu() {
-            gpu.poll(wgpu::PollType::wait_indefinitely()).unwrap();
-        }
-    }
-
-    /// Runs once uncounted, then at least three times and for as long as was asked for.
-    pub fn measure(&self, run: &mut Run, mut record: Record, mut work: impl FnMut()) -> f64 {
-        if !run.wanted(&record) {
+impl Meter {
+    /// Runs once uncounted, then as often as was asked for; the median.
+    fn add(&mut self, mut record: Record, mut once: impl FnMut(&Clock) -> Outcome<f64>) -> f64 {
+        if !self.run.wanted(&record) {
             return f64::NAN;
         }
-        self.once(&mut work);
-        let (mut samples, start) = (Vec::new(), Instant::now());
-        while samples.len() < 3 || (start.elapsed().as_secs_f64() < self.seconds && samples.len() < 1000) {
-            let (seconds, own) = self.once(&mut work);
-            record.clock = if own { "gpu" } else { "wall" };
-            samples.push(seconds);
-        }
-        run.add(record, samples)
+        let seconds = samples(self.patience, || once(&self.clock)).unwrap_or_else(|error| panic!("{error}"));
+        record.clock = self.clock.name();
+        self.run.add(record, seconds)
+    }
+
+    fn forward(&mut self, layer: &mut Layer) -> f64 {
+        let record = Record::new(layer.name(), "forward", &layer.size(), layer.bytes(false));
+        self.add(record, |clock| clock.once(|| layer.forward(|_, _| Ok(()))))
+    }
+
+    fn backward(&mut self, layer: &mut Layer) -> f64 {
+        let record = Record::new(layer.name(), "backward", &layer.size(), layer.bytes(true));
+        self.add(record, |clock| clock.once(|| layer.backward(|_, _| Ok(()))))
     }
 }
 
@@ -149,54 +106,64 @@ fn main() {
         name => Device::by_name(name).unwrap(),
     };
     println!("{}", device.report());
-    let mut run = Run::new(&device, arguments.filter.clone());
-    let clock = Clock {
-        device: device.clone(),
-        timer: device.timer(1).unwrap(),
-        #[cfg(feature = "cuda")]
-        cuda: device.cuda_timer(1).unwrap(),
-        seconds: arguments.seconds,
-    };
+    let run = Run::new(&device, arguments.filter.clone());
+    let patience = Patience { seconds: arguments.seconds, least: 3 };
+    let mut meter = Meter { run, clock: Clock::new(&device).unwrap(), patience };
+    let mut truths = Truths::default();
     let segment = arguments.segment.unwrap_or(if device.is_cpu() { 1 << 16 } else { 1 << 18 });
+    let with = |hash| arguments.windows.iter().map(move |&window| (pair(hash), window));
+    let layers: Vec<_> = arguments.hashes.iter().flat_map(|hash| with(hash)).collect();
     for dtype in &arguments.dtypes {
         let dtype = match dtype.as_str() {
             "f32" => DType::F32,
             "bf16" => DType::Bf16,
             other => panic!("no dtype is called {other:?}"),
         };
-        let size = |tokens| Size { tokens, segment, heads: arguments.heads, channels: arguments.head_dim, dtype };
+        let (heads, channels) = (arguments.heads, arguments.head_dim);
+        let size = |tokens| Size { tokens, segment, heads, channels, dtype };
         for &tokens in &arguments.lengths {
-            let tensors = Tensors::new(&device, size(tokens));
-            for (hash, &window) in arguments.hashes.iter().flat_map(|h| arguments.windows.iter().map(move |w| (h, w))) {
-                let mut layer = Layer::new(&device, &tensors, pair(hash), window);
-                layer.check(true);
-                layer.forward(&clock, &mut run);
-                layer.backward(&clock, &mut run);
+            let tensors = Tensors::new(&device, size(tokens)).unwrap();
+            for &(hash, window) in &layers {
+                let mut layer = Layer::new(&device, &tensors, hash, window).unwrap();
+                layer.check(&mut truths, true).unwrap_or_else(|error| panic!("{error}"));
+                meter.forward(&mut layer);
+                meter.backward(&mut layer);
             }
         }
-        for (hash, &window) in arguments.hashes.iter().flat_map(|h| arguments.windows.iter().map(move |w| (h, w))) {
-            let tensors = Tensors::new(&device, size(1));
-            Layer::new(&device, &tensors, pair(hash), window).step(&clock, &mut run);
+        for &(hash, window) in &layers {
+            let mut steps = Steps::new(&device, (heads, channels, dtype), 1, hash, window).unwrap();
+            steps.check().unwrap_or_else(|error| panic!("{error}"));
+            let record = Record::new(&name(hash, window), "step", &size(1), steps.bytes());
+            let clock = Clock::new(&device).unwrap();
+            let mut step = steps.step(&clock).unwrap();
+            meter.add(record, |_| (step.seconds)());
         }
         let mut crossings = vec![None; arguments.hashes.len()];
         for &tokens in &arguments.dense {
-            let tensors = Tensors::new(&device, size(tokens));
-            let exact = dense(&device, &tensors, &clock, &mut run);
+            let tensors = Tensors::new(&device, size(tokens)).unwrap();
+            let exact = dense(&device, &tensors, |record, work| {
+                meter.add(record, |clock| {
+                    clock.once(|| {
+                        work();
+                        Ok(())
+                    })
+                })
+            });
             for (hash, crossing) in arguments.hashes.iter().zip(&mut crossings) {
-                let mut layer = Layer::new(&device, &tensors, pair(hash), 0);
-                layer.check(false);
-                if layer.forward(&clock, &mut run) < exact && crossing.is_none() {
+                let mut layer = Layer::new(&device, &tensors, pair(hash), 0).unwrap();
+                layer.check(&mut truths, false).unwrap_or_else(|error| panic!("{error}"));
+                if meter.forward(&mut layer) < exact && crossing.is_none() {
                     *crossing = Some(tokens);
                 }
             }
         }
         for (hash, crossing) in arguments.hashes.iter().zip(crossings).filter(|_| !arguments.dense.is_empty()) {
             let at = crossing.map_or("at none of the lengths".into(), |tokens| format!("at {tokens} tokens"));
-            run.say(format!("{dtype:?}, RACE {hash}: forward first faster than exact attention {at}"));
+            meter.run.say(format!("{dtype:?}, RACE {hash}: forward first faster than exact attention {at}"));
         }
     }
-    run.print();
+    meter.run.print();
     if let Some(path) = &arguments.json {
-        std::fs::write(path, run.json()).unwrap();
+        std::fs::write(path, meter.run.json()).unwrap();
     }
 }

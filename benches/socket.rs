@@ -11,27 +11,18 @@
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-#[cfg(feature = "cuda")]
-#[path = "support/cuda.rs"]
-mod cuda;
-#[path = "support/data.rs"]
-mod data;
-#[path = "support/judge.rs"]
-mod judge;
-#[path = "support/origin.rs"]
-mod origin;
-#[path = "support/record.rs"]
-mod record;
-#[cfg(feature = "cuda")]
-#[path = "support/replay.rs"]
-mod replay;
+#[path = "support/mod.rs"]
+mod support;
 
 use clap::Parser;
 use criterion::{BenchmarkId, Criterion, Throughput};
-use data::Problem;
-use record::{Record, Run};
-use softhash::{Attended, DecodeOptions, Device, Mode, Scoring, SelectionScope, SocketCache, SocketConfig, wgpu};
-use std::time::{Duration, Instant};
+use softhash::{DecodeOptions, Device, Mode, SocketCache};
+use std::time::Duration;
+use support::clock::Clock;
+use support::data::{CHUNK, Problem};
+use support::record::{Record, Run};
+use support::step::{step, wall};
+use support::{judge, resident, scorings};
 
 #[derive(Parser)]
 struct Arguments {
@@ -60,50 +51,6 @@ struct Arguments {
     bench: bool,
     /// Only benches whose name holds this.
     filter: Option<String>,
-}
-
-fn config(name: &str) -> SocketConfig {
-    match name {
-        "dense" | "socket" => SocketConfig::paper(),
-        "sign128" => SocketConfig::fast(),
-        "sign128-group" => SocketConfig { scope: SelectionScope::PerGroup, ..SocketConfig::fast() },
-        "hard" => SocketConfig { scoring: Scoring::HardCollision, ..SocketConfig::paper() },
-        other => panic!("no scoring is called {other:?}"),
-    }
-}
-
-/// Seconds of one decode: by the GPU's clock where it has one, else by the host's.
-fn step(
-    device: &Device,
-    timer: Option<&softhash::Timer>,
-    cache: &mut SocketCache,
-    problem: &Problem,
-    options: &DecodeOptions,
-) -> f64 {
-    let timed = |cache: &mut SocketCache, timer: &softhash::Timer| -> Option<f64> {
-        let (gpu, queue) = device.as_wgpu()?;
-        let mut encoder = gpu.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        timer.begin(&mut encoder, 0);
-        cache.decode_into(&mut encoder, &problem.query(), options).unwrap();
-        timer.end(&mut encoder, 0);
-        timer.resolve(&mut encoder);
-        queue.submit([encoder.finish()]);
-        timer.read_blocking().unwrap()[0].map(|ns| ns * 1e-9)
-    };
-    if let Some(timer) = timer
-        && let Some(seconds) = timed(cache, timer)
-    {
-        return seconds;
-    }
-    wall(cache, problem, options)
-}
-
-/// Seconds of one decode from call to readable result.
-fn wall(cache: &mut SocketCache, problem: &Problem, options: &DecodeOptions) -> f64 {
-    let start = Instant::now();
-    let Attended { lse, .. } = cache.decode_with(&problem.query(), options).unwrap();
-    lse.read_blocking().unwrap();
-    start.elapsed().as_secs_f64()
 }
 
 fn measure(criterion: &mut Criterion, run: &mut Run, record: Record, mut seconds: impl FnMut() -> f64) {
@@ -145,9 +92,9 @@ fn main() {
         let (q, kv) = heads.split_once('/').expect("heads are given as 32/8");
         let (q, kv) = (q.parse().unwrap(), kv.parse().unwrap());
         for &keys in &arguments.lengths {
-            let problem = Problem::new(q, kv, arguments.head_dim, keys);
+            let mut problem = Problem::new(q, kv, arguments.head_dim, keys);
             for name in &arguments.scorings {
-                bench(&mut criterion, &mut run, &device, &problem, name);
+                bench(&mut criterion, &mut run, &device, &mut problem, name);
             }
         }
     }
@@ -157,15 +104,16 @@ fn main() {
     }
 }
 
-fn bench(criterion: &mut Criterion, run: &mut Run, device: &Device, problem: &Problem, name: &str) {
-    let config = config(name);
-    let mut cache = SocketCache::new(device, config.clone(), problem.shape(), 1).unwrap();
-    cache.reserve(problem.keys).unwrap();
+fn bench(criterion: &mut Criterion, run: &mut Run, device: &Device, problem: &mut Problem, name: &str) {
+    let config = scorings::config(name).unwrap_or_else(|| panic!("no scoring is called {name:?}"));
+    let mut cache = SocketCache::new(device, config, problem.shape(), 1).unwrap();
+    cache.reserve(problem.keys()).unwrap();
     let append = problem.fill(&mut cache);
     let mode = if name == "dense" { Mode::Dense } else { Mode::Sparse };
     let options = DecodeOptions { mode, ..DecodeOptions::default() };
-    let selected = judge::check(&mut cache, problem, &options);
-    let bytes = problem.bytes(&config, mode, selected);
+    let selected = judge::check(&mut cache, problem, &options).unwrap_or_else(|error| panic!("{error}"));
+    let problem = &*problem;
+    let bytes = cache.least_bytes((mode == Mode::Sparse).then_some(selected as u64));
     let record = |stage: &str, bytes: u64| Record::new(name, stage, problem, bytes);
 
     // Stages, each by its own passes: their sum exceeds the step by the gaps between passes.
@@ -174,12 +122,12 @@ fn bench(criterion: &mut Criterion, run: &mut Run, device: &Device, problem: &Pr
     names.dedup();
     // The last appends' staging memory goes back to the driver first; that costs the steps meanwhile.
     for _ in 0..20 {
-        wall(&mut cache, problem, &options);
+        wall(&mut cache, &problem.query(), &options).unwrap();
     }
     for stage in names {
         let bytes = match stage {
-            "score" => bytes.score,
-            "attend" => bytes.attend,
+            "score" => bytes.index,
+            "attend" => bytes.rows,
             _ => 0,
         };
         measure(criterion, run, record(stage, bytes), || {
@@ -187,16 +135,15 @@ fn bench(criterion: &mut Criterion, run: &mut Run, device: &Device, problem: &Pr
             stages.iter().filter(|s| s.stage == stage).map(|s| s.nanoseconds * 1e-9).sum()
         });
     }
-    #[cfg(feature = "cuda")]
-    if let Some(replay) = replay::replayed(device, &mut cache, problem, &options) {
-        measure(criterion, run, record("step", bytes.step), replay);
-        measure(criterion, run, record("wall", bytes.step), || wall(&mut cache, problem, &options));
-        return run.add(record("append per 64K tokens", bytes.append), append);
-    }
-    let timer = device.timer(1).unwrap();
-    measure(criterion, run, record("step", bytes.step), || step(device, timer.as_ref(), &mut cache, problem, &options));
+    let clock = Clock::new(device).unwrap();
+    let query = resident::resident(device, problem.query_tensor().unwrap()).unwrap();
+    let mut steps = step(device, &clock, std::slice::from_mut(&mut cache), &query, options).unwrap();
+    measure(criterion, run, record("step", bytes.total()), || (steps.seconds)().unwrap());
+    drop(steps);
     if !device.is_cpu() {
-        measure(criterion, run, record("wall", bytes.step), || wall(&mut cache, problem, &options));
-        run.add(record("append per 64K tokens", bytes.append), append);
+        measure(criterion, run, record("wall", bytes.total()), || {
+            wall(&mut cache, &problem.query(), &options).unwrap()
+        });
+        run.add(record("append per 64K tokens", cache.append_bytes(CHUNK as u64)), append);
     }
 }

@@ -47,6 +47,8 @@ pub use race::stream_backward::{BackwardStream, GradientSink, SegmentGradients, 
 pub use socket::cache::{DEFAULT_PAGE_TOKENS, DecodeOptions, Mode, SocketCache};
 pub use socket::config::{Budget, CacheShape, Rule, Scoring, SelectionScope, SocketConfig, Temperature};
 pub use socket::executor::{Attended, Memory, Selection, StageTime};
+#[doc(hidden)]
+pub use socket::plan::LeastBytes;
 pub use tensor::{DType, HostTensor, Tensor, TensorView};
 
 #[cfg(feature = "cuda")]

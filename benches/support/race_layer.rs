@@ -1,15 +1,16 @@
-//! A layer of RACE to be timed, and the exact attention beside it.
+//! A layer of RACE to be timed.
 
-use super::Clock;
 use super::counter::{Counter, Part};
 use super::counter_gpu::Generator;
-use super::race_record::{Record, Run};
+use super::outcome::{Outcome, Wrong};
 use super::race_truth::{self, At, Truth};
 use super::race_window::Window;
+use super::resident::{elements, repeated};
 use softhash::{
-    CacheShape, DType, Device, Gate, Race, RaceConfig, RaceOptions, RaceShape, Segment, SegmentSource, SocketCache,
-    SocketConfig, StreamFailure, StreamOptions, Tensor, TensorView, Wanted,
+    DType, Device, Gate, Race, RaceConfig, RaceOptions, RaceShape, Segment, SegmentSource, StreamFailure,
+    StreamOptions, Tensor, TensorView, Wanted,
 };
+use std::collections::HashMap;
 use std::ops::Range;
 
 #[derive(Clone, Copy)]
@@ -27,55 +28,42 @@ impl Size {
         self.tokens.min(self.segment)
     }
 
-    /// Bytes of one tensor over all tokens.
-    fn bytes(&self, dtype: DType) -> u64 {
-        self.tokens * (self.heads * self.channels * dtype.size()) as u64
-    }
-
     fn calls(&self) -> impl Iterator<Item = Range<u64>> + use<> {
         let Self { tokens, segment, .. } = *self;
         (0..tokens).step_by(segment as usize).map(move |start| start..tokens.min(start + segment))
     }
 }
 
-#[cfg(feature = "cuda")]
-/// The tensor in the device's memory, where the device is CUDA.
-fn resident(device: &Device, tensor: Tensor) -> Tensor {
-    let Some((_, stream)) = device.as_cuda() else { return tensor };
-    let host = tensor.read_blocking().unwrap();
-    let slice = stream.clone_htod(host.bytes()).unwrap();
-    let shape = tensor.shape().try_into().unwrap();
-    Tensor::from_cuda_slice(device, slice, tensor.dtype(), shape).unwrap()
-}
+/// Tokens after which all repeats: what is true of a long sequence is known after one period.
+const PERIOD: u64 = 1 << 16;
 
 /// The resident tensors of one call; q, k, v and the gradient of o.
 pub struct Tensors {
-    size: Size,
-    counter: Counter,
+    pub size: Size,
+    pub counter: Counter,
     all: [Tensor; 4],
 }
 
 impl Tensors {
-    pub fn new(device: &Device, size: Size) -> Self {
+    pub fn new(device: &Device, size: Size) -> Outcome<Self> {
         let Size { heads, channels, dtype, .. } = size;
         let whole = size.tokens <= size.segment || size.tokens.is_multiple_of(size.segment);
-        assert!(whole, "{} tokens are not whole segments of {}", size.tokens, size.segment);
-        let counter = Counter { seed: 1, heads, channels, dtype, period: size.call() };
-        let mut generator = Generator::new(device, counter);
-        let all = [Part::Q, Part::K, Part::V, Part::GradO].map(|part| match &mut generator {
-            Some(generator) => generator.tensor(part, 0..size.call()).unwrap(),
-            #[cfg(feature = "cuda")]
-            None => resident(device, counter.tensor(part, 0..size.call()).unwrap()),
-            #[cfg(not(feature = "cuda"))]
-            None => counter.tensor(part, 0..size.call()).unwrap(),
-        });
-        if let Some(generator) = generator {
-            eprintln!("{} tokens: {} MiB of tensors on the device", size.tokens, generator.bytes() >> 20);
+        let call = size.call();
+        let period = if call.is_multiple_of(PERIOD) { PERIOD } else { call };
+        if !whole {
+            return Err(format!("{} tokens are not whole segments of {}", size.tokens, size.segment).into());
         }
-        Self { size, counter, all }
+        let counter = Counter { seed: 1, heads, channels, dtype, period };
+        let mut generator = Generator::new(device, counter);
+        let mut make = |part| match &mut generator {
+            Some(generator) => Ok(generator.tensor(part, 0..call)?),
+            None => repeated(device, counter.tensor(part, 0..period)?, (call / period) as usize),
+        };
+        let all = [make(Part::Q)?, make(Part::K)?, make(Part::V)?, make(Part::GradO)?];
+        Ok(Self { size, counter, all })
     }
 
-    fn views(&self) -> [TensorView<'_>; 4] {
+    pub fn views(&self) -> [TensorView<'_>; 4] {
         self.all.each_ref().map(|tensor| tensor.view().unwrap())
     }
 }
@@ -104,158 +92,163 @@ impl SegmentSource for Again<'_> {
     }
 }
 
+/// What is true at some tokens, kept for the next device that is asked the same.
+#[derive(Default)]
+pub struct Truths(HashMap<Question, Vec<At>>);
+
+#[derive(PartialEq, Eq, Hash)]
+struct Question {
+    tokens: u64,
+    period: u64,
+    dtype: DType,
+    hash: (usize, usize),
+    wanted: Vec<u64>,
+    backward: bool,
+}
+
 pub struct Layer<'a> {
     race: Race,
     tensors: &'a Tensors,
     name: String,
-    planes: usize,
-    window: Option<Window>,
+    hash: (usize, usize),
 }
 
-const HEAD: usize = 0;
+/// The head that is looked at.
+pub const HEAD: usize = 0;
+
+/// Tokens before the last among which results are looked at: more than a segment, fewer than 12 million.
+const REACH: u64 = 1 << 19;
+
+/// How far the output is mixed with that of the window beside it.
+const GATE: f64 = 0.5;
+
+/// RACE of those heads, channels and elements, with its kernels compiled; `window` tokens of exact attention beside it, 0
+/// for none.
+pub fn race(
+    device: &Device,
+    (heads, channels, dtype): (usize, usize, DType),
+    (planes, tables): (usize, usize),
+    window: usize,
+) -> Outcome<Race> {
+    let shape = RaceShape { num_q_heads: heads, num_kv_heads: heads, head_dim: channels, value_dim: channels, dtype };
+    let config = RaceConfig { planes, tables, window, gate: Gate::Shared(GATE as f32), ..RaceConfig::default() };
+    let race = Race::new(device, config, shape)?;
+    race.warm_up(dtype)?;
+    Ok(race)
+}
+
+/// What the judge knows of the window of `race`; `None` where there is none.
+pub fn window(race: &Race) -> Option<Window> {
+    let tokens = race.config().window as u64;
+    (tokens > 0).then_some(Window { tokens, gate: GATE })
+}
+
+/// P and L, and the window's tokens where there is one.
+pub fn name((planes, tables): (usize, usize), window: usize) -> String {
+    let of_window = if window > 0 { format!(" W{window}") } else { String::new() };
+    format!("RACE P{planes} L{tables}{of_window}")
+}
 
 impl<'a> Layer<'a> {
-    /// `window` tokens of exact attention beside it, 0 for none.
-    pub fn new(device: &Device, tensors: &'a Tensors, (planes, tables): (usize, usize), window: usize) -> Self {
+    pub fn new(device: &Device, tensors: &'a Tensors, hash: (usize, usize), window: usize) -> Outcome<Self> {
         let Size { heads, channels, dtype, .. } = tensors.size;
-        let shape =
-            RaceShape { num_q_heads: heads, num_kv_heads: heads, head_dim: channels, value_dim: channels, dtype };
-        let config = RaceConfig { planes, tables, window, gate: Gate::Shared(0.5), ..RaceConfig::default() };
-        let race = Race::new(device, config, shape).unwrap();
-        race.warm_up(dtype).unwrap();
-        let of_window = if window > 0 { format!(" W{window}") } else { String::new() };
-        let name = format!("RACE P{planes} L{tables}{of_window}");
-        let window = (window > 0).then_some(Window { tokens: window as u64, gate: 0.5 });
-        Self { race, tensors, name, planes, window }
+        let race = race(device, (heads, channels, dtype), hash, window)?;
+        Ok(Self { race, tensors, name: name(hash, window), hash })
     }
 
-    fn run_forward(&mut self, mut sink: impl FnMut(Range<u64>, &Tensor)) {
-        let mut state = self.race.new_state(1).unwrap();
+    pub fn size(&self) -> Size {
+        self.tensors.size
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Bytes that a pass over all tokens moves at least.
+    pub fn bytes(&self, backward: bool) -> u64 {
+        self.race.least_bytes(self.tensors.size.tokens, backward)
+    }
+
+    pub fn forward(&mut self, mut sink: impl FnMut(Range<u64>, &Tensor) -> Outcome<()>) -> Outcome<()> {
+        let mut state = self.race.new_state(1)?;
         for range in self.tensors.size.calls() {
             let [q, k, v, _] = self.tensors.views();
-            let o = self.race.append(&mut state, &q, &k, &v).unwrap();
-            sink(range, &o);
+            let o = self.race.append(&mut state, &q, &k, &v)?;
+            sink(range, &o)?;
         }
+        Ok(())
     }
 
-    fn run_backward(&mut self, mut sink: impl FnMut(Range<u64>, [&Tensor; 3])) {
+    pub fn backward(&mut self, mut sink: impl FnMut(Range<u64>, [&Tensor; 3]) -> Outcome<()>) -> Outcome<()> {
         let Size { tokens, segment, .. } = self.tensors.size;
         if tokens <= segment {
             let [q, k, v, grad_o] = self.tensors.views();
-            let got = self.race.backward(&q, &k, &v, &grad_o, None, None, &RaceOptions::default()).unwrap();
+            let got = self.race.backward(&q, &k, &v, &grad_o, None, None, &RaceOptions::default())?;
             return sink(0..tokens, [&got.dq, &got.dk, &got.dv]);
         }
-        let mut stream = self.race.begin_backward_stream(1, tokens, None, None, None).unwrap();
+        let mut stream = self.race.begin_backward_stream(1, tokens, None, None, None)?;
         let mut options = StreamOptions { segment_tokens: segment as usize, ..StreamOptions::default() };
-        let mut deliver = |range, got: softhash::SegmentGradients| {
-            let [dq, dk, dv] = [got.dq.unwrap(), got.dk.unwrap(), got.dv.unwrap()];
-            sink(range, [&dq, &dk, &dv]);
-            Ok(())
+        let mut deliver = |range, got: softhash::SegmentGradients| -> Result<(), StreamFailure> {
+            let (Some(dq), Some(dk), Some(dv)) = (&got.dq, &got.dk, &got.dv) else { return Err("no gradient".into()) };
+            sink(range, [dq, dk, dv]).map_err(|error| error.to_string().into())
         };
-        self.race.backward_stream(&mut stream, &mut Again(self.tensors), &mut deliver, &mut options).unwrap();
+        self.race.backward_stream(&mut stream, &mut Again(self.tensors), &mut deliver, &mut options)?;
+        Ok(())
+    }
+
+    fn truths(&self, truths: &mut Truths, wanted: &[u64], backward: bool) -> Outcome<Vec<At>> {
+        let Size { tokens, dtype, .. } = self.tensors.size;
+        let (counter, planes_per_table) = (self.tensors.counter, self.hash.0);
+        let planes = self.race.hyperplanes()?.into_iter().map(f64::from).collect();
+        let truth = Truth { counter, head: HEAD, planes, planes_per_table, beta: 1.0 };
+        let (period, hash, wanted) = (counter.period, self.hash, wanted.to_vec());
+        let question = Question { tokens, period, dtype, hash, wanted, backward };
+        let wanted = question.wanted.clone();
+        let answer = truths.0.entry(question).or_insert_with(|| truth.at(tokens, &wanted, backward, |_| ()));
+        Ok(answer.clone())
     }
 
     /// Compares one head at some tokens with sums in f64 over all of them.
-    pub fn check(&mut self, backward: bool) {
-        let Size { tokens, dtype, .. } = self.tensors.size;
-        let mut wanted = vec![tokens / 3, tokens * 2 / 3, tokens - 1];
+    pub fn check(&mut self, truths: &mut Truths, backward: bool) -> Outcome<()> {
+        let Size { tokens, channels, heads, dtype, .. } = self.tensors.size;
+        let reach = tokens.min(REACH);
+        let mut wanted = vec![tokens - reach + reach / 3, tokens - reach + reach * 2 / 3, tokens - 1];
         wanted.dedup();
-        let truth = Truth {
-            counter: self.tensors.counter,
-            head: HEAD,
-            planes: self.race.hyperplanes().unwrap().into_iter().map(f64::from).collect(),
-            planes_per_table: self.planes,
-            beta: 1.0,
-        };
-        let mut truths = truth.at(tokens, &wanted, backward, |_| ());
-        if let Some(window) = &self.window {
+        let mut truths = self.truths(truths, &wanted, backward)?;
+        if let Some(window) = window(&self.race) {
             truths.iter_mut().for_each(|at| window.mix(&self.tensors.counter, HEAD, tokens, backward, at));
         }
         let mut found: Vec<At> = wanted.iter().map(|&token| At { token, ..At::default() }).collect();
-        self.run_forward(|range, o| race_truth::note(&mut found, HEAD, &range, o, |at| &mut at.o).unwrap());
+        let device = self.race.device().clone();
+        let row = |range: &Range<u64>, token: u64, tensor: &Tensor| -> Outcome<Vec<f64>> {
+            let at = ((token - range.start) as usize * heads + HEAD) * channels;
+            Ok(elements(&device, tensor, at..at + channels)?.into_iter().map(f64::from).collect())
+        };
+        self.forward(|range, o| {
+            for at in found.iter_mut().filter(|at| range.contains(&at.token)) {
+                at.o = row(&range, at.token, o)?;
+            }
+            Ok(())
+        })?;
         if backward {
-            self.run_backward(|range, [dq, dk, dv]| {
-                race_truth::note(&mut found, HEAD, &range, dq, |at| &mut at.dq).unwrap();
-                race_truth::note(&mut found, HEAD, &range, dk, |at| &mut at.dk).unwrap();
-                race_truth::note(&mut found, HEAD, &range, dv, |at| &mut at.dv).unwrap();
-            });
+            self.backward(|range, [dq, dk, dv]| {
+                for at in found.iter_mut().filter(|at| range.contains(&at.token)) {
+                    at.dq = row(&range, at.token, dq)?;
+                    at.dk = row(&range, at.token, dk)?;
+                    at.dv = row(&range, at.token, dv)?;
+                }
+                Ok(())
+            })?;
         }
         for (found, truth) in found.iter().zip(&truths) {
             let pairs = found.parts().into_iter().zip(truth.parts()).zip(["o", "dq", "dk", "dv"]);
             for ((one, truth), name) in pairs.take(if backward { 4 } else { 1 }) {
                 let (error, token) = (race_truth::error(one, truth), found.token);
-                let right = error < race_truth::tolerance(dtype);
-                assert!(right, "{}: {name} of token {token} is off by {error:.1e}: no times are taken", self.name);
+                if error >= race_truth::tolerance(dtype) {
+                    return Err(Wrong(format!("{}: {name} of token {token} is off by {error:.1e}", self.name)).into());
+                }
             }
         }
+        Ok(())
     }
-
-    pub fn forward(&mut self, clock: &Clock, run: &mut Run) -> f64 {
-        let size = self.tensors.size;
-        let record = Record::new(&self.name, "forward", &size, 4 * size.bytes(size.dtype));
-        clock.measure(run, record, || self.run_forward(|_, _| ()))
-    }
-
-    pub fn backward(&mut self, clock: &Clock, run: &mut Run) -> f64 {
-        let size = self.tensors.size;
-        let bytes = 4 * size.bytes(size.dtype) + 3 * size.bytes(DType::F32);
-        let record = Record::new(&self.name, "backward", &size, bytes);
-        clock.measure(run, record, || self.run_backward(|_, _| ()))
-    }
-
-    /// One token after any number: the state is all that is read of them.
-    pub fn step(&mut self, clock: &Clock, run: &mut Run) -> f64 {
-        self.check(false);
-        let size = self.tensors.size;
-        let mut state = self.race.new_state(1).unwrap();
-        let record = Record::new(&self.name, "step", &size, 2 * state.bytes() + 4 * size.bytes(size.dtype));
-        let [q, k, v, _] = self.tensors.views();
-        // A window is timed full.
-        for _ in 0..self.window.map_or(0, |window| window.tokens) {
-            self.race.append(&mut state, &q, &k, &v).unwrap();
-        }
-        clock.measure(run, record, || {
-            self.race.append(&mut state, &q, &k, &v).unwrap();
-        })
-    }
-}
-
-/// Seconds of exact causal attention over the same tensors, the keys being in the cache already.
-pub fn dense(device: &Device, tensors: &Tensors, clock: &Clock, run: &mut Run) -> f64 {
-    let Size { heads, channels, dtype, .. } = tensors.size;
-    let shape = CacheShape { num_q_heads: heads, num_kv_heads: heads, head_dim: channels, value_dim: channels, dtype };
-    let mut cache = SocketCache::new(device, SocketConfig::fast(), shape, 1).unwrap();
-    let [q, k, v, _] = tensors.views();
-    cache.append(&k, &v).unwrap();
-    check_dense(tensors, &cache.prefill(&q).unwrap().o);
-    let record = Record::new("dense", "forward", &tensors.size, 0);
-    clock.measure(run, record, || {
-        cache.prefill(&q).unwrap();
-    })
-}
-
-/// Compares the last token of one head with a softmax in f64.
-fn check_dense(tensors: &Tensors, o: &Tensor) {
-    let Size { tokens, channels, dtype, .. } = tensors.size;
-    let row = |part, token| {
-        let mut row = vec![0.0; channels];
-        tensors.counter.row(part, token, HEAD, &mut row);
-        row
-    };
-    let q = row(Part::Q, tokens - 1);
-    let (mut sum, mut truth) = (0.0, vec![0.0; channels]);
-    for token in 0..tokens {
-        let logit: f64 = row(Part::K, token).iter().zip(&q).map(|(k, q)| k * q).sum();
-        let weight = (logit / (channels as f64).sqrt()).exp();
-        sum += weight;
-        truth.iter_mut().zip(row(Part::V, token)).for_each(|(t, v)| *t += weight * v);
-    }
-    truth.iter_mut().for_each(|t| *t /= sum);
-    let mut found = [At { token: tokens - 1, ..At::default() }];
-    race_truth::note(&mut found, HEAD, &(0..tokens), o, |at| &mut at.o).unwrap();
-    let error = race_truth::error(&found[0].o, &truth);
-    assert!(
-        error < race_truth::tolerance(dtype),
-        "dense over {tokens} tokens is off by {error:.1e}: no times are taken"
-    );
 }

@@ -31,7 +31,7 @@ impl Record {
             q_heads: problem.q_heads,
             kv_heads: problem.kv_heads,
             head_dim: problem.head_dim,
-            keys: problem.keys,
+            keys: problem.keys(),
             bytes,
             median_seconds: 0.0,
             least_seconds: 0.0,

@@ -1,6 +1,6 @@
 //! The counter's tensors made on a GPU, so that nothing crosses its bus.
 
-use crate::counter::{Counter, Part};
+use super::counter::{Counter, Part};
 use softhash::{Device, Result, Tensor, wgpu};
 use std::ops::Range;
 

@@ -1,12 +1,14 @@
 //! RACE attention in f64 at chosen tokens of one head, over counter-made tensors of any length: every token is taken in,
 //! none is held. Independent of the library but for the gradient of the hash.
 //!
-//! Costs O(tokens · buckets · channels) in f64, on all threads: forward twice, backward five times that.
+//! Costs O(tokens · buckets · channels) in f64, on all threads: forward twice, backward five times that; of tokens that
+//! repeat, forward once per period, and backward from the first token asked about.
 
-use crate::counter::{Counter, Part};
+use super::counter::{Counter, Part};
 use rayon::prelude::*;
 use softhash::race::reference::features_backward;
 use softhash::{DType, Result, Tensor};
+use std::collections::HashMap;
 use std::ops::Range;
 
 /// A head and its hash, under the ratio normalisation, causal.
@@ -166,40 +168,50 @@ impl Truth {
     pub fn at(&self, tokens: u64, wanted: &[u64], backward: bool, progress: impl Fn(u64) + Sync) -> Vec<At> {
         let pieces = self.pieces(tokens, wanted);
         let arch = pulp::Arch::new();
-        let absorbed: Vec<Sums> = pieces
+        // What a piece brings depends on where in the period it lies.
+        let place = |piece: &Range<u64>| (piece.start % self.counter.period, piece.end - piece.start);
+        let mut places: Vec<_> = pieces.iter().map(place).collect();
+        places.sort_unstable();
+        places.dedup();
+        let absorbed: HashMap<_, Sums> = places
             .par_iter()
-            .map(|piece| {
-                let sums = arch.dispatch(Sum { truth: self, piece: piece.clone(), state: None });
-                progress(piece.end - piece.start);
-                sums
+            .map(|&(start, len)| {
+                let sums = arch.dispatch(Sum { truth: self, piece: start..start + len, state: None });
+                progress(len);
+                ((start, len), sums)
             })
             .collect();
+        progress(tokens - places.iter().map(|(_, len)| len).sum::<u64>());
         // The state before every piece, and after the last.
         let mut states = vec![self.zeros()];
-        for sums in &absorbed {
+        for piece in &pieces {
             let mut next = states[states.len() - 1].clone();
-            next.add_all(sums);
+            next.add_all(&absorbed[&place(piece)]);
             states.push(next);
         }
         drop(absorbed);
         let mut later = Vec::new();
+        // Gradients see the queries from their own token on.
+        let first = wanted.iter().min().map_or(0, |&token| pieces.partition_point(|p| p.start < token));
         if backward {
-            later = pieces
+            later = pieces[first..]
                 .par_iter()
-                .zip(&states)
+                .zip(&states[first..])
                 .map(|(piece, state)| {
                     let sent = arch.dispatch(Sum { truth: self, piece: piece.clone(), state: Some(state.clone()) });
                     progress(piece.end - piece.start);
                     sent
                 })
                 .collect();
+            progress(pieces[..first].iter().map(|p| p.end - p.start).sum());
             for i in (1..later.len()).rev() {
                 let (before, after) = later.split_at_mut(i);
                 before[i - 1].add_all(&after[0]);
             }
         }
         let piece_of = |token: u64| pieces.iter().position(|p| p.start == token).unwrap_or(0);
-        wanted.iter().map(|&t| self.one(t, &states[piece_of(t) + 1], later.get(piece_of(t)))).collect()
+        let later_of = |piece: usize| piece.checked_sub(first).and_then(|i| later.get(i));
+        wanted.iter().map(|&t| self.one(t, &states[piece_of(t) + 1], later_of(piece_of(t)))).collect()
     }
 
     /// What the keys of a piece bring.

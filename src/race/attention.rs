@@ -5,6 +5,7 @@ use crate::engine::Recording;
 use crate::error::{Error, Result};
 use crate::race::config::{Beta, Gate, Parameters, RaceConfig, RaceShape, check_gate};
 use crate::race::executor::{Call, InputGradients, Inputs, Pass, RaceExecutor, StateData};
+use crate::race::plan::Geometry;
 use crate::race::state::{RaceState, StateGradient, StateParts, StateShape};
 use crate::race::window::{Ring, RingData, WindowExecutor, WindowSpec};
 use crate::tensor::{DType, Tensor, TensorView};
@@ -123,6 +124,18 @@ impl Race {
     /// Sizes of its states.
     pub fn state_shape(&self) -> StateShape {
         StateShape::new(&self.config, &self.shape)
+    }
+
+    /// Bytes that a pass over `tokens` tokens of one sequence moves at least, for benches.
+    #[doc(hidden)]
+    pub fn least_bytes(&self, tokens: u64, backward: bool) -> u64 {
+        Geometry::new(&self.config, &self.shape).least_bytes(tokens, backward)
+    }
+
+    /// Bytes that a step of one token of `batch` sequences moves at least, for benches.
+    #[doc(hidden)]
+    pub fn step_bytes(&self, batch: u64) -> u64 {
+        Geometry::new(&self.config, &self.shape).step_bytes(batch)
     }
 
     /// The hyperplanes in use, `[sets, ensembles * tables * planes, head_dim]`; sets is 1, or `num_kv_heads` where

@@ -96,6 +96,20 @@ impl Geometry {
         (room / row).clamp(1, 4).min(self.group)
     }
 
+    /// Bytes that a pass over `tokens` tokens moves at least, each tensor once: q, k, v and o; backward the gradient of
+    /// o in place of o, and the f32 gradients of q, k and v.
+    pub fn least_bytes(&self, tokens: u64, backward: bool) -> u64 {
+        let (of_q, of_o) = (self.num_q_heads * self.head_dim, self.num_q_heads * self.value_dim);
+        let inputs = of_q + self.num_kv_heads * (self.head_dim + self.value_dim);
+        let gradients = if backward { inputs * 4 } else { 0 };
+        tokens * ((inputs + of_o) * self.dtype.size() + gradients) as u64
+    }
+
+    /// Bytes that a step of one token of `batch` sequences moves at least: their states read and written, too.
+    pub fn step_bytes(&self, batch: u64) -> u64 {
+        self.least_bytes(batch, false) + 2 * batch * self.state_bytes()
+    }
+
     /// Tiles of 32 buckets.
     pub fn bucket_tiles(&self) -> usize {
         self.buckets().div_ceil(32)
@@ -253,6 +267,15 @@ mod tests {
         }
         assert_eq!((centre(1.0, 2), centre(1.0, 4)), (1.0, 0.0));
         assert_eq!(centre(f32::MAX, 1), 0.0);
+    }
+
+    #[test]
+    fn least_bytes_count_each_tensor_once() {
+        let g = geometry((8, 2), (64, 32), 2, 3);
+        let (q, o, kv) = (8 * 64, 8 * 32, 2 * (64 + 32));
+        assert_eq!(g.least_bytes(10, false), 10 * 4 * (q + o + kv));
+        assert_eq!(g.least_bytes(10, true), 10 * 4 * (q + o + kv + q + kv));
+        assert_eq!(g.step_bytes(3), 3 * (4 * (q + o + kv) + 2 * g.state_bytes()));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use crate::engine::Recording;
 use crate::error::{Error, Result};
 use crate::socket::config::{CacheShape, SocketConfig};
 use crate::socket::executor::{Attended, Executor, Memory, SequenceData, StageTime};
-use crate::socket::plan::prefers_sparse;
+use crate::socket::plan::{Geometry, LeastBytes, prefers_sparse};
 use crate::socket::problem::{self, AppendRow, AttendProblem, CacheSpec, Kind, SeqState};
 use crate::tensor::{DType, TensorView};
 
@@ -339,6 +339,19 @@ impl SocketCache {
     /// Bytes held, by part.
     pub fn memory(&self) -> Memory {
         self.executor.memory()
+    }
+
+    /// Bytes that decoding one query token per sequence moves at least, where `selected` (key, kv head) pairs are
+    /// attended, or all of them, for benches.
+    #[doc(hidden)]
+    pub fn least_bytes(&self, selected: Option<u64>) -> LeastBytes {
+        Geometry::new(&self.spec).least_bytes(self.seqs.iter().map(|s| s.len), selected)
+    }
+
+    /// Bytes that appending `tokens` tokens moves at least, for benches.
+    #[doc(hidden)]
+    pub fn append_bytes(&self, tokens: u64) -> u64 {
+        Geometry::new(&self.spec).append_bytes(tokens)
     }
 
     /// How many NaN or infinite elements arrived from device buffers; they were stored as zero. Host slices with such

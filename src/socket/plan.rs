@@ -256,6 +256,45 @@ impl Geometry {
     }
 }
 
+/// Bytes that one decode moves at least: what is read, once, and what is written, once.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LeastBytes {
+    /// The index of every key; 0 where attention is dense.
+    pub index: u64,
+    /// Keys and values attended.
+    pub rows: u64,
+    /// Queries and outputs.
+    pub ends: u64,
+}
+
+impl LeastBytes {
+    /// All of it.
+    pub fn total(&self) -> u64 {
+        self.index + self.rows + self.ends
+    }
+}
+
+impl Geometry {
+    /// Of one query token per sequence over caches of `lens` keys, where `selected` (key, kv head) pairs are attended;
+    /// all of them where it is `None`.
+    pub fn least_bytes(&self, lens: impl Iterator<Item = usize>, selected: Option<u64>) -> LeastBytes {
+        let (batch, keys) = lens.fold((0, 0), |(batch, keys), len| (batch + 1, keys + len as u64));
+        let pairs = keys * self.num_kv_heads as u64;
+        let row = ((self.k_pieces() + self.v_pieces()) * 16) as u64;
+        let ends = batch * (self.num_q_heads * (self.head_dim + self.value_dim) * self.dtype.size()) as u64;
+        let index = selected.map_or(0, |_| pairs * self.index_words() as u64 * 4);
+        LeastBytes { index, rows: selected.unwrap_or(pairs) * row, ends }
+    }
+
+    /// Of taking in `tokens` tokens: keys and values read and written, and their index written.
+    pub fn append_bytes(&self, tokens: u64) -> u64 {
+        let given = (self.head_dim + self.value_dim) * self.dtype.size();
+        let stored = (self.k_pieces() + self.v_pieces()) * 16 + self.index_words() * 4;
+        tokens * (self.num_kv_heads * (given + stored)) as u64
+    }
+}
+
 /// Padded length of one head's scores.
 pub(crate) fn score_stride(visible: usize) -> usize {
     visible.div_ceil(64) * 64
@@ -279,6 +318,19 @@ mod tests {
         assert_eq!(of(8, 127, 4096), 1);
         assert_eq!(of(8, 127, 4095), 0);
         assert_eq!(of(2, 64, 128 << 20), 258111);
+    }
+
+    #[test]
+    fn least_bytes_count_each_part_once() {
+        let shape = CacheShape { num_q_heads: 32, num_kv_heads: 8, head_dim: 128, value_dim: 128, dtype: DType::Bf16 };
+        let g = Geometry::new(&CacheSpec { config: SocketConfig::paper(), shape, page_tokens: 64 });
+        // 256 channels of 2 bytes a pair; 32 query heads of as many.
+        let (pairs, ends) = (1000 * 8, 32 * 512);
+        assert_eq!(g.least_bytes([1000].into_iter(), None), LeastBytes { index: 0, rows: pairs * 512, ends });
+        // 480 bits and the norm of v are 16 words; two sequences have two queries.
+        let sparse = g.least_bytes([400, 600].into_iter(), Some(77));
+        assert_eq!(sparse, LeastBytes { index: pairs * 64, rows: 77 * 512, ends: 2 * ends });
+        assert_eq!(g.append_bytes(1000), pairs * (512 + 512 + 64));
     }
 
     #[test]
