@@ -12,7 +12,7 @@ constexpr int OWN_VALUES = (VALUE_DIM + 31) / 32;
 // Query heads at a time.
 constexpr int HEADS = GROUP < 4 ? GROUP : 4;
 
-extern "C" __global__ void __launch_bounds__(BLOCK) window_step(const Params p, const u32 *far, u64 *seen, const float *gates, const void *q, const void *k, const void *v,
+extern "C" __global__ void __launch_bounds__(BLOCK, 1) window_step(const Params p, const u32 *far, u64 *seen, const float *gates, const void *q, const void *k, const void *v,
                                                                 void *ring, const void *race, void *out) {
     __shared__ float peaks[WARPS][HEADS], sums[WARPS][HEADS], parts[WARPS][VALUE_DIM];
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, head = blockIdx.x % KV_HEADS, b = blockIdx.x / KV_HEADS;

@@ -87,7 +87,11 @@ pub(crate) fn test_keys() -> Vec<Box<dyn KernelKey>> {
         (2, 1, 512, 512, half),
     ] {
         let geometry = WindowGeometry { num_q_heads, num_kv_heads, head_dim, value_dim, dtype };
-        let terms = if dtype == full { 3 } else { 2 };
+        let terms = match dtype {
+            DType::Bf16 => 1,
+            DType::F16 => 2,
+            _ => 3,
+        };
         let ways = [Some(Way::Any), geometry.has_tiles(MOST).then_some(Way::Tiles { terms })];
         let kernels = ways.into_iter().flatten().flat_map(|way| WindowKernel::every(way, dtype, dtype));
         keys.extend(kernels.map(|kernel| Box::new(WindowKey { kernel, geometry }) as Box<dyn KernelKey>));
