@@ -62,6 +62,9 @@ struct Arguments {
     /// Seconds of measuring per figure, after one run that is not counted.
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
+    /// Also the time of each kernel.
+    #[arg(long)]
+    stages: bool,
     /// Where every figure goes.
     #[arg(long)]
     json: Option<std::path::PathBuf>,
@@ -132,6 +135,20 @@ impl Clock {
     }
 }
 
+/// Prints the time of each kernel in a forward and a backward. Without wgpu there are none.
+fn stages(device: &Device, name: &str, layer: &mut Layer<'_>) {
+    for backward in [false, true] {
+        device.trace_stages(true);
+        layer.once(backward);
+        let stages = device.trace_stages(false);
+        let total: f64 = stages.iter().map(|(_, _, nanoseconds)| nanoseconds).sum();
+        println!("{name} {}: {:.2} ms", if backward { "backward" } else { "forward" }, total * 1e-6);
+        for (stage, count, nanoseconds) in stages {
+            println!("  {stage:20} {count:6} x {:8.1} us", nanoseconds * 1e-3 / count as f64);
+        }
+    }
+}
+
 fn pair(hash: &str) -> (usize, usize) {
     let (planes, tables) = hash.split_once('x').expect("a hash is given as 2x2");
     (planes.parse().unwrap(), tables.parse().unwrap())
@@ -167,6 +184,9 @@ fn main() {
                 layer.check(true);
                 layer.forward(&clock, &mut run);
                 layer.backward(&clock, &mut run);
+                if arguments.stages {
+                    stages(&device, &format!("{dtype:?} {hash} {tokens} tokens"), &mut layer);
+                }
             }
         }
         for hash in &arguments.hashes {

@@ -148,6 +148,15 @@ impl<'a> Layer<'a> {
         self.race.backward_stream(&mut stream, &mut Again(self.tensors), &mut deliver, &mut options).unwrap();
     }
 
+    /// One pass, for its side effects on clocks.
+    pub fn once(&mut self, backward: bool) {
+        if backward {
+            self.run_backward(|_, _| ());
+        } else {
+            self.run_forward(|_, _| ());
+        }
+    }
+
     /// Compares one head at some tokens with sums in f64 over all of them.
     pub fn check(&mut self, backward: bool) {
         let Size { tokens, dtype, .. } = self.tensors.size;

@@ -8,6 +8,9 @@ use std::ops::Range;
 /// Tokens of a chunk: inside it a query meets keys one by one, before it by their sum.
 pub(crate) const CHUNK: usize = 64;
 
+/// Chunks of a segment, whose sum the scan takes as one.
+pub(crate) const SEGMENT: usize = 16;
+
 /// Columns of a matrix that a workgroup of the scan takes.
 pub(crate) const SCAN_WIDTH: usize = 8;
 
@@ -52,6 +55,11 @@ impl Geometry {
         self.tables * self.planes
     }
 
+    /// Hyperplanes of a workgroup that hashes rows, in fours.
+    pub fn plane_fours(&self) -> usize {
+        self.bits().div_ceil(4).min(8)
+    }
+
     /// Columns of a state and of a chunk's matrix: the channels of v, and the mass.
     pub fn columns(&self) -> usize {
         self.value_dim + 1
@@ -62,9 +70,14 @@ impl Geometry {
         self.buckets() * self.columns()
     }
 
+    /// Elements from one row of a chunk's matrix to the next: whole vectors of four.
+    pub fn matrix_row(&self) -> usize {
+        self.columns().next_multiple_of(4)
+    }
+
     /// Elements of the matrix of one chunk: a row per bucket and one for the sums over all keys.
     pub fn matrix(&self) -> usize {
-        (self.buckets() + 1) * self.columns()
+        (self.buckets() + 1) * self.matrix_row()
     }
 
     /// (sequence, kv head, ensemble) triples of one sequence.
@@ -96,9 +109,9 @@ impl Geometry {
         (room / row).clamp(1, 4).min(self.group)
     }
 
-    /// Tiles of 32 buckets.
+    /// Tiles of 64 buckets.
     pub fn bucket_tiles(&self) -> usize {
-        self.buckets().div_ceil(32)
+        self.buckets().div_ceil(64)
     }
 }
 
@@ -153,12 +166,13 @@ pub(crate) fn pieces(g: &Geometry, budget: &Budget, batch: usize, tokens: usize)
     let widest = [q * g.head_dim, q * g.value_dim, kv * g.head_dim, kv * g.value_dim].into_iter().max().unwrap_or(1);
     // A binding may begin up to an alignment before its first element.
     let chunk_row = (CHUNK * widest * 4) as u64 + 512;
-    let needed = matrix.max(hashes).max(chunk_row).max(g.state_bytes());
+    // A matrix is a segment of its own at least, in pairs.
+    let needed = (2 * matrix).max(hashes).max(chunk_row).max(g.state_bytes());
     if needed > budget.binding {
         return Err(needed);
     }
     // (sequence, kv head, chunk) triples of a piece; at least one, whatever the budget.
-    let cells = (budget.matrices / matrix).min(budget.binding / hashes).min((budget.rows / CHUNK) as u64).max(1);
+    let cells = (budget.matrices / (2 * matrix)).min(budget.binding / hashes).min((budget.rows / CHUNK) as u64).max(1);
     // (sequence, chunk) pairs whose inputs can be bound.
     let bound = budget.binding / chunk_row;
     let heads = g.num_kv_heads.min(cells as usize);
