@@ -43,15 +43,6 @@ fn store_mass(at: u32, x: f32) {
 #endif
 }
 
-// Sum over the steps of a panel.
-fn panel_sum(panel: u32, four: u32) -> vec4<f32> {
-    var sum = vec4<f32>();
-    for (var step = p.zero; step < 16u; step++) {
-        sum += panels[panel_at(panel, step, four)];
-    }
-    return sum;
-}
-
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
     let index = group_index(group);
@@ -79,7 +70,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let bucket = tile * 64u + four * 4u;
     let channel = block * CHANNELS + four * 4u;
 #repeat h PAIRS
-    var sums$h = Block();
+    var sums$h = Sums();
     var row$h = vec4<f32>();
 #end
     var mass = vec4<f32>();
@@ -128,48 +119,44 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 corner += 1.0;
 #endif
             }
-            panels[panel_at(0u, step, four)] = weights;
+            set_four(0u, step, four, weights);
 #repeat h PAIRS
-            panels[panel_at(1u + $hu, step, four)] = x$h;
+            set_four(1u + $hu, step, four, x$h);
 #end
             workgroupBarrier();
-            for (var k = p.zero; k < 16u; k += 4u) {
-#repeat u 4
-                let left$u = panels[panel_at(0u, k + $uu, step)];
 #repeat h PAIRS
-                sums$h = add_product(sums$h, left$u, panels[panel_at(1u + $hu, k + $uu, four)]);
+            add_panels(&sums$h, local, 0u, 1u + $hu);
 #end
-#end
-            }
         }
     }
 
     let out = (unit * p.slots + chunk) * MATRIX;
     let of_rows = out + (tile * 64u + step * 4u) * MATRIX_ROW;
 #repeat h PAIRS
+    let block$h = block_of(&sums$h, local);
     if tile * 64u + step * 4u < BUCKETS {
-        store_quad(of_rows, channel + $hu * 64u, sums$h.a);
+        store_quad(of_rows, channel + $hu * 64u, block$h.a);
     }
     if tile * 64u + step * 4u + 1u < BUCKETS {
-        store_quad(of_rows + MATRIX_ROW, channel + $hu * 64u, sums$h.b);
+        store_quad(of_rows + MATRIX_ROW, channel + $hu * 64u, block$h.b);
     }
     if tile * 64u + step * 4u + 2u < BUCKETS {
-        store_quad(of_rows + 2u * MATRIX_ROW, channel + $hu * 64u, sums$h.c);
+        store_quad(of_rows + 2u * MATRIX_ROW, channel + $hu * 64u, block$h.c);
     }
     if tile * 64u + step * 4u + 3u < BUCKETS {
-        store_quad(of_rows + 3u * MATRIX_ROW, channel + $hu * 64u, sums$h.d);
+        store_quad(of_rows + 3u * MATRIX_ROW, channel + $hu * 64u, block$h.d);
     }
 #end
     // Each invocation has summed its own tokens' part of the edges.
     workgroupBarrier();
-    panels[panel_at(0u, step, four)] = mass;
+    park(0u, step, four, mass);
 #repeat h PAIRS
-    panels[panel_at(1u + $hu, step, four)] = row$h;
+    park(1u + $hu, step, four, row$h);
 #end
-    panels[panel_at(3u, step, four)] = vec4<f32>(corner);
+    park(3u, step, four, vec4<f32>(corner));
     workgroupBarrier();
     if step == 0u && block == 0u {
-        let sum = panel_sum(0u, four);
+        let sum = parked_sum(0u, four);
         for (var i = p.zero; i < 4u; i++) {
             if bucket + i < BUCKETS {
                 store_mass(out + (bucket + i) * MATRIX_ROW, sum[i]);
@@ -178,10 +165,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     if step == 1u && tile == 0u {
 #repeat h PAIRS
-        store_quad(out + BUCKETS * MATRIX_ROW, channel + $hu * 64u, panel_sum(1u + $hu, four));
+        store_quad(out + BUCKETS * MATRIX_ROW, channel + $hu * 64u, parked_sum(1u + $hu, four));
 #end
     }
     if step == 2u && four == 0u && tile == 0u && block == 0u {
-        store_mass(out + BUCKETS * MATRIX_ROW, panel_sum(3u, 0u).x);
+        store_mass(out + BUCKETS * MATRIX_ROW, parked_sum(3u, 0u).x);
     }
 }

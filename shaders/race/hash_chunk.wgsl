@@ -37,21 +37,9 @@ fn fill_row(panel: u32, quad: u32, row: u32, x: vec4<f32>) {
     }
 }
 
-// Puts a block's sums into panels, 16 columns to one, rows four to a vector.
-fn fill_block(panel: u32, first_step: u32, row4: u32, x: Block) {
-    panels[panel_at(panel, first_step, row4)] = vec4<f32>(x.a.x, x.b.x, x.c.x, x.d.x);
-    panels[panel_at(panel, first_step + 1u, row4)] = vec4<f32>(x.a.y, x.b.y, x.c.y, x.d.y);
-    panels[panel_at(panel, first_step + 2u, row4)] = vec4<f32>(x.a.z, x.b.z, x.c.z, x.d.z);
-    panels[panel_at(panel, first_step + 3u, row4)] = vec4<f32>(x.a.w, x.b.w, x.c.w, x.d.w);
-}
-
-// Sum over the steps of a panel.
-fn panel_sum(panel: u32, four: u32) -> vec4<f32> {
-    var sum = vec4<f32>();
-    for (var step = p.zero; step < 16u; step++) {
-        sum += panels[panel_at(panel, step, four)];
-    }
-    return sum;
+// The numbers of a column of a block, one to each of its rows.
+fn column_of(x: Block, i: u32) -> vec4<f32> {
+    return vec4<f32>(x.a[i], x.b[i], x.c[i], x.d[i]);
 }
 
 @compute @workgroup_size(256)
@@ -92,9 +80,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let quad = local % 4u;
     let columns = vec4<u32>(column4 * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
     let rows4 = vec4<u32>(row4 * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
-    var values = Block();
+    var value_sums = Sums();
 #ifndef KEYS
-    var masses = Block();
+    var mass_sums = Sums();
     var gain = vec4<f32>();
     let seen = matrix_mass(last_at);
 #endif
@@ -106,7 +94,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     for (var g = select(in_group, GROUP, count == 0u); g < min(in_group + 1u, GROUP); g++) {
         let reads_matrix = true;
 #endif
-        var meet = Block();
+        var met = Sums();
         for (var start = 0u; start < VALUE_DIM; start += 16u) {
             workgroupBarrier();
             var own = vec4<f32>();
@@ -132,21 +120,17 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 fill_row(1u, quad, own_row, m);
             }
             workgroupBarrier();
-            for (var k = p.zero; k < 16u; k += 4u) {
-#repeat u 4
-                let left$u = panels[panel_at(0u, k + $uu, row4)];
-                meet = add_product(meet, left$u, panels[panel_at(2u, k + $uu, column4)]);
-                if reads_matrix {
-                    values = add_product(values, left$u, panels[panel_at(1u, k + $uu, column4)]);
-                }
-#end
+            add_panels(&met, local, 0u, 2u);
+            if reads_matrix {
+                add_panels(&value_sums, local, 0u, 1u);
             }
 #ifndef KEYS
             if start + column4 < VALUE_DIM {
-                gain += panels[panel_at(0u, column4, row4)] * matrix_element(last_at + start + column4);
+                gain += get_four(0u, column4, row4) * matrix_element(last_at + start + column4);
             }
 #endif
         }
+        var meet = block_of(&met, local);
         // Which of its four columns each of the four rows meets, and how much.
         let inside = columns < vec4<u32>(count);
 #ifdef KEYS
@@ -174,7 +158,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         for (var start = 0u; start < count; start += 16u) {
             workgroupBarrier();
             if column4 / 4u == start / 16u {
-                fill_block(0u, column4 % 4u * 4u, row4, meet);
+                let step = column4 % 4u * 4u;
+#repeat i 4
+                set_four(0u, step + $iu, row4, column_of(meet, $iu));
+#end
             }
             var other = vec4<f32>();
 #ifdef KEYS
@@ -193,31 +180,41 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 other = alpha_of_four(p.k_at + other_row * BITS, column4 * 4u, beta, centre);
 #endif
             }
-            panels[panel_at(1u, row4, column4)] = other;
+            set_four(1u, row4, column4, other);
 #ifdef KEYS
 #ifndef RATIO
-            panels[panel_at(2u, row4, column4)] = other_mass;
+            set_four(2u, row4, column4, other_mass);
 #endif
+#endif
+            // Which of these rows each row sees, as a product's operand.
+#ifdef KEYS
+#ifndef RATIO
+            set_four(3u, row4, column4, select(vec4<f32>(), vec4<f32>(1.0), columns <= vec4<u32>(start + row4)));
+#endif
+#else
+            set_four(3u, row4, column4, select(vec4<f32>(), vec4<f32>(1.0), columns >= vec4<u32>(start + row4)));
 #endif
             workgroupBarrier();
-            for (var k = p.zero; k < 16u; k += 4u) {
-#repeat u 4
-                let right$u = panels[panel_at(1u, k + $uu, column4)];
-                values = add_product(values, panels[panel_at(0u, k + $uu, row4)], right$u);
-                let step$u = vec4<u32>(start + k + $uu);
+            // Rows that meet none of these leave them out.
+#ifdef KEYS
+            let meets = first_row_of(local) < start + 16u;
+#else
+            let meets = last_row_of(local) >= start;
+#endif
+            if meets {
+                add_panels(&value_sums, local, 0u, 1u);
 #ifdef KEYS
 #ifndef RATIO
                 // The masses of buckets are denominators of their own.
-                let sees$u = select(vec4<f32>(), vec4<f32>(1.0), rows4 <= step$u);
-                values = add_product(values, sees$u, panels[panel_at(2u, k + $uu, column4)]);
+                add_panels(&value_sums, local, 3u, 2u);
 #endif
 #else
-                masses = add_product(masses, select(vec4<f32>(), vec4<f32>(1.0), rows4 >= step$u), right$u);
+                add_panels(&mass_sums, local, 3u, 1u);
 #endif
-#end
             }
         }
     }
+    let values = block_of(&value_sums, local);
 
     // What the column of masses gives, then this invocation's own weights.
     var column = vec4<f32>();
@@ -244,7 +241,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         own.d = (alpha_of_four(at3, column4 * 4u, beta, centre) + centre) * (values.d + column);
     }
 #else
-    masses = Block(masses.a + column, masses.b + column, masses.c + column, masses.d + column);
+    let unmassed = block_of(&mass_sums, local);
+    let masses = Block(unmassed.a + column, unmassed.b + column, unmassed.c + column, unmassed.d + column);
 #repeat r 4
     let at$r = t_at + (place + rows4[$r] * place_step) * BITS;
 #end
@@ -262,22 +260,16 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     // D, and G·N: what o = N / D is made of.
     workgroupBarrier();
-    panels[panel_at(0u, column4, row4)] = vec4<f32>(
-        dot(own.a, masses.a),
-        dot(own.b, masses.b),
-        dot(own.c, masses.c),
-        dot(own.d, masses.d));
-    panels[panel_at(1u, column4, row4)] = vec4<f32>(
-        dot(own.a, values.a),
-        dot(own.b, values.b),
-        dot(own.c, values.c),
-        dot(own.d, values.d)) + centre * f32(BUCKETS) * gain;
+    let own_mass = vec4<f32>(dot(own.a, masses.a), dot(own.b, masses.b), dot(own.c, masses.c), dot(own.d, masses.d));
+    let own_value = vec4<f32>(dot(own.a, values.a), dot(own.b, values.b), dot(own.c, values.c), dot(own.d, values.d));
+    park(0u, column4, row4, own_mass);
+    park(1u, column4, row4, own_value + centre * f32(BUCKETS) * gain);
     workgroupBarrier();
     let last = centre * f32(BUCKETS) * (seen + vec4<f32>(rows4 + 1u));
-    let divisor = panel_sum(0u, row4) + last;
+    let divisor = parked_sum(0u, row4) + last;
     let some = (divisor > vec4<f32>()) & (rows4 < vec4<u32>(count));
     let inverse = select(vec4<f32>(), 1.0 / divisor, some);
-    let dmass = -panel_sum(1u, row4) * inverse * inverse;
+    let dmass = -parked_sum(1u, row4) * inverse * inverse;
     if column4 < 4u && row4 * 4u + column4 < rows {
         let at = (place + (row4 * 4u + column4) * place_step) * 2u;
         readings[at] = p.scale * inverse[column4];
@@ -291,7 +283,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     // Through the hash: with m = tanh(β·t), s_p = Σ_r dφ_r·φ_r·(c_rp − m_p), per table. A constant added to dφ over a
     // table changes nothing.
     workgroupBarrier();
-    fill_block(column4 / 4u, column4 % 4u * 4u, row4, own);
+#repeat i 4
+    park(column4 / 4u, column4 % 4u * 4u + $iu, row4, column_of(own, $iu));
+#end
     workgroupBarrier();
     let row = local % 64u;
     if row >= rows {
@@ -306,7 +300,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         var signed = 0.0;
         for (var r = p.zero; r < RADIX; r++) {
             let bucket = start + r;
-            let x = panels[panel_at(bucket >> 4u, bucket & 15u, row >> 2u)][row & 3u];
+            let x = parked_one(bucket >> 4u, bucket & 15u, row);
             sum += x;
             signed += select(-x, x, ((r >> shift) & 1u) == 1u);
         }

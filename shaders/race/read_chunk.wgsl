@@ -38,15 +38,6 @@ fn fill_weights(panel: u32, quad: u32, row: u32, weights: vec4<f32>) {
     }
 }
 
-// Sum over the steps of a panel.
-fn panel_sum(panel: u32, four: u32) -> vec4<f32> {
-    var sum = vec4<f32>();
-    for (var step = p.zero; step < 16u; step++) {
-        sum += panels[panel_at(panel, step, four)];
-    }
-    return sum;
-}
-
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
     let index = group_index(group);
@@ -76,7 +67,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let own_row = local % 64u;
     let quad = local / 64u;
 #repeat h PAIRS
-    var sums$h = Block();
+    var sums$h = Sums();
 #end
 
 #ifdef VALUES
@@ -114,7 +105,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #else
         let reads_matrix = true;
 #endif
-        var meet = Block();
+        var met = Sums();
         for (var start = 0u; start < BUCKETS; start += 16u) {
             workgroupBarrier();
             var own = vec4<f32>();
@@ -145,34 +136,26 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 if start + row4 < BUCKETS {
                     m$h = matrix_quad(bucket_at, channel + $hu * 64u);
                 }
-                panels[panel_at(1u + $hu, row4, column4)] = m$h;
+                set_four(1u + $hu, row4, column4, m$h);
 #end
             }
             workgroupBarrier();
             if reads_matrix {
-                for (var k = p.zero; k < 16u; k += 4u) {
-#repeat u 4
-                    let left$u = panels[panel_at(0u, k + $uu, row4)];
 #repeat h PAIRS
-                    sums$h = add_product(sums$h, left$u, panels[panel_at(1u + $hu, k + $uu, column4)]);
+                add_panels(&sums$h, local, 0u, 1u + $hu);
 #end
-#end
-                }
             }
 #ifndef VALUES
             if start + column4 < BUCKETS {
-                mass += panels[panel_at(0u, column4, row4)] * matrix_mass(matrix + (start + column4) * MATRIX_ROW);
+                mass += get_four(0u, column4, row4) * matrix_mass(matrix + (start + column4) * MATRIX_ROW);
             }
 #endif
 #ifndef ALONE
-            for (var k = p.zero; k < 16u; k += 4u) {
-#repeat u 4
-                meet = add_product(meet, panels[panel_at(0u, k + $uu, row4)], panels[panel_at(3u, k + $uu, column4)]);
-#end
-            }
+            add_panels(&met, local, 0u, 3u);
 #endif
         }
 #ifndef ALONE
+        var meet = block_of(&met, local);
         // Which of its four columns each of the four rows meets, and how much.
         let columns = vec4<u32>(column4 * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
         var factor = vec4<f32>(1.0);
@@ -209,10 +192,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             workgroupBarrier();
             if column4 / 4u == start / 16u {
                 let step = column4 % 4u * 4u;
-                panels[panel_at(0u, step, row4)] = vec4<f32>(meet.a.x, meet.b.x, meet.c.x, meet.d.x);
-                panels[panel_at(0u, step + 1u, row4)] = vec4<f32>(meet.a.y, meet.b.y, meet.c.y, meet.d.y);
-                panels[panel_at(0u, step + 2u, row4)] = vec4<f32>(meet.a.z, meet.b.z, meet.c.z, meet.d.z);
-                panels[panel_at(0u, step + 3u, row4)] = vec4<f32>(meet.a.w, meet.b.w, meet.c.w, meet.d.w);
+                set_four(0u, step, row4, vec4<f32>(meet.a.x, meet.b.x, meet.c.x, meet.d.x));
+                set_four(0u, step + 1u, row4, vec4<f32>(meet.a.y, meet.b.y, meet.c.y, meet.d.y));
+                set_four(0u, step + 2u, row4, vec4<f32>(meet.a.z, meet.b.z, meet.c.z, meet.d.z));
+                set_four(0u, step + 3u, row4, vec4<f32>(meet.a.w, meet.b.w, meet.c.w, meet.d.w));
             }
 #repeat h PAIRS
             var x$h = vec4<f32>();
@@ -231,37 +214,43 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #end
             }
 #repeat h PAIRS
-            panels[panel_at(1u + $hu, row4, column4)] = x$h;
+            set_four(1u + $hu, row4, column4, x$h);
 #end
             workgroupBarrier();
-            for (var k = p.zero; k < 16u; k += 4u) {
-#repeat u 4
-                let left$u = panels[panel_at(0u, k + $uu, row4)];
+            // Rows that meet none of these leave them out.
+#ifdef VALUES
+            let meets = first_row_of(local) < start + 16u;
+#else
+            let meets = last_row_of(local) >= start;
+#endif
+            if meets {
 #repeat h PAIRS
-                sums$h = add_product(sums$h, left$u, panels[panel_at(1u + $hu, k + $uu, column4)]);
-#end
+                add_panels(&sums$h, local, 0u, 1u + $hu);
 #end
             }
         }
 #endif
     }
 
+#repeat h PAIRS
+    let block$h = block_of(&sums$h, local);
+#end
 #ifdef VALUES
 #repeat h PAIRS
     let ones$h = matrix_quad(matrix + BUCKETS * MATRIX_ROW, channel + $hu * 64u);
-    store_row(b, first, row4 * 4u, rows, count, kv_head, channel + $hu * 64u, sums$h.a + ones$h);
-    store_row(b, first, row4 * 4u + 1u, rows, count, kv_head, channel + $hu * 64u, sums$h.b + ones$h);
-    store_row(b, first, row4 * 4u + 2u, rows, count, kv_head, channel + $hu * 64u, sums$h.c + ones$h);
-    store_row(b, first, row4 * 4u + 3u, rows, count, kv_head, channel + $hu * 64u, sums$h.d + ones$h);
+    store_row(b, first, row4 * 4u, rows, count, kv_head, channel + $hu * 64u, block$h.a + ones$h);
+    store_row(b, first, row4 * 4u + 1u, rows, count, kv_head, channel + $hu * 64u, block$h.b + ones$h);
+    store_row(b, first, row4 * 4u + 2u, rows, count, kv_head, channel + $hu * 64u, block$h.c + ones$h);
+    store_row(b, first, row4 * 4u + 3u, rows, count, kv_head, channel + $hu * 64u, block$h.d + ones$h);
 #end
 #else
     // Sums over the 16 invocations of a row.
     workgroupBarrier();
-    panels[panel_at(0u, column4, row4)] = mass;
-    panels[panel_at(3u, column4, row4)] = own_mass;
+    park(0u, column4, row4, mass);
+    park(3u, column4, row4, own_mass);
     workgroupBarrier();
-    let masses = panel_sum(0u, row4);
-    let divisor = masses + panel_sum(3u, row4) + last * seen;
+    let masses = parked_sum(0u, row4);
+    let divisor = masses + parked_sum(3u, row4) + last * seen;
     let some = divisor > vec4<f32>();
     let inverse = select(vec4<f32>(), 1.0 / divisor, some);
     let whole = select(vec4<f32>(), vec4<f32>(1.0), some);
@@ -269,13 +258,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #repeat h PAIRS
     let rest$h = last * (matrix_quad(last_at, channel + $hu * 64u) - seen * mean$h);
     store_row(b, first, row4 * 4u, rows, count, q_head, channel + $hu * 64u,
-        (sums$h.a + rest$h - masses.x * mean$h) * inverse.x + whole.x * mean$h);
+        (block$h.a + rest$h - masses.x * mean$h) * inverse.x + whole.x * mean$h);
     store_row(b, first, row4 * 4u + 1u, rows, count, q_head, channel + $hu * 64u,
-        (sums$h.b + rest$h - masses.y * mean$h) * inverse.y + whole.y * mean$h);
+        (block$h.b + rest$h - masses.y * mean$h) * inverse.y + whole.y * mean$h);
     store_row(b, first, row4 * 4u + 2u, rows, count, q_head, channel + $hu * 64u,
-        (sums$h.c + rest$h - masses.z * mean$h) * inverse.z + whole.z * mean$h);
+        (block$h.c + rest$h - masses.z * mean$h) * inverse.z + whole.z * mean$h);
     store_row(b, first, row4 * 4u + 3u, rows, count, q_head, channel + $hu * 64u,
-        (sums$h.d + rest$h - masses.w * mean$h) * inverse.w + whole.w * mean$h);
+        (block$h.d + rest$h - masses.w * mean$h) * inverse.w + whole.w * mean$h);
 #end
 #endif
 }

@@ -95,6 +95,11 @@ impl Geometry {
         self.value_dim.div_ceil(64).min(2)
     }
 
+    /// Runs of 64 channels of q and k that a workgroup takes.
+    pub fn head_pairs(&self) -> usize {
+        self.head_dim.div_ceil(64).min(2)
+    }
+
     /// Workgroups that share the channels of v.
     pub fn channel_blocks(&self) -> usize {
         self.value_dim.div_ceil(64 * self.channel_pairs())

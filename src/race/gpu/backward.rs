@@ -31,7 +31,7 @@
 //! bytes per sequence, kv head and ensemble) before each of its pieces. With the default S = 64, G = 1 and Dv = 64 that
 //! is about 530 bytes per token and kv head of a piece.
 
-use super::backward_kernels::{BackwardKernel, blocks};
+use super::backward_kernels::BackwardKernel;
 use super::forward::Output;
 use super::kernels::{Kernel, Key};
 use super::params::Params;
@@ -466,9 +466,15 @@ impl GpuRace {
         if let Some(dx) = dx {
             let (bind, params) = self.written(call, piece, block, dx, g.num_kv_heads * per_head * g.head_dim);
             let params = Params { k_at: t_at, ..params };
-            let groups = (blocks(g.head_dim) * block.heads.len() * rows.div_ceil(32)) as u64;
+            let groups = (g.head_dim.div_ceil(64 * g.head_pairs()) * block.heads.len() * rows.div_ceil(64)) as u64;
+            let wide_out = params.out_in_fours() && g.head_dim.is_multiple_of(4);
             let binds = vec![block.info.clone(), hashes.clone(), gradients.clone(), Bind::from(&self.planes), bind];
-            passes.dispatch(self.backward_key(BackwardKernel::HashInputs { queries }), params, groups, binds)?;
+            passes.dispatch(
+                self.backward_key(BackwardKernel::HashInputs { queries, wide_out }),
+                params,
+                groups,
+                binds,
+            )?;
         }
         let shares = rows.div_ceil(room.share);
         let params = Params { input: x.strides, k_at: t_at, chunks: room.share as u32, ..block.params };

@@ -9,11 +9,6 @@ fn runs(columns: usize) -> usize {
     columns.div_ceil(32).next_power_of_two().min(4)
 }
 
-/// Workgroups that share `columns`.
-pub(super) fn blocks(columns: usize) -> usize {
-    columns.div_ceil(32 * runs(columns))
-}
-
 impl Geometry {
     /// Runs of 32 buckets that a workgroup takes: whole tables.
     fn bucket_runs(&self) -> usize {
@@ -55,7 +50,7 @@ pub(crate) enum BackwardKernel {
     /// [`Self::Query`] or [`Self::Key`] for whole chunks, see [`Geometry::chunk_hashes`].
     HashChunk { keys: bool, grad: DType, wide: bool, wide2: bool },
     /// From gradients of hashes to those of `queries` or keys.
-    HashInputs { queries: bool },
+    HashInputs { queries: bool, wide_out: bool },
     /// From gradients of hashes to those of hyperplanes and β, in shares.
     HashParameters { queries: bool, wide: bool },
     /// Adds shares to sums.
@@ -123,7 +118,8 @@ impl BackwardKernel {
             Self::HashChunk { keys: false, grad, .. } => vec![dtype_define("IN", grad), dtype_define("IN2", dtype)],
             Self::HashChunk { grad, .. } => vec![dtype_define("IN", dtype), dtype_define("IN2", grad), "KEYS"],
             Self::HashParameters { .. } => vec![dtype_define("IN", dtype)],
-            Self::HashInputs { .. } | Self::AddParameters | Self::FinishParameters => Vec::new(),
+            Self::HashInputs { .. } => vec!["OUT_F32"],
+            Self::AddParameters | Self::FinishParameters => Vec::new(),
         };
         let flags = [
             ("RATIO", geometry.ratio),
@@ -143,7 +139,7 @@ impl BackwardKernel {
                 ),
             ),
             ("WIDE2", matches!(self, Self::HashChunk { wide2: true, .. })),
-            ("WIDE_OUT", matches!(self, Self::Value { wide_out: true, .. })),
+            ("WIDE_OUT", matches!(self, Self::Value { wide_out: true, .. } | Self::HashInputs { wide_out: true, .. })),
             ("ALONE", matches!(self, Self::Value { absorb: true, .. })),
             ("READ", matches!(self, Self::Query { read: true, .. })),
             ("ABSORB", matches!(self, Self::Key { absorb: true, .. })),
@@ -161,8 +157,9 @@ impl BackwardKernel {
             Self::HashChunk { keys, .. } => {
                 vec![("INPUT2", if keys { 6 } else { 7 }), ("S_STRIDE", g.hash_gradient(!keys))]
             }
-            Self::HashInputs { queries } | Self::HashParameters { queries, .. } => vec![
-                ("COLUMNS", runs(g.head_dim)),
+            Self::HashInputs { queries, .. } | Self::HashParameters { queries, .. } => vec![
+                ("HEAD_PAIRS", g.head_pairs()),
+                ("OUT", 5),
                 ("PER_HEAD", if queries { g.group } else { 1 }),
                 ("S_STRIDE", g.hash_gradient(queries)),
             ],
@@ -190,8 +187,8 @@ pub(super) fn every(geometry: &Geometry) -> Vec<BackwardKernel> {
                 }
             }
         }
-        all.push(BackwardKernel::HashInputs { queries: flag });
         for wide in [false, geometry.head_dim.is_multiple_of(4)] {
+            all.push(BackwardKernel::HashInputs { queries: flag, wide_out: wide });
             all.push(BackwardKernel::HashParameters { queries: flag, wide });
         }
     }
