@@ -2,7 +2,11 @@
 #import quads
 #import weights
 #import matrices
+#ifdef COOP
+#import panels_coop
+#else
 #import panels
+#endif
 // [α, 1]ᵀ[v, 1] of the keys of a chunk: one workgroup per (unit, chunk, tile of 64 buckets, block of channels). With
 // QUERIES it is what the queries of a chunk give to the gradient of the state that they read, over all heads of the
 // group: `input` is grad_o, and readings stand for α and 1.
@@ -75,6 +79,28 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #end
     var mass = vec4<f32>();
     var corner = 0.0;
+    // What the input is multiplied by.
+    var scale = 1.0;
+#ifdef COOP
+    var most = 0.0;
+    for (var token = step; token < count; token += 16u) {
+#ifdef QUERIES
+        for (var g = 0u; g < GROUP; g++) {
+            let weight = reading_weight(((b * p.tokens + first + token) * p.heads + head) * GROUP + g).x;
+            let at = input_at(b, first + token, (p.head + head) * GROUP + g);
+#repeat h PAIRS
+            most = max(most, greatest_of(weight * input_quad(at, channel + $hu * 64u, VALUE_DIM)));
+#end
+        }
+#else
+        let at = input_at(b, first + token, p.head + head);
+#repeat h PAIRS
+        most = max(most, greatest_of(input_quad(at, channel + $hu * 64u, VALUE_DIM)));
+#end
+#endif
+    }
+    scale = scale_of(local, most);
+#endif
 #ifdef QUERIES
     for (var g = 0u; g < GROUP; g++) {
 #else
@@ -121,7 +147,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
             set_four(0u, step, four, weights);
 #repeat h PAIRS
-            set_four(1u + $hu, step, four, x$h);
+            set_four(1u + $hu, step, four, scale * x$h);
 #end
             workgroupBarrier();
 #repeat h PAIRS
@@ -133,7 +159,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let out = (unit * p.slots + chunk) * MATRIX;
     let of_rows = out + (tile * 64u + step * 4u) * MATRIX_ROW;
 #repeat h PAIRS
-    let block$h = block_of(&sums$h, local);
+    let block$h = block_of(&sums$h, local, scale);
     if tile * 64u + step * 4u < BUCKETS {
         store_quad(of_rows, channel + $hu * 64u, block$h.a);
     }

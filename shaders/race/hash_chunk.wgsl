@@ -4,7 +4,11 @@
 #import weights
 #import matrices
 #import matrix_quads
+#ifdef COOP
+#import panels_coop
+#else
 #import panels
+#endif
 #import tanh
 // Gradients of the hashes of the 64 queries of a chunk and one head, or with KEYS of its keys, where all buckets fit a
 // panel: one workgroup per (unit, chunk, head). Products of a row with those of the chunk that it meets are made once;
@@ -81,6 +85,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let columns = vec4<u32>(column4 * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
     let rows4 = vec4<u32>(row4 * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
     var value_sums = Sums();
+    var of_matrix = 1.0;
+    var scale = 1.0;
 #ifndef KEYS
     var mass_sums = Sums();
     var gain = vec4<f32>();
@@ -95,6 +101,38 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let reads_matrix = true;
 #endif
         var met = Sums();
+        // What operands are multiplied by.
+        var of_own = 1.0;
+        var of_other = 1.0;
+#ifdef COOP
+        var most_own = 0.0;
+        var most_other = 0.0;
+        var most = 0.0;
+        for (var start = 0u; start < VALUE_DIM; start += 16u) {
+            if own_row < count {
+                let token = first + own_row;
+                let q_head = kv_head * GROUP + g;
+#ifdef KEYS
+                let own = input_quad(input_at(b, token, kv_head), start + quad * 4u, VALUE_DIM);
+                let other = input2_quad(input2_at(b, token, q_head), start + quad * 4u, VALUE_DIM);
+#else
+                let own = p.scale * input_quad(input_at(b, token, q_head), start + quad * 4u, VALUE_DIM);
+                let other = input2_quad(input2_at(b, token, kv_head), start + quad * 4u, VALUE_DIM);
+#endif
+                most_own = max(most_own, greatest_of(own));
+                most_other = max(most_other, greatest_of(other));
+            }
+            if own_row < BUCKETS {
+                most = max(most, greatest_of(matrix_quad(matrix + own_row * MATRIX_ROW, start + quad * 4u)));
+            }
+        }
+        of_own = scale_of(local, most_own);
+        of_other = scale_of(local, most_other);
+        if reads_matrix {
+            of_matrix = scale_of(local, most);
+            scale = of_own * of_matrix;
+        }
+#endif
         for (var start = 0u; start < VALUE_DIM; start += 16u) {
             workgroupBarrier();
             var own = vec4<f32>();
@@ -110,14 +148,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 other = input2_quad(input2_at(b, token, kv_head), start + quad * 4u, VALUE_DIM);
 #endif
             }
-            fill_row(0u, quad, own_row, own);
-            fill_row(2u, quad, own_row, other);
+            fill_row(0u, quad, own_row, of_own * own);
+            fill_row(2u, quad, own_row, of_other * other);
             if reads_matrix {
                 var m = vec4<f32>();
                 if own_row < BUCKETS {
                     m = matrix_quad(matrix + own_row * MATRIX_ROW, start + quad * 4u);
                 }
-                fill_row(1u, quad, own_row, m);
+                fill_row(1u, quad, own_row, of_matrix * m);
             }
             workgroupBarrier();
             add_panels(&met, local, 0u, 2u);
@@ -126,11 +164,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
 #ifndef KEYS
             if start + column4 < VALUE_DIM {
-                gain += get_four(0u, column4, row4) * matrix_element(last_at + start + column4);
+                gain += get_four(0u, column4, row4) / of_own * matrix_element(last_at + start + column4);
             }
 #endif
         }
-        var meet = block_of(&met, local);
+        var meet = block_of(&met, local, of_own * of_other);
         // Which of its four columns each of the four rows meets, and how much.
         let inside = columns < vec4<u32>(count);
 #ifdef KEYS
@@ -155,12 +193,18 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let ones = vec4<f32>(1.0);
         gain += vec4<f32>(dot(meet.a, ones), dot(meet.b, ones), dot(meet.c, ones), dot(meet.d, ones));
 #endif
+        var of_meet = 1.0;
+#ifdef COOP
+        of_meet = scale_of(local, greatest_of_block(meet));
+        scale_sums(&value_sums, of_meet / scale);
+        scale = of_meet;
+#endif
         for (var start = 0u; start < count; start += 16u) {
             workgroupBarrier();
             if column4 / 4u == start / 16u {
                 let step = column4 % 4u * 4u;
 #repeat i 4
-                set_four(0u, step + $iu, row4, column_of(meet, $iu));
+                set_four(0u, step + $iu, row4, of_meet * column_of(meet, $iu));
 #end
             }
             var other = vec4<f32>();
@@ -214,7 +258,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
         }
     }
-    let values = block_of(&value_sums, local);
+    let values = block_of(&value_sums, local, scale);
 
     // What the column of masses gives, then this invocation's own weights.
     var column = vec4<f32>();
@@ -241,7 +285,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         own.d = (alpha_of_four(at3, column4 * 4u, beta, centre) + centre) * (values.d + column);
     }
 #else
-    let unmassed = block_of(&mass_sums, local);
+    let unmassed = block_of(&mass_sums, local, 1.0);
     let masses = Block(unmassed.a + column, unmassed.b + column, unmassed.c + column, unmassed.d + column);
 #repeat r 4
     let at$r = t_at + (place + rows4[$r] * place_step) * BITS;
@@ -287,20 +331,19 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     park(column4 / 4u, column4 % 4u * 4u + $iu, row4, column_of(own, $iu));
 #end
     workgroupBarrier();
-    let row = local % 64u;
-    if row >= rows {
+    if own_row >= rows {
         return;
     }
-    let t_row = t_at + (place + row * place_step) * BITS;
-    let s_row = (place + row * place_step) * S_STRIDE;
-    for (var bit = local / 64u; bit < BITS; bit += 4u) {
+    let t_row = t_at + (place + own_row * place_step) * BITS;
+    let s_row = (place + own_row * place_step) * S_STRIDE;
+    for (var bit = quad; bit < BITS; bit += 4u) {
         let shift = PLANES - 1u - bit % PLANES;
         let start = bit / PLANES * RADIX;
         var sum = 0.0;
         var signed = 0.0;
         for (var r = p.zero; r < RADIX; r++) {
             let bucket = start + r;
-            let x = parked_one(bucket >> 4u, bucket & 15u, row);
+            let x = parked_one(bucket >> 4u, bucket & 15u, own_row);
             sum += x;
             signed += select(-x, x, ((r >> shift) & 1u) == 1u);
         }

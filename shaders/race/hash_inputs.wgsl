@@ -40,8 +40,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let column4 = local % 16u;
     let channel = index % BLOCKS * CHANNELS + column4 * 4u;
     // The row that it fills, and a quarter of the steps.
-    let own_row = local % 64u;
-    let quad = local / 64u;
+    let own_row = local / 4u;
+    let quad = local % 4u;
 #repeat h HEAD_PAIRS
     var sums$h = Sums();
 #end
@@ -70,7 +70,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #end
     }
 #repeat h HEAD_PAIRS
-    let block$h = block_of(&sums$h, local);
+    let block$h = block_of(&sums$h, local, 1.0);
     store_row(first + row4 * 4u, rows, head, channel + $hu * 64u, block$h.a);
     store_row(first + row4 * 4u + 1u, rows, head, channel + $hu * 64u, block$h.b);
     store_row(first + row4 * 4u + 2u, rows, head, channel + $hu * 64u, block$h.c);

@@ -48,6 +48,15 @@ fn parked_sum(panel: u32, four: u32) -> vec4<f32> {
     return sum;
 }
 
+fn greatest_of(x: vec4<f32>) -> f32 {
+    let y = abs(x);
+    return max(max(y.x, y.y), max(y.z, y.w));
+}
+
+fn greatest_of_block(x: Block) -> f32 {
+    return max(max(greatest_of(x.a), greatest_of(x.b)), max(greatest_of(x.c), greatest_of(x.d)));
+}
+
 // Rows that a sum's owner has: the first and the last.
 fn first_row_of(local: u32) -> u32 {
     return local / 16u * 4u;
@@ -76,7 +85,15 @@ fn add_panels(sums: ptr<function, Sums>, local: u32, left: u32, right: u32) {
     *sums = s;
 }
 
-// An invocation's own rows and columns; all invocations come here together.
-fn block_of(sums: ptr<function, Sums>, local: u32) -> Block {
+// An invocation's own rows and columns, divided by the scale; all invocations come here together.
+fn block_of(sums: ptr<function, Sums>, local: u32, scale: f32) -> Block {
     return *sums;
+}
+
+// The scale of operands, which needs none here.
+fn scale_of(local: u32, x: f32) -> f32 {
+    return 1.0;
+}
+
+fn scale_sums(sums: ptr<function, Sums>, x: f32) {
 }

@@ -3,7 +3,11 @@
 #import weights
 #import matrices
 #import matrix_quads
+#ifdef COOP
+#import panels_coop
+#else
 #import panels
+#endif
 #import store_quads
 // What the 64 rows of a chunk read: one workgroup per (unit, chunk, head, block of channels).
 //
@@ -64,8 +68,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let column4 = local % 16u;
     let channel = block * CHANNELS + column4 * 4u;
     // Where it fills along rows, the row and a quarter of the steps.
-    let own_row = local % 64u;
-    let quad = local / 64u;
+    let own_row = local / 4u;
+    let quad = local % 4u;
 #repeat h PAIRS
     var sums$h = Sums();
 #end
@@ -93,6 +97,21 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #endif
 #end
 #endif
+
+    // What operands are multiplied by: the matrix, and the sums so far.
+    var scale = 1.0;
+#ifdef COOP
+    var most = 0.0;
+    for (var start = 0u; start < BUCKETS; start += 16u) {
+        if start + row4 < BUCKETS {
+#repeat h PAIRS
+            most = max(most, greatest_of(matrix_quad(matrix + (start + row4) * MATRIX_ROW, channel + $hu * 64u)));
+#end
+        }
+    }
+    scale = scale_of(local, most);
+#endif
+    let of_matrix = scale;
 
 #ifdef VALUES
     // Of a chunk of padding, nothing.
@@ -136,7 +155,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 if start + row4 < BUCKETS {
                     m$h = matrix_quad(bucket_at, channel + $hu * 64u);
                 }
-                set_four(1u + $hu, row4, column4, m$h);
+                set_four(1u + $hu, row4, column4, of_matrix * m$h);
 #end
             }
             workgroupBarrier();
@@ -155,7 +174,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #endif
         }
 #ifndef ALONE
-        var meet = block_of(&met, local);
+        var meet = block_of(&met, local, 1.0);
         // Which of its four columns each of the four rows meets, and how much.
         let columns = vec4<u32>(column4 * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
         var factor = vec4<f32>(1.0);
@@ -188,14 +207,38 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let ones = vec4<f32>(1.0);
         own_mass += vec4<f32>(dot(meet.a, ones), dot(meet.b, ones), dot(meet.c, ones), dot(meet.d, ones));
 #endif
+        var of_meet = 1.0;
+        var of_input = 1.0;
+#ifdef COOP
+        most = 0.0;
+        for (var start = 0u; start < count; start += 16u) {
+            if start + row4 < count {
+#repeat h PAIRS
+#ifdef VALUES
+                let x$h = input_quad(input_at(b, first + start + row4, kv_head * GROUP + g), channel + $hu * 64u, VALUE_DIM);
+                most = max(most, greatest_of(x$h));
+#else
+                let x$h = input_quad(input_at(b, first + start + row4, kv_head), channel + $hu * 64u, VALUE_DIM);
+                most = max(most, greatest_of(x$h - mean$h));
+#endif
+#end
+            }
+        }
+        of_input = scale_of(local, most);
+        of_meet = scale_of(local, greatest_of_block(meet));
+#repeat h PAIRS
+        scale_sums(&sums$h, of_input * of_meet / scale);
+#end
+        scale = of_input * of_meet;
+#endif
         for (var start = 0u; start < count; start += 16u) {
             workgroupBarrier();
             if column4 / 4u == start / 16u {
                 let step = column4 % 4u * 4u;
-                set_four(0u, step, row4, vec4<f32>(meet.a.x, meet.b.x, meet.c.x, meet.d.x));
-                set_four(0u, step + 1u, row4, vec4<f32>(meet.a.y, meet.b.y, meet.c.y, meet.d.y));
-                set_four(0u, step + 2u, row4, vec4<f32>(meet.a.z, meet.b.z, meet.c.z, meet.d.z));
-                set_four(0u, step + 3u, row4, vec4<f32>(meet.a.w, meet.b.w, meet.c.w, meet.d.w));
+                set_four(0u, step, row4, of_meet * vec4<f32>(meet.a.x, meet.b.x, meet.c.x, meet.d.x));
+                set_four(0u, step + 1u, row4, of_meet * vec4<f32>(meet.a.y, meet.b.y, meet.c.y, meet.d.y));
+                set_four(0u, step + 2u, row4, of_meet * vec4<f32>(meet.a.z, meet.b.z, meet.c.z, meet.d.z));
+                set_four(0u, step + 3u, row4, of_meet * vec4<f32>(meet.a.w, meet.b.w, meet.c.w, meet.d.w));
             }
 #repeat h PAIRS
             var x$h = vec4<f32>();
@@ -214,7 +257,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #end
             }
 #repeat h PAIRS
-            set_four(1u + $hu, row4, column4, x$h);
+            set_four(1u + $hu, row4, column4, of_input * x$h);
 #end
             workgroupBarrier();
             // Rows that meet none of these leave them out.
@@ -233,7 +276,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
 
 #repeat h PAIRS
-    let block$h = block_of(&sums$h, local);
+    let block$h = block_of(&sums$h, local, scale);
 #end
 #ifdef VALUES
 #repeat h PAIRS

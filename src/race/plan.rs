@@ -140,8 +140,8 @@ pub(crate) struct Budget {
 
 impl Budget {
     pub fn new(binding: u64) -> Self {
-        // 2^16 rows keep a large GPU busy, and a small one for less than its driver's patience.
-        Self { binding, matrices: binding.min(128 << 20), rows: 1 << 16 }
+        // 2^18 rows keep a large GPU busy, and a small one for less than its driver's patience.
+        Self { binding, matrices: binding.min(320 << 20), rows: 1 << 18 }
     }
 }
 

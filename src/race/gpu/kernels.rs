@@ -17,6 +17,8 @@ pub(crate) enum Kernel {
     /// Sums over the keys of each chunk; `wide`: rows of v are whole vectors of four.
     ChunkSums {
         wide: bool,
+        /// By cooperative matrices.
+        matrices: bool,
     },
     /// Sums over the chunks of each segment.
     ScanParts {
@@ -42,6 +44,8 @@ pub(crate) enum Kernel {
         read: bool,
         wide: bool,
         wide_out: bool,
+        /// By cooperative matrices.
+        matrices: bool,
     },
     /// One token of each sequence: B and the output.
     Step {
@@ -70,7 +74,7 @@ pub(super) const SNIPPETS: &[(&str, &str)] = snippets!(
     "race": ["info", "params", "input", "input2", "hash", "features", "matrices", "double", "store"],
     "race": ["weights", "tile", "sums", "through_hash", "readings", "hash_rows"],
     "race": ["window_params", "window_last", "window_keys", "window_rows"],
-    "race": ["quad", "quads", "quads2", "panels", "segments", "matrix_quads", "store_quads"],
+    "race": ["quad", "quads", "quads2", "panels", "panels_coop", "segments", "matrix_quads", "store_quads"],
 );
 
 impl Kernel {
@@ -140,7 +144,8 @@ impl Key {
                 }
             }
             Kernel::Project { wide, .. } => defines.extend(wide.then_some("WIDE")),
-            Kernel::ChunkSums { wide } => {
+            Kernel::ChunkSums { wide, matrices } => {
+                defines.extend(matrices.then_some("COOP"));
                 defines.extend(wide.then_some("WIDE"));
                 defines.extend(g.value_dim.is_multiple_of(4).then_some("QUADS"));
             }
@@ -150,10 +155,15 @@ impl Key {
                     defines.push("SUMMED");
                 }
             }
-            Kernel::OutputRatio { output, read, wide, wide_out } => {
+            Kernel::OutputRatio { output, read, wide, wide_out, matrices } => {
                 defines.push(dtype_define("OUT", output));
-                let flags =
-                    [("ALONE", read), ("WIDE", wide), ("WIDE_OUT", wide_out), ("QUADS", g.value_dim.is_multiple_of(4))];
+                let flags = [
+                    ("ALONE", read),
+                    ("COOP", matrices),
+                    ("WIDE", wide),
+                    ("WIDE_OUT", wide_out),
+                    ("QUADS", g.value_dim.is_multiple_of(4)),
+                ];
                 defines.extend(flags.iter().filter(|(_, on)| *on).map(|(name, _)| *name));
             }
             Kernel::Step { output } => defines.push(dtype_define("OUT", output)),

@@ -110,7 +110,8 @@ impl GpuRace {
             return Kernel::Output { output, read };
         }
         let fours = g.value_dim.is_multiple_of(4);
-        Kernel::OutputRatio { output, read, wide: in_fours && fours, wide_out: out_in_fours && fours }
+        let (wide, wide_out, matrices) = (in_fours && fours, out_in_fours && fours, self.ctx.caps().matrices);
+        Kernel::OutputRatio { output, read, wide, wide_out, matrices }
     }
 
     fn key(&self, kernel: Kernel) -> Key {
@@ -198,7 +199,7 @@ impl RaceExecutor for GpuRace {
         let mut kernels = vec![
             Kernel::Project { per_head: 1, wide: self.geometry.head_dim.is_multiple_of(4) },
             Kernel::Project { per_head: self.geometry.group, wide: self.geometry.head_dim.is_multiple_of(4) },
-            Kernel::ChunkSums { wide: self.geometry.value_dim.is_multiple_of(4) },
+            Kernel::ChunkSums { wide: self.geometry.value_dim.is_multiple_of(4), matrices: self.ctx.caps().matrices },
             Kernel::ScanParts { reverse: false },
             Kernel::Scan { reverse: false },
             Kernel::ScanSpread { reverse: false },

@@ -124,7 +124,12 @@ impl GpuRace {
         let groups = block.units() * block.chunks * g.bucket_tiles() * g.channel_blocks();
         let binds = vec![block.info.clone(), v.bind.clone(), Bind::from(hashes), Bind::from(&matrices.chunks)];
         let wide = v.strides.in_fours() && g.value_dim.is_multiple_of(4);
-        passes.dispatch(self.key(Kernel::ChunkSums { wide }), params, groups as u64, binds)
+        passes.dispatch(
+            self.key(Kernel::ChunkSums { wide, matrices: self.ctx.caps().matrices }),
+            params,
+            groups as u64,
+            binds,
+        )
     }
 
     /// Moves the state on to the block's end, or with `reverse` its gradient back to the block's beginning, by the

@@ -56,8 +56,10 @@ fn keys() -> Vec<Key> {
             add(Kernel::Project { per_head: 1, wide });
             add(Kernel::Project { per_head: geometry.group, wide });
         }
-        add(Kernel::ChunkSums { wide: false });
-        add(Kernel::ChunkSums { wide: geometry.value_dim.is_multiple_of(4) });
+        for matrices in [false, true] {
+            add(Kernel::ChunkSums { wide: false, matrices });
+            add(Kernel::ChunkSums { wide: geometry.value_dim.is_multiple_of(4), matrices });
+        }
         add(Kernel::StepMass);
         for flag in [true, false] {
             add(Kernel::Scan { reverse: flag });
@@ -67,8 +69,8 @@ fn keys() -> Vec<Key> {
                 add(Kernel::Step { output: dtype });
                 add(Kernel::Output { output: dtype, read: flag });
                 for wide in [false, geometry.value_dim.is_multiple_of(4)] {
-                    if geometry.ratio {
-                        add(Kernel::OutputRatio { output: dtype, read: flag, wide, wide_out: wide });
+                    for matrices in [false, true].into_iter().filter(|_| geometry.ratio) {
+                        add(Kernel::OutputRatio { output: dtype, read: flag, wide, wide_out: wide, matrices });
                     }
                 }
             }
