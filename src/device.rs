@@ -328,7 +328,7 @@ impl Device {
     ) -> Result<Self> {
         let unchecked = options.unchecked(false);
         let pipeline_cache = options.pipeline_cache;
-        let setup = Setup { info: info.clone(), device, queue, lent: true, unchecked, matrices: false, pipeline_cache };
+        let setup = Setup { info: info.clone(), device, queue, lent: true, unchecked, pipeline_cache };
         Ok(Self { kind: Kind::Gpu(Context::new(setup)?), why: "lent by the host".into() })
     }
 

@@ -2,21 +2,24 @@
 #import quads
 #import weights
 #import matrices
-#ifdef COOP
-#import panels_coop
-#else
 #import panels
-#endif
 // [α, 1]ᵀ[v, 1] of the keys of a chunk: one workgroup per (unit, chunk, tile of 64 buckets, block of channels). With
 // QUERIES it is what the queries of a chunk give to the gradient of the state that they read, over all heads of the
-// group: `input` is grad_o, and readings stand for α and 1.
+// group: `input` is grad_o, and readings stand for α and 1. With SEGMENTS it is the keys of a whole segment of chunks, and
+// the sums are pairs, for `scan`.
 //
 // The first block of channels also takes the column of masses, the first tile of buckets the row of sums.
 @group(0) @binding(3) var<storage, read> t: array<f32>;
+#ifdef SEGMENTS
+@group(0) @binding(4) var<storage, read_write> matrices: array<vec2<f32>>;
+const SPAN: u32 = CHUNK * SEGMENT;
+#else
 #ifdef QUADS
 @group(0) @binding(4) var<storage, read_write> matrices: array<vec4<f32>>;
 #else
 @group(0) @binding(4) var<storage, read_write> matrices: array<f32>;
+#endif
+const SPAN: u32 = CHUNK;
 #endif
 #ifdef QUERIES
 @group(0) @binding(5) var<storage, read> readings: array<f32>;
@@ -25,6 +28,19 @@
 
 const TILES: u32 = (BUCKETS + 63u) / 64u;
 
+#ifdef SEGMENTS
+fn store_quad(at: u32, channel: u32, x: vec4<f32>) {
+    for (var i = p.zero; i < 4u; i++) {
+        if channel + i < VALUE_DIM {
+            matrices[at + channel + i] = vec2<f32>(x[i], 0.0);
+        }
+    }
+}
+
+fn store_mass(at: u32, x: f32) {
+    matrices[at + VALUE_DIM] = vec2<f32>(x, 0.0);
+}
+#else
 fn store_quad(at: u32, channel: u32, x: vec4<f32>) {
 #ifdef QUADS
     if channel < VALUE_DIM {
@@ -46,6 +62,7 @@ fn store_mass(at: u32, x: f32) {
     matrices[at + VALUE_DIM] = x;
 #endif
 }
+#endif
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
@@ -55,18 +72,25 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     let block = index % CHANNEL_BLOCKS;
     let tile = index / CHANNEL_BLOCKS % TILES;
-    let chunk = index / (CHANNEL_BLOCKS * TILES) % p.chunks;
-    let unit = index / (CHANNEL_BLOCKS * TILES) / p.chunks;
+#ifdef SEGMENTS
+    let spans = (p.chunks + SEGMENT - 1u) / SEGMENT;
+    let slots = spans;
+#else
+    let spans = p.chunks;
+    let slots = p.slots;
+#endif
+    let chunk = index / (CHANNEL_BLOCKS * TILES) % spans;
+    let unit = index / (CHANNEL_BLOCKS * TILES) / spans;
     let b = unit / p.heads;
     let head = unit % p.heads;
     let beta = beta_of(p.head + head);
     let centre = centre_of(p.head + head);
-    let first = chunk * CHUNK;
+    let first = chunk * SPAN;
     let length = length_of(b);
     if first >= length {
         return;
     }
-    let count = min(CHUNK, length - first);
+    let count = min(SPAN, length - first);
 
     // The filling invocation's token and its four buckets or channels, and the rows and columns of its sums.
     let step = local / 16u;
@@ -74,33 +98,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let bucket = tile * 64u + four * 4u;
     let channel = block * CHANNELS + four * 4u;
 #repeat h PAIRS
-    var sums$h = Sums();
+    var sums$h = Block();
     var row$h = vec4<f32>();
 #end
     var mass = vec4<f32>();
     var corner = 0.0;
-    // What the input is multiplied by.
-    var scale = 1.0;
-#ifdef COOP
-    var most = 0.0;
-    for (var token = step; token < count; token += 16u) {
-#ifdef QUERIES
-        for (var g = 0u; g < GROUP; g++) {
-            let weight = reading_weight(((b * p.tokens + first + token) * p.heads + head) * GROUP + g).x;
-            let at = input_at(b, first + token, (p.head + head) * GROUP + g);
-#repeat h PAIRS
-            most = max(most, greatest_of(weight * input_quad(at, channel + $hu * 64u, VALUE_DIM)));
-#end
-        }
-#else
-        let at = input_at(b, first + token, p.head + head);
-#repeat h PAIRS
-        most = max(most, greatest_of(input_quad(at, channel + $hu * 64u, VALUE_DIM)));
-#end
-#endif
-    }
-    scale = scale_of(local, most);
-#endif
 #ifdef QUERIES
     for (var g = 0u; g < GROUP; g++) {
 #else
@@ -145,44 +147,48 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 corner += 1.0;
 #endif
             }
-            set_four(0u, step, four, weights);
+            panels[panel_at(0u, step, four)] = weights;
 #repeat h PAIRS
-            set_four(1u + $hu, step, four, scale * x$h);
+            panels[panel_at(1u + $hu, step, four)] = x$h;
 #end
             workgroupBarrier();
+            for (var k = p.zero; k < 16u; k += 4u) {
+#repeat u 4
+                let left$u = panels[panel_at(0u, k + $uu, step)];
 #repeat h PAIRS
-            add_panels(&sums$h, local, 0u, 1u + $hu);
+                sums$h = add_product(sums$h, left$u, panels[panel_at(1u + $hu, k + $uu, four)]);
 #end
+#end
+            }
         }
     }
 
-    let out = (unit * p.slots + chunk) * MATRIX;
+    let out = (unit * slots + chunk) * MATRIX;
     let of_rows = out + (tile * 64u + step * 4u) * MATRIX_ROW;
 #repeat h PAIRS
-    let block$h = block_of(&sums$h, local, scale);
     if tile * 64u + step * 4u < BUCKETS {
-        store_quad(of_rows, channel + $hu * 64u, block$h.a);
+        store_quad(of_rows, channel + $hu * 64u, sums$h.a);
     }
     if tile * 64u + step * 4u + 1u < BUCKETS {
-        store_quad(of_rows + MATRIX_ROW, channel + $hu * 64u, block$h.b);
+        store_quad(of_rows + MATRIX_ROW, channel + $hu * 64u, sums$h.b);
     }
     if tile * 64u + step * 4u + 2u < BUCKETS {
-        store_quad(of_rows + 2u * MATRIX_ROW, channel + $hu * 64u, block$h.c);
+        store_quad(of_rows + 2u * MATRIX_ROW, channel + $hu * 64u, sums$h.c);
     }
     if tile * 64u + step * 4u + 3u < BUCKETS {
-        store_quad(of_rows + 3u * MATRIX_ROW, channel + $hu * 64u, block$h.d);
+        store_quad(of_rows + 3u * MATRIX_ROW, channel + $hu * 64u, sums$h.d);
     }
 #end
     // Each invocation has summed its own tokens' part of the edges.
     workgroupBarrier();
-    park(0u, step, four, mass);
+    panels[panel_at(0u, step, four)] = mass;
 #repeat h PAIRS
-    park(1u + $hu, step, four, row$h);
+    panels[panel_at(1u + $hu, step, four)] = row$h;
 #end
-    park(3u, step, four, vec4<f32>(corner));
+    panels[panel_at(3u, step, four)] = vec4<f32>(corner);
     workgroupBarrier();
     if step == 0u && block == 0u {
-        let sum = parked_sum(0u, four);
+        let sum = panel_sum(0u, four);
         for (var i = p.zero; i < 4u; i++) {
             if bucket + i < BUCKETS {
                 store_mass(out + (bucket + i) * MATRIX_ROW, sum[i]);
@@ -191,10 +197,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     if step == 1u && tile == 0u {
 #repeat h PAIRS
-        store_quad(out + BUCKETS * MATRIX_ROW, channel + $hu * 64u, parked_sum(1u + $hu, four));
+        store_quad(out + BUCKETS * MATRIX_ROW, channel + $hu * 64u, panel_sum(1u + $hu, four));
 #end
     }
     if step == 2u && four == 0u && tile == 0u && block == 0u {
-        store_mass(out + BUCKETS * MATRIX_ROW, parked_sum(3u, 0u).x);
+        store_mass(out + BUCKETS * MATRIX_ROW, panel_sum(3u, 0u).x);
     }
 }

@@ -4,11 +4,7 @@
 #import weights
 #import matrices
 #import matrix_quads
-#ifdef COOP
-#import panels_coop
-#else
 #import panels
-#endif
 #import tanh
 // Gradients of the hashes of the 64 queries of a chunk and one head, or with KEYS of its keys, where all buckets fit a
 // panel: one workgroup per (unit, chunk, head). Products of a row with those of the chunk that it meets are made once;
@@ -34,16 +30,12 @@ const HEADS: u32 = GROUP;
 
 const RADIX: u32 = 1u << PLANES;
 
-// Puts four channels of a row into a panel.
-fn fill_row(panel: u32, quad: u32, row: u32, x: vec4<f32>) {
-    for (var i = 0u; i < 4u; i++) {
-        set_panel(panel, quad * 4u + i, row, x[i]);
-    }
-}
-
-// The numbers of a column of a block, one to each of its rows.
-fn column_of(x: Block, i: u32) -> vec4<f32> {
-    return vec4<f32>(x.a[i], x.b[i], x.c[i], x.d[i]);
+// Puts a block's sums into panels, 16 columns to one, rows four to a vector.
+fn fill_block(panel: u32, first_step: u32, row4: u32, x: Block) {
+    panels[panel_at(panel, first_step, row4)] = vec4<f32>(x.a.x, x.b.x, x.c.x, x.d.x);
+    panels[panel_at(panel, first_step + 1u, row4)] = vec4<f32>(x.a.y, x.b.y, x.c.y, x.d.y);
+    panels[panel_at(panel, first_step + 2u, row4)] = vec4<f32>(x.a.z, x.b.z, x.c.z, x.d.z);
+    panels[panel_at(panel, first_step + 3u, row4)] = vec4<f32>(x.a.w, x.b.w, x.c.w, x.d.w);
 }
 
 @compute @workgroup_size(256)
@@ -84,11 +76,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let quad = local % 4u;
     let columns = vec4<u32>(column4 * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
     let rows4 = vec4<u32>(row4 * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
-    var value_sums = Sums();
-    var of_matrix = 1.0;
-    var scale = 1.0;
+    var values = Block();
 #ifndef KEYS
-    var mass_sums = Sums();
+    var masses = Block();
     var gain = vec4<f32>();
     let seen = matrix_mass(last_at);
 #endif
@@ -100,39 +90,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     for (var g = select(in_group, GROUP, count == 0u); g < min(in_group + 1u, GROUP); g++) {
         let reads_matrix = true;
 #endif
-        var met = Sums();
-        // What operands are multiplied by.
-        var of_own = 1.0;
-        var of_other = 1.0;
-#ifdef COOP
-        var most_own = 0.0;
-        var most_other = 0.0;
-        var most = 0.0;
-        for (var start = 0u; start < VALUE_DIM; start += 16u) {
-            if own_row < count {
-                let token = first + own_row;
-                let q_head = kv_head * GROUP + g;
-#ifdef KEYS
-                let own = input_quad(input_at(b, token, kv_head), start + quad * 4u, VALUE_DIM);
-                let other = input2_quad(input2_at(b, token, q_head), start + quad * 4u, VALUE_DIM);
-#else
-                let own = p.scale * input_quad(input_at(b, token, q_head), start + quad * 4u, VALUE_DIM);
-                let other = input2_quad(input2_at(b, token, kv_head), start + quad * 4u, VALUE_DIM);
-#endif
-                most_own = max(most_own, greatest_of(own));
-                most_other = max(most_other, greatest_of(other));
-            }
-            if own_row < BUCKETS {
-                most = max(most, greatest_of(matrix_quad(matrix + own_row * MATRIX_ROW, start + quad * 4u)));
-            }
-        }
-        of_own = scale_of(local, most_own);
-        of_other = scale_of(local, most_other);
-        if reads_matrix {
-            of_matrix = scale_of(local, most);
-            scale = of_own * of_matrix;
-        }
-#endif
+        var meet = Block();
         for (var start = 0u; start < VALUE_DIM; start += 16u) {
             workgroupBarrier();
             var own = vec4<f32>();
@@ -148,27 +106,31 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 other = input2_quad(input2_at(b, token, kv_head), start + quad * 4u, VALUE_DIM);
 #endif
             }
-            fill_row(0u, quad, own_row, of_own * own);
-            fill_row(2u, quad, own_row, of_other * other);
+            set_row(0u, own_row, quad, own);
+            set_row(2u, own_row, quad, other);
             if reads_matrix {
                 var m = vec4<f32>();
                 if own_row < BUCKETS {
                     m = matrix_quad(matrix + own_row * MATRIX_ROW, start + quad * 4u);
                 }
-                fill_row(1u, quad, own_row, of_matrix * m);
+                set_row(1u, own_row, quad, m);
             }
             workgroupBarrier();
-            add_panels(&met, local, 0u, 2u);
-            if reads_matrix {
-                add_panels(&value_sums, local, 0u, 1u);
+            for (var k = p.zero; k < 16u; k += 4u) {
+#repeat u 4
+                let left$u = panels[panel_at(0u, k + $uu, row4)];
+                meet = add_product(meet, left$u, panels[panel_at(2u, k + $uu, column4)]);
+                if reads_matrix {
+                    values = add_product(values, left$u, panels[panel_at(1u, k + $uu, column4)]);
+                }
+#end
             }
 #ifndef KEYS
             if start + column4 < VALUE_DIM {
-                gain += get_four(0u, column4, row4) / of_own * matrix_element(last_at + start + column4);
+                gain += panels[panel_at(0u, column4, row4)] * matrix_element(last_at + start + column4);
             }
 #endif
         }
-        var meet = block_of(&met, local, of_own * of_other);
         // Which of its four columns each of the four rows meets, and how much.
         let inside = columns < vec4<u32>(count);
 #ifdef KEYS
@@ -193,19 +155,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let ones = vec4<f32>(1.0);
         gain += vec4<f32>(dot(meet.a, ones), dot(meet.b, ones), dot(meet.c, ones), dot(meet.d, ones));
 #endif
-        var of_meet = 1.0;
-#ifdef COOP
-        of_meet = scale_of(local, greatest_of_block(meet));
-        scale_sums(&value_sums, of_meet / scale);
-        scale = of_meet;
-#endif
         for (var start = 0u; start < count; start += 16u) {
             workgroupBarrier();
             if column4 / 4u == start / 16u {
-                let step = column4 % 4u * 4u;
-#repeat i 4
-                set_four(0u, step + $iu, row4, of_meet * column_of(meet, $iu));
-#end
+                fill_block(0u, column4 % 4u * 4u, row4, meet);
             }
             var other = vec4<f32>();
 #ifdef KEYS
@@ -224,41 +177,37 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 other = alpha_of_four(p.k_at + other_row * BITS, column4 * 4u, beta, centre);
 #endif
             }
-            set_four(1u, row4, column4, other);
+            panels[panel_at(1u, row4, column4)] = other;
 #ifdef KEYS
 #ifndef RATIO
-            set_four(2u, row4, column4, other_mass);
+            panels[panel_at(2u, row4, column4)] = other_mass;
 #endif
-#endif
-            // Which of these rows each row sees, as a product's operand.
-#ifdef KEYS
-#ifndef RATIO
-            set_four(3u, row4, column4, select(vec4<f32>(), vec4<f32>(1.0), columns <= vec4<u32>(start + row4)));
-#endif
-#else
-            set_four(3u, row4, column4, select(vec4<f32>(), vec4<f32>(1.0), columns >= vec4<u32>(start + row4)));
 #endif
             workgroupBarrier();
             // Rows that meet none of these leave them out.
 #ifdef KEYS
-            let meets = first_row_of(local) < start + 16u;
+            let meets = row4 * 4u < start + 16u;
 #else
-            let meets = last_row_of(local) >= start;
+            let meets = row4 * 4u + 3u >= start;
 #endif
-            if meets {
-                add_panels(&value_sums, local, 0u, 1u);
+            for (var k = select(16u, p.zero, meets); k < 16u; k += 4u) {
+#repeat u 4
+                let right$u = panels[panel_at(1u, k + $uu, column4)];
+                values = add_product(values, panels[panel_at(0u, k + $uu, row4)], right$u);
+                let step$u = vec4<u32>(start + k + $uu);
 #ifdef KEYS
 #ifndef RATIO
                 // The masses of buckets are denominators of their own.
-                add_panels(&value_sums, local, 3u, 2u);
+                let sees$u = select(vec4<f32>(), vec4<f32>(1.0), rows4 <= step$u);
+                values = add_product(values, sees$u, panels[panel_at(2u, k + $uu, column4)]);
 #endif
 #else
-                add_panels(&mass_sums, local, 3u, 1u);
+                masses = add_product(masses, select(vec4<f32>(), vec4<f32>(1.0), rows4 >= step$u), right$u);
 #endif
+#end
             }
         }
     }
-    let values = block_of(&value_sums, local, scale);
 
     // What the column of masses gives, then this invocation's own weights.
     var column = vec4<f32>();
@@ -285,8 +234,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         own.d = (alpha_of_four(at3, column4 * 4u, beta, centre) + centre) * (values.d + column);
     }
 #else
-    let unmassed = block_of(&mass_sums, local, 1.0);
-    let masses = Block(unmassed.a + column, unmassed.b + column, unmassed.c + column, unmassed.d + column);
+    masses = Block(masses.a + column, masses.b + column, masses.c + column, masses.d + column);
 #repeat r 4
     let at$r = t_at + (place + rows4[$r] * place_step) * BITS;
 #end
@@ -304,16 +252,22 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     // D, and G·N: what o = N / D is made of.
     workgroupBarrier();
-    let own_mass = vec4<f32>(dot(own.a, masses.a), dot(own.b, masses.b), dot(own.c, masses.c), dot(own.d, masses.d));
-    let own_value = vec4<f32>(dot(own.a, values.a), dot(own.b, values.b), dot(own.c, values.c), dot(own.d, values.d));
-    park(0u, column4, row4, own_mass);
-    park(1u, column4, row4, own_value + centre * f32(BUCKETS) * gain);
+    panels[panel_at(0u, column4, row4)] = vec4<f32>(
+        dot(own.a, masses.a),
+        dot(own.b, masses.b),
+        dot(own.c, masses.c),
+        dot(own.d, masses.d));
+    panels[panel_at(1u, column4, row4)] = vec4<f32>(
+        dot(own.a, values.a),
+        dot(own.b, values.b),
+        dot(own.c, values.c),
+        dot(own.d, values.d)) + centre * f32(BUCKETS) * gain;
     workgroupBarrier();
     let last = centre * f32(BUCKETS) * (seen + vec4<f32>(rows4 + 1u));
-    let divisor = parked_sum(0u, row4) + last;
+    let divisor = panel_sum(0u, row4) + last;
     let some = (divisor > vec4<f32>()) & (rows4 < vec4<u32>(count));
     let inverse = select(vec4<f32>(), 1.0 / divisor, some);
-    let dmass = -parked_sum(1u, row4) * inverse * inverse;
+    let dmass = -panel_sum(1u, row4) * inverse * inverse;
     if column4 < 4u && row4 * 4u + column4 < rows {
         let at = (place + (row4 * 4u + column4) * place_step) * 2u;
         readings[at] = p.scale * inverse[column4];
@@ -327,23 +281,22 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     // Through the hash: with m = tanh(β·t), s_p = Σ_r dφ_r·φ_r·(c_rp − m_p), per table. A constant added to dφ over a
     // table changes nothing.
     workgroupBarrier();
-#repeat i 4
-    park(column4 / 4u, column4 % 4u * 4u + $iu, row4, column_of(own, $iu));
-#end
+    fill_block(column4 / 4u, column4 % 4u * 4u, row4, own);
     workgroupBarrier();
-    if own_row >= rows {
+    let row = local % 64u;
+    if row >= rows {
         return;
     }
-    let t_row = t_at + (place + own_row * place_step) * BITS;
-    let s_row = (place + own_row * place_step) * S_STRIDE;
-    for (var bit = quad; bit < BITS; bit += 4u) {
+    let t_row = t_at + (place + row * place_step) * BITS;
+    let s_row = (place + row * place_step) * S_STRIDE;
+    for (var bit = local / 64u; bit < BITS; bit += 4u) {
         let shift = PLANES - 1u - bit % PLANES;
         let start = bit / PLANES * RADIX;
         var sum = 0.0;
         var signed = 0.0;
         for (var r = p.zero; r < RADIX; r++) {
             let bucket = start + r;
-            let x = parked_one(bucket >> 4u, bucket & 15u, own_row);
+            let x = panels[panel_at(bucket >> 4u, bucket & 15u, row >> 2u)][row & 3u];
             sum += x;
             signed += select(-x, x, ((r >> shift) & 1u) == 1u);
         }

@@ -43,7 +43,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let own_row = local / 4u;
     let quad = local % 4u;
 #repeat h HEAD_PAIRS
-    var sums$h = Sums();
+    var sums$h = Block();
 #end
     for (var start = 0u; start < BITS; start += 16u) {
         workgroupBarrier();
@@ -62,18 +62,22 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 w$h[i] = planes[planes_at + (start + row4) * HEAD_DIM + channel + $hu * 64u + i];
             }
         }
-        set_four(1u + $hu, row4, column4, w$h);
+        panels[panel_at(1u + $hu, row4, column4)] = w$h;
 #end
         workgroupBarrier();
+        for (var k = p.zero; k < 16u; k += 4u) {
+#repeat u 4
+            let left$u = panels[panel_at(0u, k + $uu, row4)];
 #repeat h HEAD_PAIRS
-        add_panels(&sums$h, local, 0u, 1u + $hu);
+            sums$h = add_product(sums$h, left$u, panels[panel_at(1u + $hu, k + $uu, column4)]);
 #end
+#end
+        }
     }
 #repeat h HEAD_PAIRS
-    let block$h = block_of(&sums$h, local, 1.0);
-    store_row(first + row4 * 4u, rows, head, channel + $hu * 64u, block$h.a);
-    store_row(first + row4 * 4u + 1u, rows, head, channel + $hu * 64u, block$h.b);
-    store_row(first + row4 * 4u + 2u, rows, head, channel + $hu * 64u, block$h.c);
-    store_row(first + row4 * 4u + 3u, rows, head, channel + $hu * 64u, block$h.d);
+    store_row(first + row4 * 4u, rows, head, channel + $hu * 64u, sums$h.a);
+    store_row(first + row4 * 4u + 1u, rows, head, channel + $hu * 64u, sums$h.b);
+    store_row(first + row4 * 4u + 2u, rows, head, channel + $hu * 64u, sums$h.c);
+    store_row(first + row4 * 4u + 3u, rows, head, channel + $hu * 64u, sums$h.d);
 #end
 }

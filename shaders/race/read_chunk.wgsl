@@ -3,11 +3,7 @@
 #import weights
 #import matrices
 #import matrix_quads
-#ifdef COOP
-#import panels_coop
-#else
 #import panels
-#endif
 #import store_quads
 // What the 64 rows of a chunk read: one workgroup per (unit, chunk, head, block of channels).
 //
@@ -35,13 +31,6 @@ const READ: u32 = GROUP;
 const HEADS: u32 = GROUP;
 #endif
 
-// Puts weights of 16 buckets, for 64 rows, into a panel.
-fn fill_weights(panel: u32, quad: u32, row: u32, weights: vec4<f32>) {
-    for (var i = 0u; i < 4u; i++) {
-        set_panel(panel, quad * 4u + i, row, weights[i]);
-    }
-}
-
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
     let index = group_index(group);
@@ -68,10 +57,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let column4 = local % 16u;
     let channel = block * CHANNELS + column4 * 4u;
     // Where it fills along rows, the row and a quarter of the steps.
-    let own_row = local / 4u;
-    let quad = local % 4u;
+    let own_row = local % 64u;
+    let quad = local / 64u;
 #repeat h PAIRS
-    var sums$h = Sums();
+    var sums$h = Block();
 #end
 
 #ifdef VALUES
@@ -98,21 +87,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #end
 #endif
 
-    // What operands are multiplied by: the matrix, and the sums so far.
-    var scale = 1.0;
-#ifdef COOP
-    var most = 0.0;
-    for (var start = 0u; start < BUCKETS; start += 16u) {
-        if start + row4 < BUCKETS {
-#repeat h PAIRS
-            most = max(most, greatest_of(matrix_quad(matrix + (start + row4) * MATRIX_ROW, channel + $hu * 64u)));
-#end
-        }
-    }
-    scale = scale_of(local, most);
-#endif
-    let of_matrix = scale;
-
 #ifdef VALUES
     // Of a chunk of padding, nothing.
     for (var g = select(0u, READ, count == 0u); g < READ; g++) {
@@ -124,7 +98,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #else
         let reads_matrix = true;
 #endif
-        var met = Sums();
+        var meet = Block();
         for (var start = 0u; start < BUCKETS; start += 16u) {
             workgroupBarrier();
             var own = vec4<f32>();
@@ -136,7 +110,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 own = alpha_of_four(p.q_at + row * BITS, start + quad * 4u, beta, centre);
 #endif
             }
-            fill_weights(0u, quad, own_row, own);
+            set_row(0u, own_row, quad, own);
 #ifndef ALONE
             var other = vec4<f32>();
             if own_row < count {
@@ -146,7 +120,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 other = alpha_of_four(p.k_at + (token_row + own_row * p.heads) * BITS, start + quad * 4u, beta, centre);
 #endif
             }
-            fill_weights(3u, quad, own_row, other);
+            set_row(3u, own_row, quad, other);
 #endif
             let bucket_at = matrix + (start + row4) * MATRIX_ROW;
             if reads_matrix {
@@ -155,26 +129,34 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 if start + row4 < BUCKETS {
                     m$h = matrix_quad(bucket_at, channel + $hu * 64u);
                 }
-                set_four(1u + $hu, row4, column4, of_matrix * m$h);
+                panels[panel_at(1u + $hu, row4, column4)] = m$h;
 #end
             }
             workgroupBarrier();
             if reads_matrix {
+                for (var k = p.zero; k < 16u; k += 4u) {
+#repeat u 4
+                    let left$u = panels[panel_at(0u, k + $uu, row4)];
 #repeat h PAIRS
-                add_panels(&sums$h, local, 0u, 1u + $hu);
+                    sums$h = add_product(sums$h, left$u, panels[panel_at(1u + $hu, k + $uu, column4)]);
 #end
+#end
+                }
             }
 #ifndef VALUES
             if start + column4 < BUCKETS {
-                mass += get_four(0u, column4, row4) * matrix_mass(matrix + (start + column4) * MATRIX_ROW);
+                mass += panels[panel_at(0u, column4, row4)] * matrix_mass(matrix + (start + column4) * MATRIX_ROW);
             }
 #endif
 #ifndef ALONE
-            add_panels(&met, local, 0u, 3u);
+            for (var k = p.zero; k < 16u; k += 4u) {
+#repeat u 4
+                meet = add_product(meet, panels[panel_at(0u, k + $uu, row4)], panels[panel_at(3u, k + $uu, column4)]);
+#end
+            }
 #endif
         }
 #ifndef ALONE
-        var meet = block_of(&met, local, 1.0);
         // Which of its four columns each of the four rows meets, and how much.
         let columns = vec4<u32>(column4 * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
         var factor = vec4<f32>(1.0);
@@ -207,38 +189,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let ones = vec4<f32>(1.0);
         own_mass += vec4<f32>(dot(meet.a, ones), dot(meet.b, ones), dot(meet.c, ones), dot(meet.d, ones));
 #endif
-        var of_meet = 1.0;
-        var of_input = 1.0;
-#ifdef COOP
-        most = 0.0;
-        for (var start = 0u; start < count; start += 16u) {
-            if start + row4 < count {
-#repeat h PAIRS
-#ifdef VALUES
-                let x$h = input_quad(input_at(b, first + start + row4, kv_head * GROUP + g), channel + $hu * 64u, VALUE_DIM);
-                most = max(most, greatest_of(x$h));
-#else
-                let x$h = input_quad(input_at(b, first + start + row4, kv_head), channel + $hu * 64u, VALUE_DIM);
-                most = max(most, greatest_of(x$h - mean$h));
-#endif
-#end
-            }
-        }
-        of_input = scale_of(local, most);
-        of_meet = scale_of(local, greatest_of_block(meet));
-#repeat h PAIRS
-        scale_sums(&sums$h, of_input * of_meet / scale);
-#end
-        scale = of_input * of_meet;
-#endif
         for (var start = 0u; start < count; start += 16u) {
             workgroupBarrier();
             if column4 / 4u == start / 16u {
                 let step = column4 % 4u * 4u;
-                set_four(0u, step, row4, of_meet * vec4<f32>(meet.a.x, meet.b.x, meet.c.x, meet.d.x));
-                set_four(0u, step + 1u, row4, of_meet * vec4<f32>(meet.a.y, meet.b.y, meet.c.y, meet.d.y));
-                set_four(0u, step + 2u, row4, of_meet * vec4<f32>(meet.a.z, meet.b.z, meet.c.z, meet.d.z));
-                set_four(0u, step + 3u, row4, of_meet * vec4<f32>(meet.a.w, meet.b.w, meet.c.w, meet.d.w));
+                panels[panel_at(0u, step, row4)] = vec4<f32>(meet.a.x, meet.b.x, meet.c.x, meet.d.x);
+                panels[panel_at(0u, step + 1u, row4)] = vec4<f32>(meet.a.y, meet.b.y, meet.c.y, meet.d.y);
+                panels[panel_at(0u, step + 2u, row4)] = vec4<f32>(meet.a.z, meet.b.z, meet.c.z, meet.d.z);
+                panels[panel_at(0u, step + 3u, row4)] = vec4<f32>(meet.a.w, meet.b.w, meet.c.w, meet.d.w);
             }
 #repeat h PAIRS
             var x$h = vec4<f32>();
@@ -257,43 +215,43 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #end
             }
 #repeat h PAIRS
-            set_four(1u + $hu, row4, column4, of_input * x$h);
+            panels[panel_at(1u + $hu, row4, column4)] = x$h;
 #end
             workgroupBarrier();
             // Rows that meet none of these leave them out.
 #ifdef VALUES
-            let meets = first_row_of(local) < start + 16u;
+            let meets = row4 * 4u < start + 16u;
 #else
-            let meets = last_row_of(local) >= start;
+            let meets = row4 * 4u + 3u >= start;
 #endif
-            if meets {
+            for (var k = select(16u, p.zero, meets); k < 16u; k += 4u) {
+#repeat u 4
+                let left$u = panels[panel_at(0u, k + $uu, row4)];
 #repeat h PAIRS
-                add_panels(&sums$h, local, 0u, 1u + $hu);
+                sums$h = add_product(sums$h, left$u, panels[panel_at(1u + $hu, k + $uu, column4)]);
+#end
 #end
             }
         }
 #endif
     }
 
-#repeat h PAIRS
-    let block$h = block_of(&sums$h, local, scale);
-#end
 #ifdef VALUES
 #repeat h PAIRS
     let ones$h = matrix_quad(matrix + BUCKETS * MATRIX_ROW, channel + $hu * 64u);
-    store_row(b, first, row4 * 4u, rows, count, kv_head, channel + $hu * 64u, block$h.a + ones$h);
-    store_row(b, first, row4 * 4u + 1u, rows, count, kv_head, channel + $hu * 64u, block$h.b + ones$h);
-    store_row(b, first, row4 * 4u + 2u, rows, count, kv_head, channel + $hu * 64u, block$h.c + ones$h);
-    store_row(b, first, row4 * 4u + 3u, rows, count, kv_head, channel + $hu * 64u, block$h.d + ones$h);
+    store_row(b, first, row4 * 4u, rows, count, kv_head, channel + $hu * 64u, sums$h.a + ones$h);
+    store_row(b, first, row4 * 4u + 1u, rows, count, kv_head, channel + $hu * 64u, sums$h.b + ones$h);
+    store_row(b, first, row4 * 4u + 2u, rows, count, kv_head, channel + $hu * 64u, sums$h.c + ones$h);
+    store_row(b, first, row4 * 4u + 3u, rows, count, kv_head, channel + $hu * 64u, sums$h.d + ones$h);
 #end
 #else
     // Sums over the 16 invocations of a row.
     workgroupBarrier();
-    park(0u, column4, row4, mass);
-    park(3u, column4, row4, own_mass);
+    panels[panel_at(0u, column4, row4)] = mass;
+    panels[panel_at(3u, column4, row4)] = own_mass;
     workgroupBarrier();
-    let masses = parked_sum(0u, row4);
-    let divisor = masses + parked_sum(3u, row4) + last * seen;
+    let masses = panel_sum(0u, row4);
+    let divisor = masses + panel_sum(3u, row4) + last * seen;
     let some = divisor > vec4<f32>();
     let inverse = select(vec4<f32>(), 1.0 / divisor, some);
     let whole = select(vec4<f32>(), vec4<f32>(1.0), some);
@@ -301,13 +259,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #repeat h PAIRS
     let rest$h = last * (matrix_quad(last_at, channel + $hu * 64u) - seen * mean$h);
     store_row(b, first, row4 * 4u, rows, count, q_head, channel + $hu * 64u,
-        (block$h.a + rest$h - masses.x * mean$h) * inverse.x + whole.x * mean$h);
+        (sums$h.a + rest$h - masses.x * mean$h) * inverse.x + whole.x * mean$h);
     store_row(b, first, row4 * 4u + 1u, rows, count, q_head, channel + $hu * 64u,
-        (block$h.b + rest$h - masses.y * mean$h) * inverse.y + whole.y * mean$h);
+        (sums$h.b + rest$h - masses.y * mean$h) * inverse.y + whole.y * mean$h);
     store_row(b, first, row4 * 4u + 2u, rows, count, q_head, channel + $hu * 64u,
-        (block$h.c + rest$h - masses.z * mean$h) * inverse.z + whole.z * mean$h);
+        (sums$h.c + rest$h - masses.z * mean$h) * inverse.z + whole.z * mean$h);
     store_row(b, first, row4 * 4u + 3u, rows, count, q_head, channel + $hu * 64u,
-        (block$h.d + rest$h - masses.w * mean$h) * inverse.w + whole.w * mean$h);
+        (sums$h.d + rest$h - masses.w * mean$h) * inverse.w + whole.w * mean$h);
 #end
 #endif
 }

@@ -15,8 +15,6 @@ pub(crate) struct Caps {
     pub driver: String,
     pub is_software: bool,
     pub f16: bool,
-    /// Products of 16x16 matrices of halves with sums in f32, by subgroups of 32.
-    pub matrices: bool,
     pub subgroups: bool,
     pub subgroup_min: u32,
     pub subgroup_max: u32,
@@ -45,13 +43,7 @@ pub(crate) struct Caps {
 }
 
 impl Caps {
-    pub fn new(
-        info: &wgpu::AdapterInfo,
-        device: &wgpu::Device,
-        queue: &wgpu::Queue,
-        unchecked: bool,
-        matrices: bool,
-    ) -> Self {
+    pub fn new(info: &wgpu::AdapterInfo, device: &wgpu::Device, queue: &wgpu::Queue, unchecked: bool) -> Self {
         let (features, limits) = (device.features(), device.limits());
         // Browsers report sizes of 0; such subgroups cannot be planned for.
         let subgroups = features.contains(Features::SUBGROUP) && info.subgroup_min_size > 0;
@@ -63,7 +55,6 @@ impl Caps {
             driver,
             is_software: is_software(info),
             f16: features.contains(Features::SHADER_F16),
-            matrices,
             subgroups,
             subgroup_min: info.subgroup_min_size,
             subgroup_max: info.subgroup_max_size,
@@ -88,24 +79,6 @@ pub(crate) fn is_software(info: &wgpu::AdapterInfo) -> bool {
     let name = info.name.to_lowercase();
     info.device_type == wgpu::DeviceType::Cpu
         || ["llvmpipe", "lavapipe", "swiftshader", "basic render"].iter().any(|soft| name.contains(soft))
-}
-
-/// Bytes of workgroup memory that the kernels with cooperative matrices take at most.
-pub(crate) const MATRIX_MEMORY: u32 = 36 << 10;
-
-/// Whether an adapter has cooperative matrices as the kernels take them. Hosts' devices are not asked: the configurations
-/// are an adapter's, and the feature is experimental.
-pub(super) fn has_matrices(adapter: &wgpu::Adapter) -> bool {
-    use wgpu::CooperativeScalarType::{F16, F32};
-    let needed = Features::EXPERIMENTAL_COOPERATIVE_MATRIX | Features::SHADER_F16 | Features::SUBGROUP;
-    let info = adapter.get_info();
-    let fits = |p: &wgpu::CooperativeMatrixProperties| {
-        (p.m_size, p.n_size, p.k_size) == (16, 16, 16) && (p.ab_type, p.cr_type) == (F16, F32)
-    };
-    adapter.features().contains(needed)
-        && (info.subgroup_min_size, info.subgroup_max_size) == (32, 32)
-        && adapter.limits().max_compute_workgroup_storage_size >= MATRIX_MEMORY
-        && adapter.cooperative_matrix_properties().iter().any(fits)
 }
 
 /// Optional features that the adapter has, and the limits to ask it for.

@@ -21,8 +21,6 @@ pub(crate) struct Setup {
     pub lent: bool,
     /// Whether shaders run without run-time checks.
     pub unchecked: bool,
-    /// Whether the device has the cooperative matrices that the kernels take, see [`super::caps::has_matrices`].
-    pub matrices: bool,
     /// What [`Context::pipeline_cache_data`] returned earlier.
     pub pipeline_cache: Option<Vec<u8>>,
 }
@@ -45,7 +43,7 @@ pub(crate) struct Context {
 
 impl Context {
     pub fn new(setup: Setup) -> Result<Arc<Self>> {
-        let Setup { info, device, queue, lent, unchecked, matrices, pipeline_cache } = setup;
+        let Setup { info, device, queue, lent, unchecked, pipeline_cache } = setup;
         verify(&device.limits())?;
         let lost = Arc::new(Lost::default());
         if !lent {
@@ -57,7 +55,7 @@ impl Context {
             // wgpu panics on errors that nobody takes; ours are all taken, a caller's own mistakes are logged.
             device.on_uncaptured_error(Arc::new(|error| tracing::error!("wgpu: {error}")));
         }
-        let caps = Caps::new(&info, &device, &queue, unchecked, matrices);
+        let caps = Caps::new(&info, &device, &queue, unchecked);
         let pipelines = Pipelines::new(&device, &caps, pipeline_cache.as_deref())?;
         let arena = Arena::new(&caps);
         let readback = Readback::default();

@@ -20,8 +20,6 @@ pub(crate) mod shader_tests;
 mod tests;
 
 pub(crate) use assemble::{Assembler, dtype_define};
-#[cfg(test)]
-pub(crate) use caps::MATRIX_MEMORY;
 pub(crate) use caps::{is_software, requirements};
 pub(crate) use context::{Context, Setup};
 pub(crate) use input::{Input, stage, staged_bytes};

@@ -1,6 +1,6 @@
 //! Finding adapters and opening devices on them.
 
-use super::caps::{has_matrices, is_software, requirements, verify};
+use super::caps::{is_software, requirements, verify};
 use super::context::{Context, Setup};
 use crate::error::{Error, Result};
 use std::sync::Arc;
@@ -34,21 +34,12 @@ pub(crate) async fn open(
     unchecked: bool,
     pipeline_cache: Option<Vec<u8>>,
 ) -> Result<Arc<Context>> {
-    let (mut features, limits) = requirements(adapter);
+    let (features, limits) = requirements(adapter);
     verify(&limits)?;
-    let matrices = has_matrices(adapter);
-    let mut experimental_features = wgpu::ExperimentalFeatures::disabled();
-    if matrices {
-        features |= wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
-        // SAFETY: the kernels that use them load and store whole tiles inside arrays of workgroup memory, in control
-        // flow that is uniform in each subgroup; the twins without them run in the tests.
-        experimental_features = unsafe { wgpu::ExperimentalFeatures::enabled() };
-    }
     let request = wgpu::DeviceDescriptor {
         label: Some("softhash"),
         required_features: features,
         required_limits: limits,
-        experimental_features,
         ..Default::default()
     };
     let info = adapter.get_info();
@@ -56,5 +47,5 @@ pub(crate) async fn open(
         .request_device(&request)
         .await
         .map_err(|error| Error::Gpu { op: "open device", message: format!("{}: {error}", info.name) })?;
-    Context::new(Setup { info, device, queue, lent: false, unchecked, matrices, pipeline_cache })
+    Context::new(Setup { info, device, queue, lent: false, unchecked, pipeline_cache })
 }

@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use super::{Binding, KernelKey, MATRIX_MEMORY};
+use super::{Binding, KernelKey};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use std::collections::BTreeMap;
 
@@ -19,32 +19,17 @@ pub(crate) fn parse(key: &dyn KernelKey) -> naga::Module {
         .unwrap_or_else(|e| panic!("{}: {}", key.label(), e.emit_to_string(&source.wgsl)))
 }
 
-fn with_matrices(key: &dyn KernelKey) -> bool {
-    key.source().wgsl.contains("enable wgpu_cooperative_matrix;")
-}
-
 pub(crate) fn validates_and_translates(key: &dyn KernelKey) {
     let label = key.label();
     let module = parse(key);
-    let matrices = with_matrices(key);
-    let of_matrices = Capabilities::COOPERATIVE_MATRIX | Capabilities::SHADER_FLOAT16;
     // Half floats unpacked from integers are core WebGPU; subgroups are a variant of their own.
-    let mut validator = Validator::new(
-        ValidationFlags::all(),
-        Capabilities::SHADER_FLOAT16_IN_FLOAT32
-            | Capabilities::SUBGROUP
-            | if matrices { of_matrices } else { Capabilities::empty() },
-    );
+    let mut validator =
+        Validator::new(ValidationFlags::all(), Capabilities::SHADER_FLOAT16_IN_FLOAT32 | Capabilities::SUBGROUP);
     let info =
         validator.validate(&module).unwrap_or_else(|e| panic!("{label}: {}", e.emit_to_string(&key.source().wgsl)));
-    let options =
-        naga::back::spv::Options { lang_version: if matrices { (1, 6) } else { (1, 3) }, ..Default::default() };
+    let options = naga::back::spv::Options { lang_version: (1, 3), ..Default::default() };
     let spirv = naga::back::spv::write_vec(&module, &info, &options, None).unwrap();
     assert!(!spirv.is_empty(), "{label}");
-    if matrices {
-        // No other backend has them in this size.
-        return;
-    }
     let options = naga::back::msl::Options { fake_missing_bindings: true, ..Default::default() };
     let (msl, _) =
         naga::back::msl::write_string(&module, &info, &options, &naga::back::msl::PipelineOptions::default())
@@ -82,8 +67,7 @@ pub(crate) fn stays_in_limits(key: &dyn KernelKey) {
     }
     assert_eq!(storage + 1, bindings.len(), "{label}: unused bindings");
     assert!(storage <= 7, "{label}: {storage} storage buffers");
-    let limit = if with_matrices(key) { MATRIX_MEMORY } else { WORKGROUP_MEMORY };
-    assert!(workgroup <= limit, "{label}: {workgroup} bytes of workgroup memory");
+    assert!(workgroup <= WORKGROUP_MEMORY, "{label}: {workgroup} bytes of workgroup memory");
 }
 
 /// The structs of all kernels' texts, by name.

@@ -38,7 +38,7 @@ fn hosted() -> (Arc<Context>, Arc<AtomicUsize>) {
         count.fetch_add(1, Ordering::SeqCst);
     }));
     let info = adapter.get_info();
-    let setup = Setup { info, device, queue, lent: true, unchecked: false, matrices: false, pipeline_cache: None };
+    let setup = Setup { info, device, queue, lent: true, unchecked: false, pipeline_cache: None };
     (Context::new(setup).unwrap(), seen)
 }
 

@@ -270,8 +270,8 @@ impl GpuRace {
                     let block = self.block(done, &info, heads.clone(), ensemble);
                     if let Some((k, v)) = &staged.keys {
                         self.project(&mut passes, &block, k, false, &hashes)?;
-                        self.chunk_sums(&mut passes, &block, v, &hashes, &matrices)?;
-                        self.advance(&mut passes, &next.numbered(&block), &next.state, &matrices, false)?;
+                        let block = next.numbered(&block);
+                        self.advance(&mut passes, &block, v, &hashes, &next.state, &matrices)?;
                     }
                 }
             }
@@ -367,7 +367,7 @@ impl GpuRace {
             let numbered = entry.numbered(block);
             match &staged.keys {
                 Some((_, v)) => {
-                    self.chunk_sums(passes, block, v, &room.hashes, matrices)?;
+                    self.chunk_sums(passes, block, v, &room.hashes, matrices, false)?;
                     self.scan(passes, &numbered, KEEP_STATE, &entry.state, matrices, false)?;
                     binds.push(v.bind.clone());
                     params.input2 = v.strides;
@@ -388,7 +388,7 @@ impl GpuRace {
             let mut binds = vec![block.info.clone(), grad_o.bind.clone()];
             binds.extend([&room.hashes, &matrices.chunks, readings].map(Bind::from));
             let wide = grad_o.strides.in_fours() && g.value_dim.is_multiple_of(4);
-            let kernel = BackwardKernel::QuerySums { grad: staged.grad, wide, matrices: self.with_matrices() };
+            let kernel = BackwardKernel::QuerySums { grad: staged.grad, wide };
             passes.dispatch(self.backward_key(kernel), params, groups as u64, binds)?;
             self.scan(passes, block, 0, &moving.gradient, matrices, true)?;
         }
@@ -426,21 +426,16 @@ impl GpuRace {
         binds.extend(of_queries.map(|(_, readings)| Bind::from(readings)));
         let fours = g.value_dim.is_multiple_of(4);
         let (wide, wide_out) = (fours && value.input.in_fours(), fours && value.out_in_fours());
-        let kernel = BackwardKernel::Value { grad, absorb, wide, wide_out, matrices: self.with_matrices() };
+        let kernel = BackwardKernel::Value { grad, absorb, wide, wide_out };
         let groups = block.units() * block.chunks * g.channel_blocks();
         passes.dispatch(self.backward_key(kernel), value, groups as u64, binds)
-    }
-
-    /// Whether products are made by cooperative matrices. Readings of bucket normalisations have no common scale.
-    fn with_matrices(&self) -> bool {
-        self.geometry.ratio && self.ctx.caps().matrices
     }
 
     /// The kernel of gradients of hashes of whole chunks.
     fn hash_chunk(&self, keys: bool, grad: DType, params: &Params) -> BackwardKernel {
         let fours = self.geometry.value_dim.is_multiple_of(4);
         let (wide, wide2) = (fours && params.input.in_fours(), fours && params.input2.in_fours());
-        BackwardKernel::HashChunk { keys, grad, wide, wide2, matrices: self.with_matrices() }
+        BackwardKernel::HashChunk { keys, grad, wide, wide2 }
     }
 
     /// A piece of a result with `row` elements a token, to be written by the first ensemble and added to by others.

@@ -42,13 +42,13 @@ pub(crate) enum BackwardKernel {
     /// Gradients of queries' hashes; `read`: from a state alone.
     Query { grad: DType, read: bool },
     /// What the queries of each chunk give to the gradient of the sums that they read.
-    QuerySums { grad: DType, wide: bool, matrices: bool },
+    QuerySums { grad: DType, wide: bool },
     /// Gradients of keys' hashes; `absorb`: from the gradient of a state alone.
     Key { grad: DType, absorb: bool },
     /// dv.
-    Value { grad: DType, absorb: bool, wide: bool, wide_out: bool, matrices: bool },
+    Value { grad: DType, absorb: bool, wide: bool, wide_out: bool },
     /// [`Self::Query`] or [`Self::Key`] for whole chunks, see [`Geometry::chunk_hashes`].
-    HashChunk { keys: bool, grad: DType, wide: bool, wide2: bool, matrices: bool },
+    HashChunk { keys: bool, grad: DType, wide: bool, wide2: bool },
     /// From gradients of hashes to those of `queries` or keys.
     HashInputs { queries: bool, wide_out: bool },
     /// From gradients of hashes to those of hyperplanes and β, in shares.
@@ -138,15 +138,6 @@ impl BackwardKernel {
                         | Self::HashChunk { wide: true, .. }
                 ),
             ),
-            (
-                "COOP",
-                matches!(
-                    self,
-                    Self::QuerySums { matrices: true, .. }
-                        | Self::Value { matrices: true, .. }
-                        | Self::HashChunk { matrices: true, .. }
-                ),
-            ),
             ("WIDE2", matches!(self, Self::HashChunk { wide2: true, .. })),
             ("WIDE_OUT", matches!(self, Self::Value { wide_out: true, .. } | Self::HashInputs { wide_out: true, .. })),
             ("ALONE", matches!(self, Self::Value { absorb: true, .. })),
@@ -184,15 +175,15 @@ pub(super) fn every(geometry: &Geometry) -> Vec<BackwardKernel> {
     for flag in [false, true] {
         for grad in [geometry.dtype, DType::F32] {
             all.push(BackwardKernel::Query { grad, read: flag });
+            for wide in [false, geometry.value_dim.is_multiple_of(4)] {
+                all.push(BackwardKernel::QuerySums { grad, wide });
+            }
             let grad = if flag { DType::F32 } else { grad };
             all.push(BackwardKernel::Key { grad, absorb: flag });
             for wide in [false, geometry.value_dim.is_multiple_of(4)] {
-                for matrices in [false, geometry.ratio] {
-                    all.push(BackwardKernel::QuerySums { grad, wide, matrices });
-                    all.push(BackwardKernel::Value { grad, absorb: flag, wide, wide_out: wide, matrices });
-                    if geometry.chunk_hashes(flag) {
-                        all.push(BackwardKernel::HashChunk { keys: flag, grad, wide, wide2: wide, matrices });
-                    }
+                all.push(BackwardKernel::Value { grad, absorb: flag, wide, wide_out: wide });
+                if geometry.chunk_hashes(flag) {
+                    all.push(BackwardKernel::HashChunk { keys: flag, grad, wide, wide2: wide });
                 }
             }
         }

@@ -14,11 +14,10 @@ pub(crate) enum Kernel {
         per_head: usize,
         wide: bool,
     },
-    /// Sums over the keys of each chunk; `wide`: rows of v are whole vectors of four.
+    /// Sums over the keys of each chunk, or of each segment as pairs; `wide`: rows of v are whole vectors of four.
     ChunkSums {
+        segments: bool,
         wide: bool,
-        /// By cooperative matrices.
-        matrices: bool,
     },
     /// Sums over the chunks of each segment.
     ScanParts {
@@ -44,8 +43,6 @@ pub(crate) enum Kernel {
         read: bool,
         wide: bool,
         wide_out: bool,
-        /// By cooperative matrices.
-        matrices: bool,
     },
     /// One token of each sequence: B and the output.
     Step {
@@ -74,7 +71,7 @@ pub(super) const SNIPPETS: &[(&str, &str)] = snippets!(
     "race": ["info", "params", "input", "input2", "hash", "features", "matrices", "double", "store"],
     "race": ["weights", "tile", "sums", "through_hash", "readings", "hash_rows"],
     "race": ["window_params", "window_last", "window_keys", "window_rows"],
-    "race": ["quad", "quads", "quads2", "panels", "panels_coop", "segments", "matrix_quads", "store_quads"],
+    "race": ["quad", "quads", "quads2", "panels", "segments", "matrix_quads", "store_quads"],
 );
 
 impl Kernel {
@@ -96,7 +93,8 @@ impl Kernel {
         match self {
             Self::Project { .. } => "project",
             Self::Backward(kernel) => kernel.stage(),
-            Self::ChunkSums { .. } => "chunk sums",
+            Self::ChunkSums { segments: false, .. } => "chunk sums",
+            Self::ChunkSums { segments: true, .. } => "segment sums",
             Self::ScanParts { .. } => "scan parts",
             Self::ScanSpread { .. } => "scan spread",
             Self::Scan { .. } => "scan",
@@ -144,8 +142,8 @@ impl Key {
                 }
             }
             Kernel::Project { wide, .. } => defines.extend(wide.then_some("WIDE")),
-            Kernel::ChunkSums { wide, matrices } => {
-                defines.extend(matrices.then_some("COOP"));
+            Kernel::ChunkSums { segments, wide } => {
+                defines.extend(segments.then_some("SEGMENTS"));
                 defines.extend(wide.then_some("WIDE"));
                 defines.extend(g.value_dim.is_multiple_of(4).then_some("QUADS"));
             }
@@ -155,15 +153,10 @@ impl Key {
                     defines.push("SUMMED");
                 }
             }
-            Kernel::OutputRatio { output, read, wide, wide_out, matrices } => {
+            Kernel::OutputRatio { output, read, wide, wide_out } => {
                 defines.push(dtype_define("OUT", output));
-                let flags = [
-                    ("ALONE", read),
-                    ("COOP", matrices),
-                    ("WIDE", wide),
-                    ("WIDE_OUT", wide_out),
-                    ("QUADS", g.value_dim.is_multiple_of(4)),
-                ];
+                let flags =
+                    [("ALONE", read), ("WIDE", wide), ("WIDE_OUT", wide_out), ("QUADS", g.value_dim.is_multiple_of(4))];
                 defines.extend(flags.iter().filter(|(_, on)| *on).map(|(name, _)| *name));
             }
             Kernel::Step { output } => defines.push(dtype_define("OUT", output)),

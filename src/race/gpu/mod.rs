@@ -6,7 +6,8 @@
 //! | buffer | layout |
 //! |---|---|
 //! | hashes | t = tanh(w·x): of keys `[sequence, token, kv head of the block, L·P]`, then of queries with all heads of the group |
-//! | matrices | `[unit, chunk, S + 1, Dv + 1]`: \[α, 1\]ᵀ\[v, 1\] of each chunk of 64 tokens, then in its place the sum before the chunk |
+//! | matrices | `[unit, chunk, S + 1, Dv + 1]`, rows padded to whole fours: \[α, 1\]ᵀ\[v, 1\] of each chunk of 64 tokens, then in its place the sum before the chunk |
+//! | segments | `[unit, segment, S + 1, Dv + 1]`, likewise, pairs of f32: sums of 16 chunks, then the sums before them |
 //! | state | `[sequence, kv head, ensemble, S, Dv + 1]` pairs of f32: B, and A in the last column |
 //!
 //! α = R·φ − c with the centring constant c of the kv head, see [`crate::race::plan::centre`]. A matrix's last row and
@@ -110,8 +111,7 @@ impl GpuRace {
             return Kernel::Output { output, read };
         }
         let fours = g.value_dim.is_multiple_of(4);
-        let (wide, wide_out, matrices) = (in_fours && fours, out_in_fours && fours, self.ctx.caps().matrices);
-        Kernel::OutputRatio { output, read, wide, wide_out, matrices }
+        Kernel::OutputRatio { output, read, wide: in_fours && fours, wide_out: out_in_fours && fours }
     }
 
     fn key(&self, kernel: Kernel) -> Key {
@@ -199,7 +199,7 @@ impl RaceExecutor for GpuRace {
         let mut kernels = vec![
             Kernel::Project { per_head: 1, wide: self.geometry.head_dim.is_multiple_of(4) },
             Kernel::Project { per_head: self.geometry.group, wide: self.geometry.head_dim.is_multiple_of(4) },
-            Kernel::ChunkSums { wide: self.geometry.value_dim.is_multiple_of(4), matrices: self.ctx.caps().matrices },
+            Kernel::ChunkSums { segments: false, wide: self.geometry.value_dim.is_multiple_of(4) },
             Kernel::ScanParts { reverse: false },
             Kernel::Scan { reverse: false },
             Kernel::ScanSpread { reverse: false },

@@ -56,9 +56,9 @@ fn keys() -> Vec<Key> {
             add(Kernel::Project { per_head: 1, wide });
             add(Kernel::Project { per_head: geometry.group, wide });
         }
-        for matrices in [false, true] {
-            add(Kernel::ChunkSums { wide: false, matrices });
-            add(Kernel::ChunkSums { wide: geometry.value_dim.is_multiple_of(4), matrices });
+        for segments in [false, true] {
+            add(Kernel::ChunkSums { segments, wide: false });
+            add(Kernel::ChunkSums { segments, wide: geometry.value_dim.is_multiple_of(4) });
         }
         add(Kernel::StepMass);
         for flag in [true, false] {
@@ -69,8 +69,8 @@ fn keys() -> Vec<Key> {
                 add(Kernel::Step { output: dtype });
                 add(Kernel::Output { output: dtype, read: flag });
                 for wide in [false, geometry.value_dim.is_multiple_of(4)] {
-                    for matrices in [false, true].into_iter().filter(|_| geometry.ratio) {
-                        add(Kernel::OutputRatio { output: dtype, read: flag, wide, wide_out: wide, matrices });
+                    if geometry.ratio {
+                        add(Kernel::OutputRatio { output: dtype, read: flag, wide, wide_out: wide });
                     }
                 }
             }
