@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo bench --bench race -- [--device auto|cpu|NAME] [--lengths 65536,1048576] [--hashes 2x2,3x3,4x4]
-//!                             [--dtypes f32,bf16] [--dense 1024,4096] [--json FILE] [FILTER]
+//!                             [--dtypes f32,bf16] [--dense 1024,4096] [--stages] [--json FILE] [FILTER]
 //! ```
 //! The executable runs without cargo. Every result is checked against sums in f64 over all tokens before it is timed; a
 //! wrong one ends the run. Up to `--segment` tokens one call does all; beyond, the state is carried from call to call,

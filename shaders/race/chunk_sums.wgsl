@@ -5,21 +5,14 @@
 #import panels
 // [α, 1]ᵀ[v, 1] of the keys of a chunk: one workgroup per (unit, chunk, tile of 64 buckets, block of channels). With
 // QUERIES it is what the queries of a chunk give to the gradient of the state that they read, over all heads of the
-// group: `input` is grad_o, and readings stand for α and 1. With SEGMENTS it is the keys of a whole segment of chunks, and
-// the sums are pairs, for `scan`.
+// group: `input` is grad_o, and readings stand for α and 1.
 //
 // The first block of channels also takes the column of masses, the first tile of buckets the row of sums.
 @group(0) @binding(3) var<storage, read> t: array<f32>;
-#ifdef SEGMENTS
-@group(0) @binding(4) var<storage, read_write> matrices: array<vec2<f32>>;
-const SPAN: u32 = CHUNK * SEGMENT;
-#else
 #ifdef QUADS
 @group(0) @binding(4) var<storage, read_write> matrices: array<vec4<f32>>;
 #else
 @group(0) @binding(4) var<storage, read_write> matrices: array<f32>;
-#endif
-const SPAN: u32 = CHUNK;
 #endif
 #ifdef QUERIES
 @group(0) @binding(5) var<storage, read> readings: array<f32>;
@@ -28,19 +21,6 @@ const SPAN: u32 = CHUNK;
 
 const TILES: u32 = (BUCKETS + 63u) / 64u;
 
-#ifdef SEGMENTS
-fn store_quad(at: u32, channel: u32, x: vec4<f32>) {
-    for (var i = p.zero; i < 4u; i++) {
-        if channel + i < VALUE_DIM {
-            matrices[at + channel + i] = vec2<f32>(x[i], 0.0);
-        }
-    }
-}
-
-fn store_mass(at: u32, x: f32) {
-    matrices[at + VALUE_DIM] = vec2<f32>(x, 0.0);
-}
-#else
 fn store_quad(at: u32, channel: u32, x: vec4<f32>) {
 #ifdef QUADS
     if channel < VALUE_DIM {
@@ -62,7 +42,6 @@ fn store_mass(at: u32, x: f32) {
     matrices[at + VALUE_DIM] = x;
 #endif
 }
-#endif
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
@@ -72,25 +51,18 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     let block = index % CHANNEL_BLOCKS;
     let tile = index / CHANNEL_BLOCKS % TILES;
-#ifdef SEGMENTS
-    let spans = (p.chunks + SEGMENT - 1u) / SEGMENT;
-    let slots = spans;
-#else
-    let spans = p.chunks;
-    let slots = p.slots;
-#endif
-    let chunk = index / (CHANNEL_BLOCKS * TILES) % spans;
-    let unit = index / (CHANNEL_BLOCKS * TILES) / spans;
+    let chunk = index / (CHANNEL_BLOCKS * TILES) % p.chunks;
+    let unit = index / (CHANNEL_BLOCKS * TILES) / p.chunks;
     let b = unit / p.heads;
     let head = unit % p.heads;
     let beta = beta_of(p.head + head);
     let centre = centre_of(p.head + head);
-    let first = chunk * SPAN;
+    let first = chunk * CHUNK;
     let length = length_of(b);
     if first >= length {
         return;
     }
-    let count = min(SPAN, length - first);
+    let count = min(CHUNK, length - first);
 
     // The filling invocation's token and its four buckets or channels, and the rows and columns of its sums.
     let step = local / 16u;
@@ -163,7 +135,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
     }
 
-    let out = (unit * slots + chunk) * MATRIX;
+    let out = (unit * p.slots + chunk) * MATRIX;
     let of_rows = out + (tile * 64u + step * 4u) * MATRIX_ROW;
 #repeat h PAIRS
     if tile * 64u + step * 4u < BUCKETS {

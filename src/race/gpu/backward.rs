@@ -270,8 +270,8 @@ impl GpuRace {
                     let block = self.block(done, &info, heads.clone(), ensemble);
                     if let Some((k, v)) = &staged.keys {
                         self.project(&mut passes, &block, k, false, &hashes)?;
-                        let block = next.numbered(&block);
-                        self.advance(&mut passes, &block, v, &hashes, &next.state, &matrices)?;
+                        self.chunk_sums(&mut passes, &block, v, &hashes, &matrices)?;
+                        self.advance(&mut passes, &next.numbered(&block), &next.state, &matrices, false)?;
                     }
                 }
             }
@@ -367,7 +367,7 @@ impl GpuRace {
             let numbered = entry.numbered(block);
             match &staged.keys {
                 Some((_, v)) => {
-                    self.chunk_sums(passes, block, v, &room.hashes, matrices, false)?;
+                    self.chunk_sums(passes, block, v, &room.hashes, matrices)?;
                     self.scan(passes, &numbered, KEEP_STATE, &entry.state, matrices, false)?;
                     binds.push(v.bind.clone());
                     params.input2 = v.strides;

@@ -175,19 +175,17 @@ impl GpuRace {
         for heads in self.head_blocks(piece) {
             for ensemble in 0..g.ensembles {
                 let block = self.block(piece, &info, heads.clone(), ensemble);
-                if let Some((k, _)) = &keys {
+                if let Some((k, v)) = &keys {
                     self.project(passes, &block, k, false, &hashes)?;
+                    self.chunk_sums(passes, &block, v, &hashes, &matrices)?;
                 }
                 let Some(q) = &queries else {
-                    if let Some((_, v)) = &keys {
-                        self.advance(passes, &block, v, &hashes, state, &matrices)?;
-                    }
+                    self.advance(passes, &block, state, &matrices, false)?;
                     continue;
                 };
                 self.project(passes, &block, q, true, &hashes)?;
                 let (block, values) = match &keys {
                     Some((_, v)) => {
-                        self.chunk_sums(passes, &block, v, &hashes, &matrices, false)?;
                         self.scan(passes, &block, 0, state, &matrices, false)?;
                         (block, v)
                     }

@@ -14,9 +14,8 @@ pub(crate) enum Kernel {
         per_head: usize,
         wide: bool,
     },
-    /// Sums over the keys of each chunk, or of each segment as pairs; `wide`: rows of v are whole vectors of four.
+    /// Sums over the keys of each chunk; `wide`: rows of v are whole vectors of four.
     ChunkSums {
-        segments: bool,
         wide: bool,
     },
     /// Sums over the chunks of each segment.
@@ -93,8 +92,7 @@ impl Kernel {
         match self {
             Self::Project { .. } => "project",
             Self::Backward(kernel) => kernel.stage(),
-            Self::ChunkSums { segments: false, .. } => "chunk sums",
-            Self::ChunkSums { segments: true, .. } => "segment sums",
+            Self::ChunkSums { .. } => "chunk sums",
             Self::ScanParts { .. } => "scan parts",
             Self::ScanSpread { .. } => "scan spread",
             Self::Scan { .. } => "scan",
@@ -142,8 +140,7 @@ impl Key {
                 }
             }
             Kernel::Project { wide, .. } => defines.extend(wide.then_some("WIDE")),
-            Kernel::ChunkSums { segments, wide } => {
-                defines.extend(segments.then_some("SEGMENTS"));
+            Kernel::ChunkSums { wide } => {
                 defines.extend(wide.then_some("WIDE"));
                 defines.extend(g.value_dim.is_multiple_of(4).then_some("QUADS"));
             }

@@ -199,7 +199,7 @@ impl RaceExecutor for GpuRace {
         let mut kernels = vec![
             Kernel::Project { per_head: 1, wide: self.geometry.head_dim.is_multiple_of(4) },
             Kernel::Project { per_head: self.geometry.group, wide: self.geometry.head_dim.is_multiple_of(4) },
-            Kernel::ChunkSums { segments: false, wide: self.geometry.value_dim.is_multiple_of(4) },
+            Kernel::ChunkSums { wide: self.geometry.value_dim.is_multiple_of(4) },
             Kernel::ScanParts { reverse: false },
             Kernel::Scan { reverse: false },
             Kernel::ScanSpread { reverse: false },

@@ -110,7 +110,7 @@ impl GpuRace {
         passes.dispatch(self.key(Kernel::Project { per_head, wide }), params, groups as u64, binds)
     }
 
-    /// The matrices of the block's chunks, or with `segments` the sums of its segments alone.
+    /// The matrices of the block's chunks.
     pub(super) fn chunk_sums(
         &self,
         passes: &mut Passes<'_>,
@@ -118,37 +118,31 @@ impl GpuRace {
         v: &Input,
         hashes: &wgpu::Buffer,
         matrices: &Matrices,
-        segments: bool,
     ) -> Result<()> {
         let g = &self.geometry;
         let params = Params { input: v.strides, ..block.params };
-        let (spans, sums) = match segments {
-            true => (block.chunks.div_ceil(SEGMENT), &matrices.segments),
-            false => (block.chunks, &matrices.chunks),
-        };
-        let groups = block.units() * spans * g.bucket_tiles() * g.channel_blocks();
-        let binds = vec![block.info.clone(), v.bind.clone(), Bind::from(hashes), Bind::from(sums)];
+        let groups = block.units() * block.chunks * g.bucket_tiles() * g.channel_blocks();
+        let binds = vec![block.info.clone(), v.bind.clone(), Bind::from(hashes), Bind::from(&matrices.chunks)];
         let wide = v.strides.in_fours() && g.value_dim.is_multiple_of(4);
-        passes.dispatch(self.key(Kernel::ChunkSums { segments, wide }), params, groups as u64, binds)
+        passes.dispatch(self.key(Kernel::ChunkSums { wide }), params, groups as u64, binds)
     }
 
-    /// Moves the state on to the block's end by its keys; the matrices of its chunks are not made.
+    /// Moves the state on to the block's end, or with `reverse` its gradient back to the block's beginning, by the
+    /// matrices of its chunks.
     pub(super) fn advance(
         &self,
         passes: &mut Passes<'_>,
         block: &Block,
-        v: &Input,
-        hashes: &wgpu::Buffer,
         state: &GpuState,
         matrices: &Matrices,
+        reverse: bool,
     ) -> Result<()> {
-        self.chunk_sums(passes, block, v, hashes, matrices, true)?;
-        self.scan_segments(passes, block, block.params, state, matrices, false)
+        self.scan_chunks(passes, block, Kernel::ScanParts { reverse }, matrices)?;
+        self.scan_segments(passes, block, block.params, state, matrices, reverse)
     }
 
-    /// Replaces the matrices of chunks by the sums before them, the state included, or with `reverse` by those after
-    /// them; the state moves on to the block's end, or its gradient back to the block's beginning. With `flags` of
-    /// [`KEEP_STATE`] it stays.
+    /// As [`GpuRace::advance`]; and the matrices of chunks become the sums before them, the state included, or with
+    /// `reverse` those after them. With `flags` of [`KEEP_STATE`] the state stays.
     pub(super) fn scan(
         &self,
         passes: &mut Passes<'_>,

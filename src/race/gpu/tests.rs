@@ -56,10 +56,8 @@ fn keys() -> Vec<Key> {
             add(Kernel::Project { per_head: 1, wide });
             add(Kernel::Project { per_head: geometry.group, wide });
         }
-        for segments in [false, true] {
-            add(Kernel::ChunkSums { segments, wide: false });
-            add(Kernel::ChunkSums { segments, wide: geometry.value_dim.is_multiple_of(4) });
-        }
+        add(Kernel::ChunkSums { wide: false });
+        add(Kernel::ChunkSums { wide: geometry.value_dim.is_multiple_of(4) });
         add(Kernel::StepMass);
         for flag in [true, false] {
             add(Kernel::Scan { reverse: flag });
