@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! cargo bench --bench race -- [--device auto|cpu|NAME] [--lengths 65536,1048576] [--hashes 2x2,3x3,4x4]
-//!                             [--dtypes f32,bf16] [--windows 0,256] [--dense 1024,4096] [--json FILE] [FILTER]
+//!                             [--dtypes f32,bf16] [--windows 0,256] [--dense 1024,4096] [--stages] [--json FILE]
+//!                             [FILTER]
 //! ```
 //! The executable runs without cargo. Every result is checked against sums in f64 over all tokens before it is timed; a
 //! wrong one ends the run. Up to `--segment` tokens one call does all; beyond, the state is carried from call to call,
@@ -55,6 +56,9 @@ struct Arguments {
     /// Seconds of measuring per figure, after one run that is not counted.
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
+    /// Also the time of each kernel.
+    #[arg(long)]
+    stages: bool,
     /// Where every figure goes.
     #[arg(long)]
     json: Option<std::path::PathBuf>,
@@ -94,6 +98,21 @@ impl Meter {
     }
 }
 
+/// Prints the time of each kernel in a forward and a backward. Without wgpu there are none.
+fn stages(device: &Device, name: &str, layer: &mut Layer<'_>) {
+    for backward in [false, true] {
+        device.trace_stages(true);
+        let passed = if backward { layer.backward(|_, _| Ok(())) } else { layer.forward(|_, _| Ok(())) };
+        passed.unwrap_or_else(|error| panic!("{error}"));
+        let stages = device.trace_stages(false);
+        let total: f64 = stages.iter().map(|(_, _, nanoseconds)| nanoseconds).sum();
+        println!("{name} {}: {:.2} ms", if backward { "backward" } else { "forward" }, total * 1e-6);
+        for (stage, count, nanoseconds) in stages {
+            println!("  {stage:20} {count:6} x {:8.1} us", nanoseconds * 1e-3 / count as f64);
+        }
+    }
+}
+
 fn pair(hash: &str) -> (usize, usize) {
     let (planes, tables) = hash.split_once('x').expect("a hash is given as 2x2");
     (planes.parse().unwrap(), tables.parse().unwrap())
@@ -128,6 +147,9 @@ fn main() {
                 layer.check(&mut truths, true).unwrap_or_else(|error| panic!("{error}"));
                 meter.forward(&mut layer);
                 meter.backward(&mut layer);
+                if arguments.stages {
+                    stages(&device, &format!("{dtype:?} {} {tokens} tokens", layer.name()), &mut layer);
+                }
             }
         }
         for &(hash, window) in &layers {

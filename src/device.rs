@@ -354,6 +354,14 @@ impl Device {
         self.context().map_or(Ok(None), |context| Timer::new(context, spans))
     }
 
+    /// Begins timing all stages of calls that are submitted at once, or ends it: then the dispatches and nanoseconds of
+    /// each since. Calls wait for the GPU meanwhile. For benches.
+    #[doc(hidden)]
+    pub fn trace_stages(&self, on: bool) -> Vec<(&'static str, u64, f64)> {
+        let stages = self.context().map(|context| context.trace().set(on)).unwrap_or_default();
+        stages.into_iter().map(|(stage, (count, sum))| (stage, count, sum)).collect()
+    }
+
     pub(crate) fn context(&self) -> Option<&Arc<Context>> {
         match &self.kind {
             Kind::Gpu(context) => Some(context),

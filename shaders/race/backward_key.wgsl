@@ -18,7 +18,6 @@
 var<workgroup> products: array<vec4<f32>, 256>;
 #endif
 
-const ROW: u32 = VALUE_DIM + 1u;
 const BLOCKS: u32 = (BUCKETS + WIDTH - 1u) / WIDTH;
 
 fn fill_values(b: u32, head: u32, token: u32, length: u32, row8: u32, column: u32, slice: u32) {
@@ -59,14 +58,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let beta = beta_of(p.head + head);
     let centre = centre_of(p.head + head);
     let chunk = token / CHUNK;
-    let state = ((b * p.heads + head) * p.slots + min(chunk, p.slots - 1u)) * (BUCKETS + 1u) * ROW;
+    let state = ((b * p.heads + head) * p.slots + min(chunk, p.slots - 1u)) * (BUCKETS + 1u) * MATRIX_ROW;
 
     let column = local % 32u;
     let row8 = local / 32u;
 #repeat c COLUMNS
     sums[$c] = vec4<f32>();
     if start + column + $cu * 32u < BUCKETS {
-        sums[$c] += chunks[state + (start + column + $cu * 32u) * ROW + VALUE_DIM];
+        sums[$c] += chunks[state + (start + column + $cu * 32u) * MATRIX_ROW + VALUE_DIM];
     }
 #end
     for (var slice = 0u; slice < VALUE_DIM; slice += 32u) {
@@ -79,7 +78,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 let channel = slice + base + i % DEPTH;
                 var x = 0.0;
                 if bucket < BUCKETS && channel < VALUE_DIM {
-                    x = chunks[state + bucket * ROW + channel];
+                    x = chunks[state + bucket * MATRIX_ROW + channel];
                 }
                 right[right_at(i % DEPTH, i / DEPTH)] = x;
             }

@@ -23,7 +23,6 @@
 var<workgroup> products: array<vec4<f32>, 512>;
 #endif
 
-const ROW: u32 = VALUE_DIM + 1u;
 const BLOCKS: u32 = (BUCKETS + WIDTH - 1u) / WIDTH;
 const EPSILON: f32 = 1e-6 * SIZE;
 #ifdef RATIO
@@ -156,12 +155,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     tile.centre = centre_of(p.head + tile.kv_head);
     let chunk = tile.token / CHUNK;
     let in_chunk = tile.token % CHUNK;
-    let state = ((tile.b * p.heads + tile.kv_head) * p.slots + min(chunk, p.slots - 1u)) * (BUCKETS + 1u) * ROW;
+    let state = ((tile.b * p.heads + tile.kv_head) * p.slots + min(chunk, p.slots - 1u)) * (BUCKETS + 1u) * MATRIX_ROW;
 
     let column = local % 32u;
     let row8 = local / 32u;
     let position = vec4<u32>(in_chunk + row8 * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
-    tile.seen = vec4<f32>(chunks[state + BUCKETS * ROW + VALUE_DIM]);
+    tile.seen = vec4<f32>(chunks[state + BUCKETS * MATRIX_ROW + VALUE_DIM]);
     var gain = vec4<f32>();
 #ifndef READ
     tile.seen += vec4<f32>(position + 1u);
@@ -190,7 +189,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         workgroupBarrier();
         fill_gradient(tile, row8, column, slice);
         if slice + column < VALUE_DIM {
-            gain += left[left_at(column, row8)] * chunks[state + BUCKETS * ROW + slice + column];
+            gain += left[left_at(column, row8)] * chunks[state + BUCKETS * MATRIX_ROW + slice + column];
         }
     }
     tile.gain = sum_of_columns(row8, column, gain);
@@ -203,7 +202,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         values[$c] = vec4<f32>();
         masses[$c] = vec4<f32>();
         if start + column + $cu * 32u < BUCKETS {
-            masses[$c] += chunks[state + (start + column + $cu * 32u) * ROW + VALUE_DIM];
+            masses[$c] += chunks[state + (start + column + $cu * 32u) * MATRIX_ROW + VALUE_DIM];
         }
 #end
         for (var slice = 0u; slice < VALUE_DIM; slice += 32u) {
@@ -216,7 +215,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                     let channel = slice + base + i % DEPTH;
                     var x = 0.0;
                     if bucket < BUCKETS && channel < VALUE_DIM {
-                        x = chunks[state + bucket * ROW + channel];
+                        x = chunks[state + bucket * MATRIX_ROW + channel];
                     }
                     right[right_at(i % DEPTH, i / DEPTH)] = x;
                 }

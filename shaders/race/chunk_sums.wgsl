@@ -1,13 +1,47 @@
 #import params
-#import input
-#import features
+#import quads
+#import weights
 #import matrices
-// [α, 1]ᵀ[v, 1] of the keys of a chunk: one workgroup per (unit, chunk, tile of 32 buckets, block of channels).
+#import panels
+// [α, 1]ᵀ[v, 1] of the keys of a chunk: one workgroup per (unit, chunk, tile of 64 buckets, block of channels). With
+// QUERIES it is what the queries of a chunk give to the gradient of the state that they read, over all heads of the
+// group: `input` is grad_o, and readings stand for α and 1.
+//
+// The first block of channels also takes the column of masses, the first tile of buckets the row of sums.
 @group(0) @binding(3) var<storage, read> t: array<f32>;
+#ifdef QUADS
+@group(0) @binding(4) var<storage, read_write> matrices: array<vec4<f32>>;
+#else
 @group(0) @binding(4) var<storage, read_write> matrices: array<f32>;
+#endif
+#ifdef QUERIES
+@group(0) @binding(5) var<storage, read> readings: array<f32>;
+#import readings
+#endif
 
-// α of a token for buckets 4i to 4i + 3 of the tile, at `token * 9 + i`.
-var<workgroup> alphas: array<vec4<f32>, 288>;
+const TILES: u32 = (BUCKETS + 63u) / 64u;
+
+fn store_quad(at: u32, channel: u32, x: vec4<f32>) {
+#ifdef QUADS
+    if channel < VALUE_DIM {
+        matrices[(at + channel) >> 2u] = x;
+    }
+#else
+    for (var i = p.zero; i < 4u; i++) {
+        if channel + i < VALUE_DIM {
+            matrices[at + channel + i] = x[i];
+        }
+    }
+#endif
+}
+
+fn store_mass(at: u32, x: f32) {
+#ifdef QUADS
+    matrices[(at + VALUE_DIM) >> 2u].x = x;
+#else
+    matrices[at + VALUE_DIM] = x;
+#endif
+}
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
@@ -18,104 +52,127 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let block = index % CHANNEL_BLOCKS;
     let tile = index / CHANNEL_BLOCKS % TILES;
     let chunk = index / (CHANNEL_BLOCKS * TILES) % p.chunks;
-    let unit = index / (CHANNEL_BLOCKS * TILES * p.chunks);
+    let unit = index / (CHANNEL_BLOCKS * TILES) / p.chunks;
     let b = unit / p.heads;
-    let kv_head = p.head + unit % p.heads;
+    let head = unit % p.heads;
+    let beta = beta_of(p.head + head);
+    let centre = centre_of(p.head + head);
     let first = chunk * CHUNK;
     let length = length_of(b);
     if first >= length {
         return;
     }
     let count = min(CHUNK, length - first);
-    let beta = beta_of(kv_head);
-    let centre = centre_of(kv_head);
 
-    // Invocation (i, lane): buckets 4i to 4i + 3 of the tile, and its channels.
-    let lane = local % 32u;
-    let row8 = local / 32u;
-    let v_at = input_at(b, first, kv_head);
-#repeat i PAIRS
-    let channel$i = block * CHANNELS + $iu * 64u + lane;
-    // Loads stay inside the row, and what they bring is not stored.
-    let near$i = min(channel$i, VALUE_DIM - 1u);
-    let far$i = min(channel$i + 32u, VALUE_DIM - 1u);
-    var low$i = vec4<f32>();
-    var high$i = vec4<f32>();
+    // The filling invocation's token and its four buckets or channels, and the rows and columns of its sums.
+    let step = local / 16u;
+    let four = local % 16u;
+    let bucket = tile * 64u + four * 4u;
+    let channel = block * CHANNELS + four * 4u;
+#repeat h PAIRS
+    var sums$h = Block();
+    var row$h = vec4<f32>();
 #end
     var mass = vec4<f32>();
-    for (var first_token = 0u; first_token < count; first_token += 32u) {
-        let tokens = min(32u, count - first_token);
-        let t_at = p.k_at + ((b * p.tokens + first + first_token) * p.heads + unit % p.heads) * BITS;
-        workgroupBarrier();
-        fill_odds(local, t_at, p.heads * BITS, tokens, tile * 32u, beta);
-        workgroupBarrier();
-        alphas[lane * 9u + row8] = vec4<f32>(
-            alpha_of(tile * 32u, row8 * 4u, lane, centre),
-            alpha_of(tile * 32u, row8 * 4u + 1u, lane, centre),
-            alpha_of(tile * 32u, row8 * 4u + 2u, lane, centre),
-            alpha_of(tile * 32u, row8 * 4u + 3u, lane, centre));
-        workgroupBarrier();
-        for (var j = 0u; j < tokens; j++) {
-            let alpha = alphas[j * 9u + row8];
-            let at = v_at + (first_token + j) * p.in_token;
-            mass += alpha;
-#repeat i PAIRS
-            low$i += alpha * input_element(at + near$i);
-            high$i += alpha * input_element(at + far$i);
+    var corner = 0.0;
+#ifdef QUERIES
+    for (var g = 0u; g < GROUP; g++) {
+#else
+    {
+#endif
+        for (var base = 0u; base < count; base += 16u) {
+            let token = base + step;
+            workgroupBarrier();
+            var weights = vec4<f32>();
+#repeat h PAIRS
+            var x$h = vec4<f32>();
 #end
+            if token < count {
+#ifdef QUERIES
+                let q_row = ((b * p.tokens + first + token) * p.heads + head) * GROUP + g;
+                let at = input_at(b, first + token, (p.head + head) * GROUP + g);
+                let reading = reading_weight(q_row);
+                let of_sums = reading_of_sums(q_row, centre);
+                weights = reading_of_four(q_row, bucket, beta, centre);
+#repeat h PAIRS
+                x$h = reading.x * input_quad(at, channel + $hu * 64u, VALUE_DIM);
+                row$h += of_sums * x$h;
+#end
+#ifdef RATIO
+                mass += reading.y * weights;
+                corner += reading.y * of_sums;
+#else
+                if block == 0u {
+                    mass += mass_of_four(q_row, bucket);
+                }
+                corner += mass_of_sums(q_row);
+#endif
+#else
+                let at = input_at(b, first + token, p.head + head);
+                let row = (b * p.tokens + first + token) * p.heads + head;
+                weights = alpha_of_four(p.k_at + row * BITS, bucket, beta, centre);
+#repeat h PAIRS
+                x$h = input_quad(at, channel + $hu * 64u, VALUE_DIM);
+                row$h += x$h;
+#end
+                mass += weights;
+                corner += 1.0;
+#endif
+            }
+            panels[panel_at(0u, step, four)] = weights;
+#repeat h PAIRS
+            panels[panel_at(1u + $hu, step, four)] = x$h;
+#end
+            workgroupBarrier();
+            for (var k = p.zero; k < 16u; k += 4u) {
+#repeat u 4
+                let left$u = panels[panel_at(0u, k + $uu, step)];
+#repeat h PAIRS
+                sums$h = add_product(sums$h, left$u, panels[panel_at(1u + $hu, k + $uu, four)]);
+#end
+#end
+            }
         }
     }
 
     let out = (unit * p.slots + chunk) * MATRIX;
-#repeat r 4
-    let bucket$r = tile * 32u + row8 * 4u + $ru;
-    if bucket$r < BUCKETS {
-#repeat i PAIRS
-        if channel$i < VALUE_DIM {
-            matrices[out + bucket$r * COLUMNS + channel$i] = low$i[$r];
-        }
-        if channel$i + 32u < VALUE_DIM {
-            matrices[out + bucket$r * COLUMNS + channel$i + 32u] = high$i[$r];
-        }
-#end
-        if block == 0u && lane == 0u {
-            matrices[out + bucket$r * COLUMNS + VALUE_DIM] = mass[$r];
-        }
+    let of_rows = out + (tile * 64u + step * 4u) * MATRIX_ROW;
+#repeat h PAIRS
+    if tile * 64u + step * 4u < BUCKETS {
+        store_quad(of_rows, channel + $hu * 64u, sums$h.a);
+    }
+    if tile * 64u + step * 4u + 1u < BUCKETS {
+        store_quad(of_rows + MATRIX_ROW, channel + $hu * 64u, sums$h.b);
+    }
+    if tile * 64u + step * 4u + 2u < BUCKETS {
+        store_quad(of_rows + 2u * MATRIX_ROW, channel + $hu * 64u, sums$h.c);
+    }
+    if tile * 64u + step * 4u + 3u < BUCKETS {
+        store_quad(of_rows + 3u * MATRIX_ROW, channel + $hu * 64u, sums$h.d);
     }
 #end
-    if tile > 0u {
-        return;
-    }
-    // The last row: sums of v, each invocation's over every eighth token first.
-#repeat i PAIRS
-    var near_sum$i = 0.0;
-    var far_sum$i = 0.0;
-#end
-    for (var j = row8; j < count; j += 8u) {
-        let at = v_at + j * p.in_token;
-#repeat i PAIRS
-        near_sum$i += input_element(at + near$i);
-        far_sum$i += input_element(at + far$i);
-#end
-    }
-#repeat i PAIRS
+    // Each invocation has summed its own tokens' part of the edges.
     workgroupBarrier();
-    alphas[local] = vec4<f32>(near_sum$i, far_sum$i, 0.0, 0.0);
+    panels[panel_at(0u, step, four)] = mass;
+#repeat h PAIRS
+    panels[panel_at(1u + $hu, step, four)] = row$h;
+#end
+    panels[panel_at(3u, step, four)] = vec4<f32>(corner);
     workgroupBarrier();
-    if row8 == 0u {
-        var sum = vec4<f32>();
-        for (var r = 0u; r < 8u; r++) {
-            sum += alphas[r * 32u + lane];
-        }
-        if channel$i < VALUE_DIM {
-            matrices[out + BUCKETS * COLUMNS + channel$i] = sum.x;
-        }
-        if channel$i + 32u < VALUE_DIM {
-            matrices[out + BUCKETS * COLUMNS + channel$i + 32u] = sum.y;
+    if step == 0u && block == 0u {
+        let sum = panel_sum(0u, four);
+        for (var i = p.zero; i < 4u; i++) {
+            if bucket + i < BUCKETS {
+                store_mass(out + (bucket + i) * MATRIX_ROW, sum[i]);
+            }
         }
     }
+    if step == 1u && tile == 0u {
+#repeat h PAIRS
+        store_quad(out + BUCKETS * MATRIX_ROW, channel + $hu * 64u, panel_sum(1u + $hu, four));
 #end
-    if block == 0u && local == 0u {
-        matrices[out + BUCKETS * COLUMNS + VALUE_DIM] = f32(count);
+    }
+    if step == 2u && four == 0u && tile == 0u && block == 0u {
+        store_mass(out + BUCKETS * MATRIX_ROW, panel_sum(3u, 0u).x);
     }
 }

@@ -1,15 +1,28 @@
 #import params
 #import hash
-#import sums
 #import hash_rows
-// Gradient of q or k, dx = Wᵀ·du: one workgroup per (block of WIDTH channels, kv head, 32 rows of that head).
-// Ensembles after the first add (`flags` = 1).
+#import panels
+#import store_quads
+// Gradient of q or k, dx = Wᵀ·du: one workgroup per (block of channels, kv head, 64 rows of that head). Ensembles after
+// the first add (`flags` = 1).
 @group(0) @binding(2) var<storage, read> t: array<f32>;
 @group(0) @binding(3) var<storage, read> s: array<f32>;
 @group(0) @binding(4) var<storage, read> planes: array<f32>;
-@group(0) @binding(5) var<storage, read_write> dx: array<f32>;
 
-const BLOCKS: u32 = (HEAD_DIM + WIDTH - 1u) / WIDTH;
+const CHANNELS: u32 = 64u * HEAD_PAIRS;
+const BLOCKS: u32 = (HEAD_DIM + CHANNELS - 1u) / CHANNELS;
+
+fn store_row(row: u32, rows: u32, head: u32, channel: u32, x: vec4<f32>) {
+    if row < rows {
+        let token = row_token(row) * KV_HEADS * PER_HEAD + row_head(row, head);
+        let at = p.out_at + row_sequence(row) * p.out_batch + token * HEAD_DIM;
+        var sum = x;
+        if (p.flags & 1u) == 1u {
+            sum += stored_quad(at, channel, HEAD_DIM);
+        }
+        store_quad(at, channel, HEAD_DIM, sum);
+    }
+}
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
@@ -17,55 +30,54 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if index >= p.groups {
         return;
     }
-    let start = index % BLOCKS * WIDTH;
     let head = index / BLOCKS % p.heads;
-    let first = index / (BLOCKS * p.heads) * 32u;
+    let first = index / (BLOCKS * p.heads) * 64u;
     let rows = p.batch * p.tokens * PER_HEAD;
     let planes_at = p.planes_at + (p.head + head) * p.planes_stride;
     let beta = beta_of(p.head + head);
 
-    let column = local % 32u;
-    let row8 = local / 32u;
-    clear_sums();
-    for (var slice = 0u; slice < BITS; slice += 32u) {
+    let row4 = local / 16u;
+    let column4 = local % 16u;
+    let channel = index % BLOCKS * CHANNELS + column4 * 4u;
+    // The row that it fills, and a quarter of the steps.
+    let own_row = local / 4u;
+    let quad = local % 4u;
+#repeat h HEAD_PAIRS
+    var sums$h = Block();
+#end
+    for (var start = 0u; start < BITS; start += 16u) {
         workgroupBarrier();
-        var x = vec4<f32>();
         for (var i = 0u; i < 4u; i++) {
-            let row = first + row8 * 4u + i;
-            if row < rows && slice + column < BITS {
-                x[i] = projection_gradient(row_place(row, head), slice + column, beta);
+            let plane = start + quad * 4u + i;
+            var x = 0.0;
+            if first + own_row < rows && plane < BITS {
+                x = projection_gradient(row_place(first + own_row, head), plane, beta);
+            }
+            set_panel(0u, quad * 4u + i, own_row, x);
+        }
+#repeat h HEAD_PAIRS
+        var w$h = vec4<f32>();
+        for (var i = 0u; i < 4u; i++) {
+            if start + row4 < BITS && channel + $hu * 64u + i < HEAD_DIM {
+                w$h[i] = planes[planes_at + (start + row4) * HEAD_DIM + channel + $hu * 64u + i];
             }
         }
-        left[left_at(column, row8)] = x;
-        for (var base = 0u; base < min(32u, BITS - slice); base += DEPTH) {
-            workgroupBarrier();
-            for (var i = local; i < 1024u; i += 256u) {
-                let plane = slice + base + i / WIDTH;
-                let channel = start + i % WIDTH;
-                var w = 0.0;
-                if plane < BITS && channel < HEAD_DIM {
-                    w = planes[planes_at + plane * HEAD_DIM + channel];
-                }
-                right[right_at(i / WIDTH, i % WIDTH)] = w;
-            }
-            workgroupBarrier();
-            add_products(row8, column, base);
-        }
-    }
-    for (var i = 0u; i < 4u; i++) {
-        let row = first + row8 * 4u + i;
-        if row < rows {
-            let token = row_token(row) * KV_HEADS * PER_HEAD + row_head(row, head);
-            let at = p.out_at + row_sequence(row) * p.out_batch + token * HEAD_DIM + start + column;
-#repeat c COLUMNS
-            if start + column + $cu * 32u < HEAD_DIM {
-                if (p.flags & 1u) == 1u {
-                    dx[at + $cu * 32u] += sums[$c][i];
-                } else {
-                    dx[at + $cu * 32u] = sums[$c][i];
-                }
-            }
+        panels[panel_at(1u + $hu, row4, column4)] = w$h;
+#end
+        workgroupBarrier();
+        for (var k = p.zero; k < 16u; k += 4u) {
+#repeat u 4
+            let left$u = panels[panel_at(0u, k + $uu, row4)];
+#repeat h HEAD_PAIRS
+            sums$h = add_product(sums$h, left$u, panels[panel_at(1u + $hu, k + $uu, column4)]);
+#end
 #end
         }
     }
+#repeat h HEAD_PAIRS
+    store_row(first + row4 * 4u, rows, head, channel + $hu * 64u, sums$h.a);
+    store_row(first + row4 * 4u + 1u, rows, head, channel + $hu * 64u, sums$h.b);
+    store_row(first + row4 * 4u + 2u, rows, head, channel + $hu * 64u, sums$h.c);
+    store_row(first + row4 * 4u + 3u, rows, head, channel + $hu * 64u, sums$h.d);
+#end
 }

@@ -1,18 +1,19 @@
 #import params
-#import input
+#import quads
 #import hash
-#import sums
 #import hash_rows
-// Gradient of hyperplanes, dW = Σ du·xᵀ, and in a last column Σ t·s, that of β: one workgroup per (block of WIDTH
-// channels, 32 planes, kv head, share of the rows), `[share, kv head of the block, BITS, HEAD_DIM + 1]`. `input` is q or
-// k; `chunks` is the number of rows of a share, a multiple of 32.
+// Gradient of hyperplanes, dW = Σ du·xᵀ, and in a last column Σ t·s, that of β: one workgroup per (block of 128
+// channels, 16 planes, kv head, share of the rows), `[share, kv head of the block, BITS, HEAD_DIM + 1]`. `input` is q or
+// k; `chunks` is the number of rows of a share.
 @group(0) @binding(3) var<storage, read> t: array<f32>;
 @group(0) @binding(4) var<storage, read> s: array<f32>;
 @group(0) @binding(5) var<storage, read_write> shares: array<f32>;
 
 const ROW: u32 = HEAD_DIM + 1u;
-const BLOCKS: u32 = (HEAD_DIM + WIDTH - 1u) / WIDTH;
-const TILES: u32 = (BITS + 31u) / 32u;
+const BLOCKS: u32 = (HEAD_DIM + 127u) / 128u;
+const TILES: u32 = (BITS + 15u) / 16u;
+// du of 64 rows by 16 planes, four to a vector; sums of half of the rows at the end.
+var<workgroup> gradients: array<vec4<f32>, 512>;
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
@@ -20,21 +21,25 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if index >= p.groups {
         return;
     }
-    let start = index % BLOCKS * WIDTH;
-    let tile = index / BLOCKS % TILES * 32u;
+    let block = index % BLOCKS * 128u;
+    let tile = index / BLOCKS % TILES * 16u;
     let head = index / (BLOCKS * TILES) % p.heads;
     let share = index / (BLOCKS * TILES) / p.heads;
     let end = min((share + 1u) * p.chunks, p.batch * p.tokens * PER_HEAD);
     let beta = beta_of(p.head + head);
 
-    let column = local % 32u;
-    let row8 = local / 32u;
     // The filling invocation's row and four planes.
-    let step = local / 8u;
-    let plane = tile + local % 8u * 4u;
-    clear_sums();
+    let step = local / 4u;
+    let plane = tile + local % 4u * 4u;
+    // The summing invocation's four channels, four planes, and half of the rows.
+    let channel = block + local % 32u * 4u;
+    let four = local / 32u % 4u;
+    let half = local / 128u;
     var of_beta = vec4<f32>();
-    for (var first = share * p.chunks; first < end; first += 32u) {
+#repeat i 4
+    var sum$i = vec4<f32>();
+#end
+    for (var first = share * p.chunks; first < end; first += 64u) {
         workgroupBarrier();
         var x = vec4<f32>();
         if first + step < end {
@@ -46,46 +51,60 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 }
             }
         }
-        left[left_at(step, local % 8u)] = x;
-        for (var base = 0u; base < 32u; base += DEPTH) {
-            workgroupBarrier();
-            for (var i = local; i < 1024u; i += 256u) {
-                let row = first + base + i / WIDTH;
-                let channel = start + i % WIDTH;
-                var x = 0.0;
-                if row < end && channel < HEAD_DIM {
-                    x = input_element(input_at(row_sequence(row), row_token(row), row_head(row, head)) + channel);
-                }
-                right[right_at(i / WIDTH, i % WIDTH)] = x;
-            }
-            workgroupBarrier();
-            add_products(row8, column, base);
-        }
-    }
-    let at = (share * p.heads + head) * BITS * ROW;
-#repeat c COLUMNS
-    if start + column + $cu * 32u < HEAD_DIM {
-        for (var i = 0u; i < 4u; i++) {
-            if tile + row8 * 4u + i < BITS {
-                shares[at + (tile + row8 * 4u + i) * ROW + start + column + $cu * 32u] = sums[$c][i];
-            }
-        }
-    }
+        gradients[local] = x;
+        workgroupBarrier();
+        let rows = min(64u, end - first);
+        for (var k = half; k < rows; k += 8u) {
+            // All loads first.
+#repeat u 4
+            let row$u = first + min(k + $uu * 2u, rows - 1u);
+            let at$u = input_at(row_sequence(row$u), row_token(row$u), row_head(row$u, head));
+            let x$u = input_quad(at$u, channel, HEAD_DIM);
 #end
-    if start != 0u {
+#repeat u 4
+            if k + $uu * 2u < rows {
+                let du = gradients[(k + $uu * 2u) * 4u + four];
+                sum0 += du.x * x$u;
+                sum1 += du.y * x$u;
+                sum2 += du.z * x$u;
+                sum3 += du.w * x$u;
+            }
+#end
+        }
+    }
+    workgroupBarrier();
+    if half == 1u {
+#repeat i 4
+        gradients[$iu * 128u + local % 128u] = sum$i;
+#end
+    }
+    workgroupBarrier();
+    let at = (share * p.heads + head) * BITS * ROW;
+    if half == 0u {
+#repeat i 4
+        sum$i += gradients[$iu * 128u + local];
+        let bit$i = tile + four * 4u + $iu;
+        for (var c = p.zero; c < 4u; c++) {
+            if bit$i < BITS && channel + c < HEAD_DIM {
+                shares[at + bit$i * ROW + channel + c] = sum$i[c];
+            }
+        }
+#end
+    }
+    if block != 0u {
         return;
     }
     workgroupBarrier();
-    left[left_at(step, local % 8u)] = of_beta;
+    gradients[local] = of_beta;
     workgroupBarrier();
-    if column == 0u {
+    if local < 4u {
         var sum = vec4<f32>();
-        for (var k = p.zero; k < 32u; k++) {
-            sum += left[left_at(k, row8)];
+        for (var k = p.zero; k < 64u; k++) {
+            sum += gradients[k * 4u + local];
         }
         for (var i = 0u; i < 4u; i++) {
-            if tile + row8 * 4u + i < BITS {
-                shares[at + (tile + row8 * 4u + i) * ROW + HEAD_DIM] = sum[i];
+            if plane + i < BITS {
+                shares[at + (plane + i) * ROW + HEAD_DIM] = sum[i];
             }
         }
     }

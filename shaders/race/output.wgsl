@@ -130,7 +130,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var near_mean$i = 0.0;
     var far_mean$i = 0.0;
 #end
-    let last_at = matrix + BUCKETS * COLUMNS;
+    let last_at = matrix + BUCKETS * MATRIX_ROW;
     let seen = matrices[last_at + VALUE_DIM];
     if seen > 0.0 {
 #repeat i PAIRS
@@ -166,7 +166,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     for (var first = 0u; first < BUCKETS; first += 32u) {
         var entry = 0.0;
         if first + lane < BUCKETS {
-            entry = matrices[matrix + (first + lane) * COLUMNS + VALUE_DIM];
+            entry = matrices[matrix + (first + lane) * MATRIX_ROW + VALUE_DIM];
         }
 #ifndef RATIO
         var mass = vec4<f32>(entry);
@@ -225,7 +225,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let rows = min(32u, BUCKETS - first);
         for (var s = 0u; s < rows; s++) {
             let weight = weights[s * 9u + row8];
-            let at = matrix + (first + s) * COLUMNS;
+            let at = matrix + (first + s) * MATRIX_ROW;
 #repeat i PAIRS
             low$i += weight * matrices[at + near$i];
             high$i += weight * matrices[at + far$i];

@@ -1,20 +1,21 @@
 #import params
 #import double
 #import hash
-// Replaces the matrix of each chunk by the sum before it, the state included, and moves the state on: one workgroup per
-// (unit, WIDTH columns). With REVERSE it is the sum after each chunk, and the state is a gradient.
+#import segments
+// Replaces the sum of each segment by the sum before it, the state included, and moves the state on: one workgroup per
+// (unit, WIDTH columns). With REVERSE it is the sum after each segment, and the state is a gradient.
 //
 // | | state s → matrix row s | last row | back |
 // |---|---|---|---|
 // | forward | R·x_s − c·m | m = Σ x / L | (c·m + M_s) / R |
 // | reverse | (x_s − c·m / R) / R, m = Σ x / L | c·Σ x / R | R·M_s + (M_S − c·Σ M) / L |
 //
-// FLAG 1 writes the sum of everything into one more matrix, at `p.chunks`; FLAG 2 leaves the state as it is.
+// FLAG 1 writes the sum of everything as the one matrix of the unit; FLAG 2 leaves the state as it is.
 @group(0) @binding(2) var<storage, read_write> state: array<vec2<f32>>;
 @group(0) @binding(3) var<storage, read_write> matrices: array<f32>;
+@group(0) @binding(4) var<storage, read_write> segments: array<vec2<f32>>;
 
 const COLUMNS: u32 = VALUE_DIM + 1u;
-const MATRIX: u32 = (BUCKETS + 1u) * COLUMNS;
 const COLUMN_BLOCKS: u32 = (COLUMNS + WIDTH - 1u) / WIDTH;
 const STRIDE: u32 = 256u / WIDTH;
 const INVERSE: f32 = 1.0 / SIZE;
@@ -61,12 +62,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let b = unit / p.heads;
     let kv_head = p.head + unit % p.heads;
     let centre = centre_of(kv_head);
-    let chunks = min(p.chunks, (length_of(b) + CHUNK - 1u) / CHUNK);
+    let count = (chunks_of(b) + SEGMENT - 1u) / SEGMENT;
     let column = index % COLUMN_BLOCKS * WIDTH + local % WIDTH;
     let inside = column < COLUMNS;
     let first_row = local / WIDTH;
     let state_at = p.state_at + (b * KV_HEADS + kv_head) * ENSEMBLES * BUCKETS * COLUMNS + column;
-    let matrix_at = unit * p.slots * MATRIX + column;
+    let segment_at = unit * segment_count() * MATRIX + column;
 
     var total = vec2<f32>();
     if inside {
@@ -83,8 +84,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     // The last row at the end, for the way back.
     var added = vec2<f32>();
     if inside {
-        for (var chunk = first_row; chunk < chunks; chunk += STRIDE) {
-            added = double_add(added, vec2<f32>(matrices[matrix_at + chunk * MATRIX + BUCKETS * COLUMNS], 0.0));
+        for (var i = first_row; i < count; i += STRIDE) {
+            added = double_add(added, segments[segment_at + i * MATRIX + BUCKETS * MATRIX_ROW]);
         }
     }
     // Nobody overwrites that row before all have read it.
@@ -94,34 +95,29 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if inside {
         for (var s = first_row; s <= BUCKETS; s += STRIDE) {
             var value = entry(state_at + s * COLUMNS, s, centre, last);
-            let row_at = matrix_at + s * COLUMNS;
-            for (var base = 0u; base < chunks; base += 4u) {
+            let row_at = segment_at + s * MATRIX_ROW;
+            for (var base = 0u; base < count; base += 8u) {
                 // All loads first.
-#repeat i 4
-                let step$i = min(base + $iu, chunks - 1u);
-#ifdef REVERSE
-                let at$i = row_at + (chunks - 1u - step$i) * MATRIX;
-#else
-                let at$i = row_at + step$i * MATRIX;
-#endif
-                let x$i = matrices[at$i];
+#repeat i 8
+                let at$i = row_at + min(base + $iu, count - 1u) * MATRIX;
+                let x$i = segments[at$i];
 #end
-#repeat i 4
-                if base + $iu < chunks {
-                    matrices[at$i] = value.x;
-                    value = double_add(value, vec2<f32>(x$i, 0.0));
+#repeat i 8
+                if base + $iu < count {
+                    segments[at$i] = value;
+                    value = double_add(value, x$i);
                 }
 #end
             }
             if (p.flags & 1u) != 0u {
-                matrices[row_at + p.chunks * MATRIX] = value.x;
+                matrices[unit * p.slots * MATRIX + s * MATRIX_ROW + column] = value.x;
             }
 #ifdef REVERSE
             if s == BUCKETS {
                 last_rows[local % WIDTH] = value;
             }
 #endif
-            if s < BUCKETS && chunks > 0u && (p.flags & 2u) == 0u {
+            if s < BUCKETS && count > 0u && (p.flags & 2u) == 0u {
 #ifdef REVERSE
                 sum = double_add(sum, value);
                 state[state_at + s * COLUMNS] = value * SIZE;
@@ -132,7 +128,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
     }
 #ifdef REVERSE
-    if chunks > 0u && (p.flags & 2u) == 0u {
+    if count > 0u && (p.flags & 2u) == 0u {
         let of_buckets = column_sum(local, sum);
         let rest = double_over(double_add(last_rows[local % WIDTH], -centre * of_buckets), TABLES);
         if inside {

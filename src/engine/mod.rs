@@ -35,6 +35,14 @@ pub(crate) struct Strides {
     pub head: u32,
 }
 
+#[cfg(feature = "wgpu")]
+impl Strides {
+    /// Whether every row begins at a multiple of four elements, so that whole vectors of four can be read.
+    pub fn in_fours(&self) -> bool {
+        [self.offset, self.batch, self.token, self.head].iter().all(|x| x.is_multiple_of(4))
+    }
+}
+
 /// Kernels to compile ahead; none where there is no compiler. Nothing happens until it is run.
 #[derive(Default)]
 pub(crate) enum WarmUp {

@@ -8,6 +8,9 @@ use std::ops::Range;
 /// Tokens of a chunk: inside it a query meets keys one by one, before it by their sum.
 pub(crate) const CHUNK: usize = 64;
 
+/// Chunks of a segment, whose sum the scan takes as one.
+pub(crate) const SEGMENT: usize = 16;
+
 /// Columns of a matrix that a workgroup of the scan takes.
 pub(crate) const SCAN_WIDTH: usize = 8;
 
@@ -52,6 +55,11 @@ impl Geometry {
         self.tables * self.planes
     }
 
+    /// Hyperplanes of a workgroup that hashes rows, in fours.
+    pub fn plane_fours(&self) -> usize {
+        self.bits().div_ceil(4).min(8)
+    }
+
     /// Columns of a state and of a chunk's matrix: the channels of v, and the mass.
     pub fn columns(&self) -> usize {
         self.value_dim + 1
@@ -62,9 +70,14 @@ impl Geometry {
         self.buckets() * self.columns()
     }
 
+    /// Elements from one row of a chunk's matrix to the next: whole vectors of four.
+    pub fn matrix_row(&self) -> usize {
+        self.columns().next_multiple_of(4)
+    }
+
     /// Elements of the matrix of one chunk: a row per bucket and one for the sums over all keys.
     pub fn matrix(&self) -> usize {
-        (self.buckets() + 1) * self.columns()
+        (self.buckets() + 1) * self.matrix_row()
     }
 
     /// (sequence, kv head, ensemble) triples of one sequence.
@@ -80,6 +93,11 @@ impl Geometry {
     /// Pairs of 32 channels that an invocation of the tiled kernels owns: a workgroup takes 64 channels for each.
     pub fn channel_pairs(&self) -> usize {
         self.value_dim.div_ceil(64).min(2)
+    }
+
+    /// Runs of 64 channels of q and k that a workgroup takes.
+    pub fn head_pairs(&self) -> usize {
+        self.head_dim.div_ceil(64).min(2)
     }
 
     /// Workgroups that share the channels of v.
@@ -110,9 +128,9 @@ impl Geometry {
         self.least_bytes(batch, false) + 2 * batch * self.state_bytes()
     }
 
-    /// Tiles of 32 buckets.
+    /// Tiles of 64 buckets.
     pub fn bucket_tiles(&self) -> usize {
-        self.buckets().div_ceil(32)
+        self.buckets().div_ceil(64)
     }
 }
 
@@ -136,8 +154,8 @@ pub(crate) struct Budget {
 
 impl Budget {
     pub fn new(binding: u64) -> Self {
-        // 2^16 rows keep a large GPU busy, and a small one for less than its driver's patience.
-        Self { binding, matrices: binding.min(128 << 20), rows: 1 << 16 }
+        // 2^18 rows keep a large GPU busy, and a small one for less than its driver's patience.
+        Self { binding, matrices: binding.min(320 << 20), rows: 1 << 18 }
     }
 }
 
@@ -167,12 +185,13 @@ pub(crate) fn pieces(g: &Geometry, budget: &Budget, batch: usize, tokens: usize)
     let widest = [q * g.head_dim, q * g.value_dim, kv * g.head_dim, kv * g.value_dim].into_iter().max().unwrap_or(1);
     // A binding may begin up to an alignment before its first element.
     let chunk_row = (CHUNK * widest * 4) as u64 + 512;
-    let needed = matrix.max(hashes).max(chunk_row).max(g.state_bytes());
+    // A matrix is a segment of its own at least, in pairs.
+    let needed = (2 * matrix).max(hashes).max(chunk_row).max(g.state_bytes());
     if needed > budget.binding {
         return Err(needed);
     }
     // (sequence, kv head, chunk) triples of a piece; at least one, whatever the budget.
-    let cells = (budget.matrices / matrix).min(budget.binding / hashes).min((budget.rows / CHUNK) as u64).max(1);
+    let cells = (budget.matrices / (2 * matrix)).min(budget.binding / hashes).min((budget.rows / CHUNK) as u64).max(1);
     // (sequence, chunk) pairs whose inputs can be bound.
     let bound = budget.binding / chunk_row;
     let heads = g.num_kv_heads.min(cells as usize);

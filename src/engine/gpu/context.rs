@@ -6,6 +6,7 @@ use super::caps::{Caps, verify};
 use super::pipeline::{self, KernelKey, Pipeline, Pipelines};
 use super::readback::Readback;
 use super::results::Results;
+use super::trace::Trace;
 use crate::engine::lost::Lost;
 use crate::error::{Error, Result};
 use futures::FutureExt;
@@ -37,6 +38,7 @@ pub(crate) struct Context {
     arena: Arena,
     pipelines: Pipelines,
     results: Results,
+    trace: Trace,
 }
 
 impl Context {
@@ -57,8 +59,8 @@ impl Context {
         let pipelines = Pipelines::new(&device, &caps, pipeline_cache.as_deref())?;
         let arena = Arena::new(&caps);
         let readback = Readback::default();
-        let results = Results::default();
-        let context = Self { device, queue, info, caps, lost, arena, pipelines, readback, results };
+        let (results, trace) = (Results::default(), Trace::default());
+        let context = Self { device, queue, info, caps, lost, arena, pipelines, readback, results, trace };
         context.check_alive("device")?;
         Ok(Arc::new(context))
     }
@@ -85,6 +87,10 @@ impl Context {
 
     pub fn results(&self) -> &Results {
         &self.results
+    }
+
+    pub fn trace(&self) -> &Trace {
+        &self.trace
     }
 
     pub(super) fn lost(&self) -> &Arc<Lost> {

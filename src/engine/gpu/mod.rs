@@ -12,6 +12,7 @@ mod readback;
 mod results;
 mod scratch;
 mod timing;
+mod trace;
 
 #[cfg(test)]
 pub(crate) mod shader_tests;

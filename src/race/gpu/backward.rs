@@ -25,18 +25,18 @@
 //! | hashes | 4·(G + 1)·L·P |
 //! | gradients of hashes | 4·G·L·P, twice that under [`crate::Normalization::Ratio`] |
 //! | readings of queries | 8·G under [`crate::Normalization::Ratio`], else 8·G·(S + 1) |
-//! | matrices of chunks | (S + 1)·(Dv + 1)/16 |
+//! | matrices of chunks | (S + 1)·(Dv + 1)/16, an eighth more for sums of segments |
 //!
 //! besides up to [`SHARES`] bytes of shares of the parameters' gradients, and for a causal call the state (8·S·(Dv + 1)
 //! bytes per sequence, kv head and ensemble) before each of its pieces. With the default S = 64, G = 1 and Dv = 64 that
 //! is about 530 bytes per token and kv head of a piece.
 
-use super::backward_kernels::{BackwardKernel, blocks};
+use super::backward_kernels::BackwardKernel;
 use super::forward::Output;
 use super::kernels::{Kernel, Key};
 use super::params::Params;
 use super::state::GpuState;
-use super::sweep::{Block, KEEP_STATE};
+use super::sweep::{Block, KEEP_STATE, Matrices};
 use super::{GpuRace, STORAGE, too_large};
 use crate::engine::Recording;
 use crate::engine::gpu::{Bind, Context, Input, Passes, ResultBuffer, stage};
@@ -104,7 +104,7 @@ impl Entry {
 /// The scratch buffers of a piece.
 struct Room {
     hashes: wgpu::Buffer,
-    matrices: wgpu::Buffer,
+    matrices: Matrices,
     hash_gradients: wgpu::Buffer,
     readings: Option<wgpu::Buffer>,
     shares: wgpu::Buffer,
@@ -271,7 +271,7 @@ impl GpuRace {
                     if let Some((k, v)) = &staged.keys {
                         self.project(&mut passes, &block, k, false, &hashes)?;
                         self.chunk_sums(&mut passes, &block, v, &hashes, &matrices)?;
-                        self.scan(&mut passes, &next.numbered(&block), &next.state, &matrices, false)?;
+                        self.advance(&mut passes, &next.numbered(&block), &next.state, &matrices, false)?;
                     }
                 }
             }
@@ -354,7 +354,7 @@ impl GpuRace {
     ) -> Result<()> {
         let g = &self.geometry;
         let matrices = &room.matrices;
-        let tiles = (block.units() * (block.params.tokens as usize).div_ceil(32)) as u64;
+        let tiles = block.units() * (block.params.tokens as usize).div_ceil(32);
         let scaled = |params: Params| Params { scale: self.weight / g.ensembles as f32, ..params };
         if let Some((k, _)) = &staged.keys {
             self.project(passes, block, k, false, &room.hashes)?;
@@ -362,34 +362,35 @@ impl GpuRace {
         if let (Some((q, grad_o)), Some(readings)) = (&staged.queries, &room.readings) {
             self.project(passes, block, q, true, &room.hashes)?;
             let mut binds = vec![block.info.clone(), grad_o.bind.clone()];
-            binds.extend([&room.hashes, matrices, &room.hash_gradients, readings].map(Bind::from));
+            binds.extend([&room.hashes, &matrices.chunks, &room.hash_gradients, readings].map(Bind::from));
             let mut params = Params { input: grad_o.strides, ..scaled(block.params) };
             let numbered = entry.numbered(block);
             match &staged.keys {
                 Some((_, v)) => {
                     self.chunk_sums(passes, block, v, &room.hashes, matrices)?;
-                    let keep = Params { flags: KEEP_STATE, ..block.params };
-                    self.dispatch_scan(passes, &numbered, keep, &entry.state, matrices, false)?;
+                    self.scan(passes, &numbered, KEEP_STATE, &entry.state, matrices, false)?;
                     binds.push(v.bind.clone());
                     params.input2 = v.strides;
                 }
                 None => params.slots = self.read_state(passes, &numbered, &entry.state, matrices, false)?.params.slots,
             }
-            let kernel = BackwardKernel::Query { grad: staged.grad, read: staged.keys.is_none() };
-            passes.dispatch(self.backward_key(kernel), params, tiles * g.group as u64, binds)?;
+            let read = staged.keys.is_none();
+            let (kernel, groups) = if g.chunk_hashes(false) && !read {
+                (self.hash_chunk(false, staged.grad, &params), block.units() * block.chunks * g.group)
+            } else {
+                (BackwardKernel::Query { grad: staged.grad, read }, tiles * g.group)
+            };
+            passes.dispatch(self.backward_key(kernel), params, groups as u64, binds)?;
             self.backward_hash(passes, call, piece, block, q, true, results.dq.as_ref(), room, moving)?;
 
             let params = Params { input: grad_o.strides, ..scaled(block.params) };
-            let groups = block.units() * block.chunks * g.bucket_tiles() * blocks(g.value_dim);
-            let mut binds = vec![block.info.clone(), grad_o.bind.clone(), Bind::from(readings), Bind::from(matrices)];
-            binds.extend(g.ratio.then(|| Bind::from(&room.hashes)));
-            passes.dispatch(
-                self.backward_key(BackwardKernel::QuerySums { grad: staged.grad }),
-                params,
-                groups as u64,
-                binds,
-            )?;
-            self.scan(passes, block, &moving.gradient, matrices, true)?;
+            let groups = block.units() * block.chunks * g.bucket_tiles() * g.channel_blocks();
+            let mut binds = vec![block.info.clone(), grad_o.bind.clone()];
+            binds.extend([&room.hashes, &matrices.chunks, readings].map(Bind::from));
+            let wide = grad_o.strides.in_fours() && g.value_dim.is_multiple_of(4);
+            let kernel = BackwardKernel::QuerySums { grad: staged.grad, wide };
+            passes.dispatch(self.backward_key(kernel), params, groups as u64, binds)?;
+            self.scan(passes, block, 0, &moving.gradient, matrices, true)?;
         }
         let Some((k, v)) = &staged.keys else { return Ok(()) };
         let absorb = staged.queries.is_none();
@@ -400,26 +401,41 @@ impl GpuRace {
         let of_queries = staged.queries.as_ref().zip(room.readings.as_ref());
 
         let mut binds = vec![block.info.clone(), v.bind.clone()];
-        binds.extend([&room.hashes, matrices, &room.hash_gradients].map(Bind::from));
+        binds.extend([&room.hashes, &matrices.chunks, &room.hash_gradients].map(Bind::from));
         let mut key = Params { input: v.strides, ..params };
         if let Some(((_, grad_o), readings)) = of_queries {
             key.input2 = grad_o.strides;
             binds.extend([grad_o.bind.clone(), Bind::from(readings)]);
         }
-        let groups = tiles * g.bucket_blocks() as u64;
-        passes.dispatch(self.backward_key(BackwardKernel::Key { grad, absorb }), key, groups, binds)?;
+        let (kernel, groups) = if g.chunk_hashes(true) && !absorb {
+            (self.hash_chunk(true, grad, &key), block.units() * block.chunks)
+        } else {
+            (BackwardKernel::Key { grad, absorb }, tiles * g.bucket_blocks())
+        };
+        passes.dispatch(self.backward_key(kernel), key, groups as u64, binds)?;
         self.backward_hash(passes, call, piece, block, k, false, results.dk.as_ref(), room, moving)?;
 
         let Some(dv) = &results.dv else { return Ok(()) };
         let (bind, value) = self.written(call, piece, block, dv, g.num_kv_heads * g.value_dim);
-        let mut binds = vec![block.info.clone(), Bind::from(&room.hashes), Bind::from(matrices), bind];
-        let mut value = scaled(value);
-        if let Some(((_, grad_o), readings)) = of_queries {
-            value.input2 = grad_o.strides;
-            binds.extend([grad_o.bind.clone(), Bind::from(readings)]);
-        }
-        let groups = tiles * blocks(g.value_dim) as u64;
-        passes.dispatch(self.backward_key(BackwardKernel::Value { grad, absorb }), value, groups, binds)
+        // Where there are no queries nothing reads the input, and any will do.
+        let input = of_queries.map_or(v, |((_, grad_o), _)| grad_o);
+        let value = Params { input: input.strides, ..scaled(value) };
+        let mut binds = vec![block.info.clone(), input.bind.clone()];
+        binds.extend([&room.hashes, &matrices.chunks].map(Bind::from));
+        binds.push(bind);
+        binds.extend(of_queries.map(|(_, readings)| Bind::from(readings)));
+        let fours = g.value_dim.is_multiple_of(4);
+        let (wide, wide_out) = (fours && value.input.in_fours(), fours && value.out_in_fours());
+        let kernel = BackwardKernel::Value { grad, absorb, wide, wide_out };
+        let groups = block.units() * block.chunks * g.channel_blocks();
+        passes.dispatch(self.backward_key(kernel), value, groups as u64, binds)
+    }
+
+    /// The kernel of gradients of hashes of whole chunks.
+    fn hash_chunk(&self, keys: bool, grad: DType, params: &Params) -> BackwardKernel {
+        let fours = self.geometry.value_dim.is_multiple_of(4);
+        let (wide, wide2) = (fours && params.input.in_fours(), fours && params.input2.in_fours());
+        BackwardKernel::HashChunk { keys, grad, wide, wide2 }
     }
 
     /// A piece of a result with `row` elements a token, to be written by the first ensemble and added to by others.
@@ -450,15 +466,22 @@ impl GpuRace {
         if let Some(dx) = dx {
             let (bind, params) = self.written(call, piece, block, dx, g.num_kv_heads * per_head * g.head_dim);
             let params = Params { k_at: t_at, ..params };
-            let groups = (blocks(g.head_dim) * block.heads.len() * rows.div_ceil(32)) as u64;
+            let groups = (g.head_dim.div_ceil(64 * g.head_pairs()) * block.heads.len() * rows.div_ceil(64)) as u64;
+            let wide_out = params.out_in_fours() && g.head_dim.is_multiple_of(4);
             let binds = vec![block.info.clone(), hashes.clone(), gradients.clone(), Bind::from(&self.planes), bind];
-            passes.dispatch(self.backward_key(BackwardKernel::HashInputs { queries }), params, groups, binds)?;
+            passes.dispatch(
+                self.backward_key(BackwardKernel::HashInputs { queries, wide_out }),
+                params,
+                groups,
+                binds,
+            )?;
         }
         let shares = rows.div_ceil(room.share);
         let params = Params { input: x.strides, k_at: t_at, chunks: room.share as u32, ..block.params };
-        let groups = (blocks(g.head_dim) * g.bits().div_ceil(32) * block.heads.len() * shares) as u64;
+        let groups = (g.head_dim.div_ceil(128) * g.bits().div_ceil(16) * block.heads.len() * shares) as u64;
+        let wide = x.strides.in_fours() && g.head_dim.is_multiple_of(4);
         let binds = vec![block.info.clone(), x.bind.clone(), hashes, gradients, Bind::from(&room.shares)];
-        passes.dispatch(self.backward_key(BackwardKernel::HashParameters { queries }), params, groups, binds)?;
+        passes.dispatch(self.backward_key(BackwardKernel::HashParameters { queries, wide }), params, groups, binds)?;
 
         let sets = moving.sums.sets();
         let one = g.bits() * (g.head_dim + 1);
@@ -466,6 +489,6 @@ impl GpuRace {
             Params { slots: sets as u32, chunks: shares as u32, out_at: (block.ensemble * one) as u32, ..block.params };
         let elements = one * if sets > 1 { block.heads.len() } else { 1 };
         let binds = vec![block.info.clone(), Bind::from(&room.shares), Bind::from(&moving.sums.totals)];
-        passes.dispatch(self.backward_key(BackwardKernel::AddParameters), params, elements.div_ceil(256) as u64, binds)
+        passes.dispatch(self.backward_key(BackwardKernel::AddParameters), params, elements.div_ceil(16) as u64, binds)
     }
 }

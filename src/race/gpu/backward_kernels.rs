@@ -9,11 +9,6 @@ fn runs(columns: usize) -> usize {
     columns.div_ceil(32).next_power_of_two().min(4)
 }
 
-/// Workgroups that share `columns`.
-pub(super) fn blocks(columns: usize) -> usize {
-    columns.div_ceil(32 * runs(columns))
-}
-
 impl Geometry {
     /// Runs of 32 buckets that a workgroup takes: whole tables.
     fn bucket_runs(&self) -> usize {
@@ -23,6 +18,11 @@ impl Geometry {
     /// Workgroups that share the buckets.
     pub(super) fn bucket_blocks(&self) -> usize {
         self.buckets().div_ceil(32 * self.bucket_runs())
+    }
+
+    /// Whether gradients of hashes of queries, or of `keys`, are made by whole chunks: all buckets fit a panel.
+    pub(super) fn chunk_hashes(&self, keys: bool) -> bool {
+        self.buckets() <= 64 && (self.ratio || keys)
     }
 
     /// Elements of the gradient of a row's hash; queries under [`crate::Normalization::Ratio`] need room for two parts.
@@ -42,15 +42,17 @@ pub(crate) enum BackwardKernel {
     /// Gradients of queries' hashes; `read`: from a state alone.
     Query { grad: DType, read: bool },
     /// What the queries of each chunk give to the gradient of the sums that they read.
-    QuerySums { grad: DType },
+    QuerySums { grad: DType, wide: bool },
     /// Gradients of keys' hashes; `absorb`: from the gradient of a state alone.
     Key { grad: DType, absorb: bool },
     /// dv.
-    Value { grad: DType, absorb: bool },
+    Value { grad: DType, absorb: bool, wide: bool, wide_out: bool },
+    /// [`Self::Query`] or [`Self::Key`] for whole chunks, see [`Geometry::chunk_hashes`].
+    HashChunk { keys: bool, grad: DType, wide: bool, wide2: bool },
     /// From gradients of hashes to those of `queries` or keys.
-    HashInputs { queries: bool },
+    HashInputs { queries: bool, wide_out: bool },
     /// From gradients of hashes to those of hyperplanes and β, in shares.
-    HashParameters { queries: bool },
+    HashParameters { queries: bool, wide: bool },
     /// Adds shares to sums.
     AddParameters,
     /// Sums as results.
@@ -61,9 +63,10 @@ impl BackwardKernel {
     pub fn text(self) -> &'static str {
         match self {
             Self::Query { .. } => include_str!("../../../shaders/race/backward_query.wgsl"),
-            Self::QuerySums { .. } => include_str!("../../../shaders/race/query_sums.wgsl"),
+            Self::QuerySums { .. } => include_str!("../../../shaders/race/chunk_sums.wgsl"),
             Self::Key { .. } => include_str!("../../../shaders/race/backward_key.wgsl"),
-            Self::Value { .. } => include_str!("../../../shaders/race/backward_value.wgsl"),
+            Self::Value { .. } => include_str!("../../../shaders/race/read_chunk.wgsl"),
+            Self::HashChunk { .. } => include_str!("../../../shaders/race/hash_chunk.wgsl"),
             Self::HashInputs { .. } => include_str!("../../../shaders/race/hash_inputs.wgsl"),
             Self::HashParameters { .. } => include_str!("../../../shaders/race/hash_parameters.wgsl"),
             Self::AddParameters => include_str!("../../../shaders/race/add_parameters.wgsl"),
@@ -77,6 +80,8 @@ impl BackwardKernel {
             Self::QuerySums { .. } => "query sums",
             Self::Key { .. } => "backward key",
             Self::Value { .. } => "backward value",
+            Self::HashChunk { keys: false, .. } => "backward query",
+            Self::HashChunk { keys: true, .. } => "backward key",
             Self::HashInputs { .. } => "hash inputs",
             Self::HashParameters { .. } => "hash parameters",
             Self::AddParameters => "add parameters",
@@ -84,18 +89,19 @@ impl BackwardKernel {
         }
     }
 
-    pub fn storage(self, geometry: &Geometry) -> &'static [bool] {
+    pub fn storage(self) -> &'static [bool] {
         const R: bool = false;
         const W: bool = true;
         match self {
             Self::Query { read: false, .. } => &[R, R, R, R, W, W, R],
             Self::Query { read: true, .. } => &[R, R, R, R, W, W],
-            Self::QuerySums { .. } if geometry.ratio => &[R, R, R, W, R],
-            Self::QuerySums { .. } => &[R, R, R, W],
+            Self::QuerySums { .. } => &[R, R, R, W, R],
             Self::Key { absorb: false, .. } => &[R, R, R, R, W, R, R],
             Self::Key { absorb: true, .. } | Self::HashInputs { .. } | Self::HashParameters { .. } => &[R, R, R, R, W],
-            Self::Value { absorb: false, .. } => &[R, R, R, W, R, R],
-            Self::Value { absorb: true, .. } => &[R, R, R, W],
+            Self::Value { absorb: false, .. } => &[R, R, R, R, W, R],
+            Self::Value { absorb: true, .. } => &[R, R, R, R, W],
+            Self::HashChunk { keys: false, .. } => &[R, R, R, R, W, W, R],
+            Self::HashChunk { keys: true, .. } => &[R, R, R, R, W, R, R],
             Self::AddParameters => &[R, R, W],
             Self::FinishParameters => &[R, R, W, W],
         }
@@ -105,16 +111,38 @@ impl BackwardKernel {
         let dtype = geometry.dtype;
         let mut defines = match self {
             Self::Query { grad, .. } => vec![dtype_define("IN", grad), dtype_define("IN2", dtype)],
-            Self::QuerySums { grad } => vec![dtype_define("IN", grad)],
+            Self::QuerySums { grad, .. } => vec![dtype_define("IN", grad), "QUERIES"],
             Self::Key { grad, .. } => vec![dtype_define("IN", dtype), dtype_define("IN2", grad)],
-            Self::Value { grad, .. } => vec![dtype_define("IN2", grad)],
+            Self::Value { absorb: true, .. } => vec![dtype_define("IN", dtype), "OUT_F32", "VALUES"],
+            Self::Value { grad, .. } => vec![dtype_define("IN", grad), "OUT_F32", "VALUES"],
+            Self::HashChunk { keys: false, grad, .. } => vec![dtype_define("IN", grad), dtype_define("IN2", dtype)],
+            Self::HashChunk { grad, .. } => vec![dtype_define("IN", dtype), dtype_define("IN2", grad), "KEYS"],
             Self::HashParameters { .. } => vec![dtype_define("IN", dtype)],
-            Self::HashInputs { .. } | Self::AddParameters | Self::FinishParameters => Vec::new(),
+            Self::HashInputs { .. } => vec!["OUT_F32"],
+            Self::AddParameters | Self::FinishParameters => Vec::new(),
         };
         let flags = [
             ("RATIO", geometry.ratio),
+            (
+                "QUADS",
+                matches!(self, Self::QuerySums { .. } | Self::Value { .. } | Self::HashChunk { .. })
+                    && geometry.value_dim.is_multiple_of(4),
+            ),
+            (
+                "WIDE",
+                matches!(
+                    self,
+                    Self::QuerySums { wide: true, .. }
+                        | Self::HashParameters { wide: true, .. }
+                        | Self::Value { wide: true, .. }
+                        | Self::HashChunk { wide: true, .. }
+                ),
+            ),
+            ("WIDE2", matches!(self, Self::HashChunk { wide2: true, .. })),
+            ("WIDE_OUT", matches!(self, Self::Value { wide_out: true, .. } | Self::HashInputs { wide_out: true, .. })),
+            ("ALONE", matches!(self, Self::Value { absorb: true, .. })),
             ("READ", matches!(self, Self::Query { read: true, .. })),
-            ("ABSORB", matches!(self, Self::Key { absorb: true, .. } | Self::Value { absorb: true, .. })),
+            ("ABSORB", matches!(self, Self::Key { absorb: true, .. })),
         ];
         defines.extend(flags.iter().filter(|(_, on)| *on).map(|(name, _)| *name));
         defines
@@ -125,14 +153,17 @@ impl BackwardKernel {
         match self {
             Self::Query { .. } => vec![("COLUMNS", g.bucket_runs()), ("INPUT2", 7)],
             Self::Key { .. } => vec![("COLUMNS", g.bucket_runs()), ("INPUT2", 6)],
-            Self::Value { .. } => vec![("COLUMNS", runs(g.value_dim)), ("INPUT2", 5)],
-            Self::QuerySums { .. } => vec![("COLUMNS", runs(g.value_dim))],
-            Self::HashInputs { queries } | Self::HashParameters { queries } => vec![
-                ("COLUMNS", runs(g.head_dim)),
+            Self::Value { .. } => vec![("OUT", 5)],
+            Self::HashChunk { keys, .. } => {
+                vec![("INPUT2", if keys { 6 } else { 7 }), ("S_STRIDE", g.hash_gradient(!keys))]
+            }
+            Self::HashInputs { queries, .. } | Self::HashParameters { queries, .. } => vec![
+                ("HEAD_PAIRS", g.head_pairs()),
+                ("OUT", 5),
                 ("PER_HEAD", if queries { g.group } else { 1 }),
                 ("S_STRIDE", g.hash_gradient(queries)),
             ],
-            Self::AddParameters | Self::FinishParameters => Vec::new(),
+            Self::QuerySums { .. } | Self::AddParameters | Self::FinishParameters => Vec::new(),
         }
     }
 }
@@ -144,13 +175,22 @@ pub(super) fn every(geometry: &Geometry) -> Vec<BackwardKernel> {
     for flag in [false, true] {
         for grad in [geometry.dtype, DType::F32] {
             all.push(BackwardKernel::Query { grad, read: flag });
-            all.push(BackwardKernel::QuerySums { grad });
+            for wide in [false, geometry.value_dim.is_multiple_of(4)] {
+                all.push(BackwardKernel::QuerySums { grad, wide });
+            }
             let grad = if flag { DType::F32 } else { grad };
             all.push(BackwardKernel::Key { grad, absorb: flag });
-            all.push(BackwardKernel::Value { grad, absorb: flag });
+            for wide in [false, geometry.value_dim.is_multiple_of(4)] {
+                all.push(BackwardKernel::Value { grad, absorb: flag, wide, wide_out: wide });
+                if geometry.chunk_hashes(flag) {
+                    all.push(BackwardKernel::HashChunk { keys: flag, grad, wide, wide2: wide });
+                }
+            }
         }
-        all.push(BackwardKernel::HashInputs { queries: flag });
-        all.push(BackwardKernel::HashParameters { queries: flag });
+        for wide in [false, geometry.head_dim.is_multiple_of(4)] {
+            all.push(BackwardKernel::HashInputs { queries: flag, wide_out: wide });
+            all.push(BackwardKernel::HashParameters { queries: flag, wide });
+        }
     }
     all
 }

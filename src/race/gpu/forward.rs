@@ -180,13 +180,13 @@ impl GpuRace {
                     self.chunk_sums(passes, &block, v, &hashes, &matrices)?;
                 }
                 let Some(q) = &queries else {
-                    self.scan(passes, &block, state, &matrices, false)?;
+                    self.advance(passes, &block, state, &matrices, false)?;
                     continue;
                 };
                 self.project(passes, &block, q, true, &hashes)?;
                 let (block, values) = match &keys {
                     Some((_, v)) => {
-                        self.scan(passes, &block, state, &matrices, false)?;
+                        self.scan(passes, &block, 0, state, &matrices, false)?;
                         (block, v)
                     }
                     None => (self.read_state(passes, &block, state, &matrices, false)?, q),
@@ -202,19 +202,21 @@ impl GpuRace {
                     flags: u32::from(ensemble > 0) | (u32::from(ensemble + 1 == g.ensembles) << 1),
                     ..block.params
                 };
-                let kernel = Kernel::Output { output: output.dtype, read: keys.is_none() };
+                let (read, in_fours) = (keys.is_none(), values.strides.in_fours());
+                let kernel = self.output_kernel(output.dtype, read, in_fours, params.out_in_fours());
                 let mut binds =
-                    vec![info.clone(), values.bind.clone(), Bind::from(&hashes), Bind::from(&matrices), bind];
+                    vec![info.clone(), values.bind.clone(), Bind::from(&hashes), Bind::from(&matrices.chunks), bind];
                 binds.extend(sums.as_ref().map(Bind::from));
-                passes.dispatch(self.key(kernel), params, self.query_groups(&block), binds)?;
+                passes.dispatch(self.key(kernel), params, self.query_groups(kernel, &block), binds)?;
             }
         }
         Ok(())
     }
 
     /// Workgroups of the kernels that tile queries.
-    fn query_groups(&self, block: &Block) -> u64 {
+    fn query_groups(&self, kernel: Kernel, block: &Block) -> u64 {
         let g = &self.geometry;
-        (block.units() * block.chunks * g.group * 2 * g.channel_blocks()) as u64
+        let tiles = if matches!(kernel, Kernel::Output { .. }) { 2 } else { 1 };
+        (block.units() * block.chunks * g.group * tiles * g.channel_blocks()) as u64
     }
 }

@@ -3,26 +3,45 @@
 use crate::engine::gpu::{Assembler, KernelKey, KernelSource, Stage, dtype_define};
 use crate::race::gpu::backward_kernels::BackwardKernel;
 use crate::race::gpu::params::Params;
-use crate::race::plan::{CHUNK, Geometry, SCAN_WIDTH};
+use crate::race::plan::{CHUNK, Geometry, SCAN_WIDTH, SEGMENT};
 use crate::tensor::DType;
 
 /// What a kernel does; with a [`Geometry`] it names one pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Kernel {
-    /// Hashes rows, `per_head` for each token and kv head.
+    /// Hashes rows, `per_head` for each token and kv head; `wide`: rows are whole vectors of four.
     Project {
         per_head: usize,
+        wide: bool,
     },
-    /// Sums over the keys of each chunk.
-    ChunkSums,
-    /// Sums before each chunk, or with `reverse` after it, and the state's moving on.
+    /// Sums over the keys of each chunk; `wide`: rows of v are whole vectors of four.
+    ChunkSums {
+        wide: bool,
+    },
+    /// Sums over the chunks of each segment.
+    ScanParts {
+        reverse: bool,
+    },
+    /// Sums before each segment, or with `reverse` after it, and the state's moving on.
     Scan {
         reverse: bool,
     },
-    /// Outputs of queries; `read`: from the state alone.
+    /// Sums before or after each chunk, from those of its segment.
+    ScanSpread {
+        reverse: bool,
+    },
+    /// Outputs of queries; `read`: from the state alone. Of bucket normalisations, and of several ensembles.
     Output {
         output: DType,
         read: bool,
+    },
+    /// The same for [`crate::Normalization::Ratio`] and one ensemble; `wide`: rows of v are whole vectors of four,
+    /// `wide_out`: those of o.
+    OutputRatio {
+        output: DType,
+        read: bool,
+        wide: bool,
+        wide_out: bool,
     },
     /// One token of each sequence: B and the output.
     Step {
@@ -51,6 +70,7 @@ pub(super) const SNIPPETS: &[(&str, &str)] = snippets!(
     "race": ["info", "params", "input", "input2", "hash", "features", "matrices", "double", "store"],
     "race": ["weights", "tile", "sums", "through_hash", "readings", "hash_rows"],
     "race": ["window_params", "window_last", "window_keys", "window_rows"],
+    "race": ["quad", "quads", "quads2", "panels", "segments", "matrix_quads", "store_quads"],
 );
 
 impl Kernel {
@@ -58,9 +78,11 @@ impl Kernel {
         match self {
             Self::Project { .. } => include_str!("../../../shaders/race/project.wgsl"),
             Self::Backward(kernel) => kernel.text(),
-            Self::ChunkSums => include_str!("../../../shaders/race/chunk_sums.wgsl"),
+            Self::ChunkSums { .. } => include_str!("../../../shaders/race/chunk_sums.wgsl"),
             Self::Scan { .. } => include_str!("../../../shaders/race/scan.wgsl"),
+            Self::ScanParts { .. } | Self::ScanSpread { .. } => include_str!("../../../shaders/race/scan_chunks.wgsl"),
             Self::Output { .. } => include_str!("../../../shaders/race/output.wgsl"),
+            Self::OutputRatio { .. } => include_str!("../../../shaders/race/read_chunk.wgsl"),
             Self::Step { .. } | Self::StepMass => include_str!("../../../shaders/race/step.wgsl"),
         }
     }
@@ -70,9 +92,11 @@ impl Kernel {
         match self {
             Self::Project { .. } => "project",
             Self::Backward(kernel) => kernel.stage(),
-            Self::ChunkSums => "chunk sums",
+            Self::ChunkSums { .. } => "chunk sums",
+            Self::ScanParts { .. } => "scan parts",
+            Self::ScanSpread { .. } => "scan spread",
             Self::Scan { .. } => "scan",
-            Self::Output { .. } => "output",
+            Self::Output { .. } | Self::OutputRatio { .. } => "output",
             Self::Step { .. } => "step",
             Self::StepMass => "step mass",
         }
@@ -84,11 +108,12 @@ impl Kernel {
         const W: bool = true;
         match self {
             Self::Project { .. } => &[R, R, R, W],
-            Self::Backward(kernel) => kernel.storage(geometry),
-            Self::ChunkSums => &[R, R, R, W],
-            Self::Scan { .. } => &[R, W, W],
+            Self::Backward(kernel) => kernel.storage(),
+            Self::ChunkSums { .. } => &[R, R, R, W],
+            Self::ScanParts { .. } | Self::ScanSpread { .. } => &[R, W, W],
+            Self::Scan { .. } => &[R, W, W, W],
             Self::Output { .. } if geometry.ensembles > 1 => &[R, R, R, R, W, W],
-            Self::Output { .. } => &[R, R, R, R, W],
+            Self::Output { .. } | Self::OutputRatio { .. } => &[R, R, R, R, W],
             Self::Step { .. } => &[R, R, R, W, R, R, W],
             Self::StepMass => &[R, R, R, W],
         }
@@ -106,12 +131,30 @@ impl Key {
             defines.push("RATIO");
         }
         match self.kernel {
-            Kernel::Scan { reverse: true } => defines.push("REVERSE"),
+            Kernel::ScanParts { reverse } | Kernel::Scan { reverse } | Kernel::ScanSpread { reverse } => {
+                if reverse {
+                    defines.push("REVERSE");
+                }
+                if matches!(self.kernel, Kernel::ScanSpread { .. }) {
+                    defines.push("SPREAD");
+                }
+            }
+            Kernel::Project { wide, .. } => defines.extend(wide.then_some("WIDE")),
+            Kernel::ChunkSums { wide } => {
+                defines.extend(wide.then_some("WIDE"));
+                defines.extend(g.value_dim.is_multiple_of(4).then_some("QUADS"));
+            }
             Kernel::Output { output, .. } => {
                 defines.push(dtype_define("OUT", output));
                 if g.ensembles > 1 {
                     defines.push("SUMMED");
                 }
+            }
+            Kernel::OutputRatio { output, read, wide, wide_out } => {
+                defines.push(dtype_define("OUT", output));
+                let flags =
+                    [("ALONE", read), ("WIDE", wide), ("WIDE_OUT", wide_out), ("QUADS", g.value_dim.is_multiple_of(4))];
+                defines.extend(flags.iter().filter(|(_, on)| *on).map(|(name, _)| *name));
             }
             Kernel::Step { output } => defines.push(dtype_define("OUT", output)),
             Kernel::StepMass => defines.push("MASS"),
@@ -135,13 +178,14 @@ impl Key {
             ("PLANES", g.planes),
             ("ENSEMBLES", g.ensembles),
             ("CHUNK", CHUNK),
+            ("SEGMENT", SEGMENT),
+            ("MATRIX_ROW", g.matrix_row()),
             ("PAIRS", g.channel_pairs()),
         ];
         match self.kernel {
-            Kernel::Project { per_head } => {
+            Kernel::Project { per_head, .. } => {
                 constants.push(("PER_HEAD", per_head));
-                // Planes of a workgroup, in sixteens.
-                constants.push(("COLUMNS", g.bits().div_ceil(16).min(4)));
+                constants.push(("FOURS", g.plane_fours()));
             }
             Kernel::Backward(kernel) => constants.extend(kernel.constants(g)),
             Kernel::Scan { .. } => constants.push(("WIDTH", SCAN_WIDTH)),
@@ -150,6 +194,7 @@ impl Key {
                 constants.push(("HASHES", 1 + g.step_heads()));
             }
             Kernel::StepMass => constants.push(("HASHES", 1)),
+            Kernel::OutputRatio { .. } => constants.push(("OUT", 5)),
             _ => {}
         }
         constants.into_iter().map(|(name, value)| (name, value as u32)).collect()

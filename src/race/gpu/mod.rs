@@ -6,7 +6,8 @@
 //! | buffer | layout |
 //! |---|---|
 //! | hashes | t = tanh(w·x): of keys `[sequence, token, kv head of the block, L·P]`, then of queries with all heads of the group |
-//! | matrices | `[unit, chunk, S + 1, Dv + 1]`: \[α, 1\]ᵀ\[v, 1\] of each chunk of 64 tokens, then in its place the sum before the chunk |
+//! | matrices | `[unit, chunk, S + 1, Dv + 1]`, rows padded to whole fours: \[α, 1\]ᵀ\[v, 1\] of each chunk of 64 tokens, then in its place the sum before the chunk |
+//! | segments | `[unit, segment, S + 1, Dv + 1]`, likewise, pairs of f32: sums of 16 chunks, then the sums before them |
 //! | state | `[sequence, kv head, ensemble, S, Dv + 1]` pairs of f32: B, and A in the last column |
 //!
 //! α = R·φ − c with the centring constant c of the kv head, see [`crate::race::plan::centre`]. A matrix's last row and
@@ -53,6 +54,8 @@ struct Workspace {
     hashes: Scratch,
     /// Matrices of chunks.
     matrices: Scratch,
+    /// Sums of segments of chunks.
+    segments: Scratch,
     /// Outputs summed over ensembles.
     sums: Scratch,
     /// Of a backward: gradients of hashes, readings of queries, shares of the parameters' gradients.
@@ -99,6 +102,16 @@ impl GpuRace {
         let (heads, betas) = (heads(&geometry, parameters), parameters.beta.values().len());
         let (causal, workspace) = (config.causal, Workspace::default());
         Ok(Self { ctx, geometry, budget, planes, planes_stride, heads, betas, causal, weight, workspace })
+    }
+
+    /// The kernel of outputs, where rows of the input and of the output begin at multiples of four elements, or not.
+    fn output_kernel(&self, output: DType, read: bool, in_fours: bool, out_in_fours: bool) -> Kernel {
+        let g = &self.geometry;
+        if !g.ratio || g.ensembles > 1 {
+            return Kernel::Output { output, read };
+        }
+        let fours = g.value_dim.is_multiple_of(4);
+        Kernel::OutputRatio { output, read, wide: in_fours && fours, wide_out: out_in_fours && fours }
     }
 
     fn key(&self, kernel: Kernel) -> Key {
@@ -184,11 +197,13 @@ impl RaceExecutor for GpuRace {
 
     fn warm_up(&self, output: DType) -> WarmUp {
         let mut kernels = vec![
-            Kernel::Project { per_head: 1 },
-            Kernel::Project { per_head: self.geometry.group },
-            Kernel::ChunkSums,
+            Kernel::Project { per_head: 1, wide: self.geometry.head_dim.is_multiple_of(4) },
+            Kernel::Project { per_head: self.geometry.group, wide: self.geometry.head_dim.is_multiple_of(4) },
+            Kernel::ChunkSums { wide: self.geometry.value_dim.is_multiple_of(4) },
+            Kernel::ScanParts { reverse: false },
             Kernel::Scan { reverse: false },
-            Kernel::Output { output, read: !self.causal },
+            Kernel::ScanSpread { reverse: false },
+            self.output_kernel(output, !self.causal, true, true),
         ];
         if self.causal {
             kernels.extend([Kernel::Step { output }, Kernel::StepMass]);

@@ -51,6 +51,13 @@ pub(crate) struct Params {
     pub reserved: [u32; 2],
 }
 
+impl Params {
+    /// Whether rows of the result begin at multiples of four elements, where they have whole fours.
+    pub fn out_in_fours(&self) -> bool {
+        self.out_at.is_multiple_of(4) && self.out_batch.is_multiple_of(4)
+    }
+}
+
 impl GridParams for Params {
     fn with_grid(self, groups: u32, group_width: u32) -> Self {
         Self { groups, group_width, ..self }

@@ -6,7 +6,7 @@ use super::params::Params;
 use super::state::GpuState;
 use crate::engine::gpu::{Bind, Input, Passes};
 use crate::error::Result;
-use crate::race::plan::{Piece, SCAN_WIDTH};
+use crate::race::plan::{Piece, SCAN_WIDTH, SEGMENT};
 use std::ops::Range;
 
 /// Flags of shaders/race/scan.wgsl.
@@ -31,6 +31,13 @@ impl Block {
     pub fn units(&self) -> usize {
         self.sequences.len() * self.heads.len()
     }
+}
+
+/// The matrices of a piece's chunks, and the sums that their scan makes on the way.
+#[derive(Clone)]
+pub(super) struct Matrices {
+    pub chunks: wgpu::Buffer,
+    segments: wgpu::Buffer,
 }
 
 impl GpuRace {
@@ -70,15 +77,18 @@ impl GpuRace {
     }
 
     /// The buffers of hashes and of matrices, large enough for a piece's largest block.
-    pub(super) fn scratch(&mut self, op: &'static str, piece: &Piece) -> Result<(wgpu::Buffer, wgpu::Buffer)> {
+    pub(super) fn scratch(&mut self, op: &'static str, piece: &Piece) -> Result<(wgpu::Buffer, Matrices)> {
         let g = &self.geometry;
         let units = (piece.sequences.len() * piece.heads) as u64;
         let hashes = units * (piece.tokens.len() * (g.group + 1) * g.bits() * 4) as u64;
-        let matrices = units * (piece.chunks() * g.matrix() * 4) as u64;
-        Ok((
-            self.workspace.hashes.get(&self.ctx, op, "bytes of hashes", hashes)?,
-            self.workspace.matrices.get(&self.ctx, op, "bytes of chunk sums", matrices)?,
-        ))
+        let chunks = units * (piece.chunks() * g.matrix() * 4) as u64;
+        let segments = units * (piece.chunks().div_ceil(SEGMENT) * g.matrix() * 8) as u64;
+        let w = &mut self.workspace;
+        let matrices = Matrices {
+            chunks: w.matrices.get(&self.ctx, op, "bytes of chunk sums", chunks)?,
+            segments: w.segments.get(&self.ctx, op, "bytes of segment sums", segments)?,
+        };
+        Ok((self.workspace.hashes.get(&self.ctx, op, "bytes of hashes", hashes)?, matrices))
     }
 
     /// t of keys (`per_head` = 1, from `Params::k_at` on), or of queries (`per_head` = the group, from `Params::q_at`).
@@ -94,9 +104,10 @@ impl GpuRace {
         let (per_head, out_at) = if queries { (g.group, block.params.q_at) } else { (1, block.params.k_at) };
         let params = Params { input: x.strides, out_at, ..block.params };
         let rows = block.sequences.len() * block.params.tokens as usize * per_head;
-        let groups = rows.div_ceil(64) * block.heads.len() * g.bits().div_ceil(64);
+        let groups = rows.div_ceil(64) * block.heads.len() * g.bits().div_ceil(4 * g.plane_fours());
+        let wide = x.strides.in_fours() && g.head_dim.is_multiple_of(4);
         let binds = vec![block.info.clone(), x.bind.clone(), Bind::from(&self.planes), Bind::from(hashes)];
-        passes.dispatch(self.key(Kernel::Project { per_head }), params, groups as u64, binds)
+        passes.dispatch(self.key(Kernel::Project { per_head, wide }), params, groups as u64, binds)
     }
 
     /// The matrices of the block's chunks.
@@ -106,26 +117,51 @@ impl GpuRace {
         block: &Block,
         v: &Input,
         hashes: &wgpu::Buffer,
-        matrices: &wgpu::Buffer,
+        matrices: &Matrices,
     ) -> Result<()> {
         let g = &self.geometry;
         let params = Params { input: v.strides, ..block.params };
         let groups = block.units() * block.chunks * g.bucket_tiles() * g.channel_blocks();
-        let binds = vec![block.info.clone(), v.bind.clone(), Bind::from(hashes), Bind::from(matrices)];
-        passes.dispatch(self.key(Kernel::ChunkSums), params, groups as u64, binds)
+        let binds = vec![block.info.clone(), v.bind.clone(), Bind::from(hashes), Bind::from(&matrices.chunks)];
+        let wide = v.strides.in_fours() && g.value_dim.is_multiple_of(4);
+        passes.dispatch(self.key(Kernel::ChunkSums { wide }), params, groups as u64, binds)
     }
 
-    /// Replaces matrices of chunks by the sums before them, `state` included, or with `reverse` by those after them;
-    /// the state moves on to the block's end, or its gradient back to the block's beginning.
-    pub(super) fn scan(
+    /// Moves the state on to the block's end, or with `reverse` its gradient back to the block's beginning, by the
+    /// matrices of its chunks.
+    pub(super) fn advance(
         &self,
         passes: &mut Passes<'_>,
         block: &Block,
         state: &GpuState,
-        matrices: &wgpu::Buffer,
+        matrices: &Matrices,
         reverse: bool,
     ) -> Result<()> {
-        self.dispatch_scan(passes, block, block.params, state, matrices, reverse)
+        self.scan_chunks(passes, block, Kernel::ScanParts { reverse }, matrices)?;
+        self.scan_segments(passes, block, block.params, state, matrices, reverse)
+    }
+
+    /// As [`GpuRace::advance`]; and the matrices of chunks become the sums before them, the state included, or with
+    /// `reverse` those after them. With `flags` of [`KEEP_STATE`] the state stays.
+    pub(super) fn scan(
+        &self,
+        passes: &mut Passes<'_>,
+        block: &Block,
+        flags: u32,
+        state: &GpuState,
+        matrices: &Matrices,
+        reverse: bool,
+    ) -> Result<()> {
+        self.scan_chunks(passes, block, Kernel::ScanParts { reverse }, matrices)?;
+        self.scan_segments(passes, block, Params { flags, ..block.params }, state, matrices, reverse)?;
+        self.scan_chunks(passes, block, Kernel::ScanSpread { reverse }, matrices)
+    }
+
+    /// The kernels of the scan that go through all matrices.
+    fn scan_chunks(&self, passes: &mut Passes<'_>, block: &Block, kernel: Kernel, matrices: &Matrices) -> Result<()> {
+        let groups = block.units() * block.chunks.div_ceil(SEGMENT) * self.geometry.matrix().div_ceil(256);
+        let binds = vec![block.info.clone(), Bind::from(&matrices.chunks), Bind::from(&matrices.segments)];
+        passes.dispatch(self.key(kernel), block.params, groups as u64, binds)
     }
 
     /// The state itself, or with `reverse` a gradient, as one matrix for each unit. The block returned has it in the place of its chunks' matrices.
@@ -134,29 +170,29 @@ impl GpuRace {
         passes: &mut Passes<'_>,
         block: &Block,
         state: &GpuState,
-        matrices: &wgpu::Buffer,
+        matrices: &Matrices,
         reverse: bool,
     ) -> Result<Block> {
         let params = Params { slots: 1, ..block.params };
         let scan = Params { chunks: 0, flags: WRITE_TOTAL | KEEP_STATE, ..params };
-        self.dispatch_scan(passes, block, scan, state, matrices, reverse)?;
+        self.scan_segments(passes, block, scan, state, matrices, reverse)?;
         Ok(Block { params, ..block.clone() })
     }
 
-    pub(super) fn dispatch_scan(
+    fn scan_segments(
         &self,
         passes: &mut Passes<'_>,
         block: &Block,
         params: Params,
         state: &GpuState,
-        matrices: &wgpu::Buffer,
+        matrices: &Matrices,
         reverse: bool,
     ) -> Result<()> {
         let g = &self.geometry;
         let (bind, first) = self.bind_state(state, &block.sequences);
         let params = Params { state_at: first + (block.ensemble * g.state_unit()) as u32, ..params };
         let groups = block.units() * g.columns().div_ceil(SCAN_WIDTH);
-        let binds = vec![block.info.clone(), bind, Bind::from(matrices)];
+        let binds = vec![block.info.clone(), bind, Bind::from(&matrices.chunks), Bind::from(&matrices.segments)];
         passes.dispatch(self.key(Kernel::Scan { reverse }), params, groups as u64, binds)
     }
 }

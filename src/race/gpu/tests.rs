@@ -52,15 +52,25 @@ fn keys() -> Vec<Key> {
     for geometry in geometries() {
         let mut add = |kernel| keys.push(Key { kernel, geometry });
         super::backward_kernels::every(&geometry).into_iter().for_each(|kernel| add(Kernel::Backward(kernel)));
-        add(Kernel::Project { per_head: 1 });
-        add(Kernel::Project { per_head: geometry.group });
-        add(Kernel::ChunkSums);
+        for wide in [false, geometry.head_dim.is_multiple_of(4)] {
+            add(Kernel::Project { per_head: 1, wide });
+            add(Kernel::Project { per_head: geometry.group, wide });
+        }
+        add(Kernel::ChunkSums { wide: false });
+        add(Kernel::ChunkSums { wide: geometry.value_dim.is_multiple_of(4) });
         add(Kernel::StepMass);
         for flag in [true, false] {
             add(Kernel::Scan { reverse: flag });
+            add(Kernel::ScanParts { reverse: flag });
+            add(Kernel::ScanSpread { reverse: flag });
             for dtype in [DType::F32, DType::F16, DType::Bf16] {
                 add(Kernel::Step { output: dtype });
                 add(Kernel::Output { output: dtype, read: flag });
+                for wide in [false, geometry.value_dim.is_multiple_of(4)] {
+                    if geometry.ratio {
+                        add(Kernel::OutputRatio { output: dtype, read: flag, wide, wide_out: wide });
+                    }
+                }
             }
         }
     }

@@ -1,0 +1,45 @@
+// Tiled products of 64 rows by 64 columns. Operands stand in panels: 16 steps of the sum by 64 rows or columns, four to
+// a vector. Invocation (row4, column4) owns rows row4 * 4 .. + 4 and columns column4 * 4 .. + 4. Vectors are permuted
+// within a step, so that neither filling along steps nor along rows meets few memory banks only.
+var<workgroup> panels: array<vec4<f32>, 1024>;
+
+// Sums of four rows, with four columns each.
+struct Block {
+    a: vec4<f32>,
+    b: vec4<f32>,
+    c: vec4<f32>,
+    d: vec4<f32>,
+}
+
+fn panel_at(panel: u32, step: u32, four: u32) -> u32 {
+    return panel * 256u + step * 16u + (four ^ step);
+}
+
+// One number of a panel.
+fn set_panel(panel: u32, step: u32, place: u32, x: f32) {
+    panels[panel_at(panel, step, place >> 2u)][place & 3u] = x;
+}
+
+// Four steps' numbers of a row or column.
+fn set_row(panel: u32, row: u32, quad: u32, x: vec4<f32>) {
+    for (var i = 0u; i < 4u; i++) {
+        set_panel(panel, quad * 4u + i, row, x[i]);
+    }
+}
+
+// Sum over the steps of a panel.
+fn panel_sum(panel: u32, four: u32) -> vec4<f32> {
+    var sum = vec4<f32>();
+    for (var step = p.zero; step < 16u; step++) {
+        sum += panels[panel_at(panel, step, four)];
+    }
+    return sum;
+}
+
+fn add_product(sums: Block, left: vec4<f32>, right: vec4<f32>) -> Block {
+    return Block(
+        sums.a + left.x * right,
+        sums.b + left.y * right,
+        sums.c + left.z * right,
+        sums.d + left.w * right);
+}

@@ -1,0 +1,292 @@
+#import params
+#import quads
+#import weights
+#import matrices
+#import matrix_quads
+#import panels
+#import store_quads
+// What the 64 rows of a chunk read: one workgroup per (unit, chunk, head, block of channels).
+//
+// Queries of one head read the sums before the chunk and the chunk's own keys up to each, o = N / D with
+// N = Ψ·M + tril(Ψ·αᵀ)·v, for Ψ = [α, c·S] and a matrix whose last row is that of sums; D is the same of the column of
+// masses and of ones. With VALUES keys read the gradient of the sums after the chunk and the chunk's own queries from
+// each on, of all heads of the group, dv = α·M + triu(α·Ψᵀ)·(G·scale / D): `input` is grad_o then. With ALONE there are
+// no rows of the chunk to read, and one matrix a unit.
+//
+// Where c = 1 the values that queries read are taken from a constant row μ close to their mean, which all weights
+// together bring back: what a query's weights make of the rest is not rounded with what is the same for all queries.
+@group(0) @binding(3) var<storage, read> t: array<f32>;
+#ifdef VALUES
+#ifndef ALONE
+@group(0) @binding(6) var<storage, read> readings: array<f32>;
+#import readings
+#endif
+const HEADS: u32 = 1u;
+#ifdef ALONE
+const READ: u32 = 1u;
+#else
+const READ: u32 = GROUP;
+#endif
+#else
+const HEADS: u32 = GROUP;
+#endif
+
+@compute @workgroup_size(256)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
+    let index = group_index(group);
+    if index >= p.groups {
+        return;
+    }
+    let block = index % CHANNEL_BLOCKS;
+    let in_group = index / CHANNEL_BLOCKS % HEADS;
+    let chunk = index / (CHANNEL_BLOCKS * HEADS) % p.chunks;
+    let unit = index / (CHANNEL_BLOCKS * HEADS) / p.chunks;
+    let b = unit / p.heads;
+    let head = unit % p.heads;
+    let kv_head = p.head + head;
+    let beta = beta_of(kv_head);
+    let centre = centre_of(kv_head);
+    let first = chunk * CHUNK;
+    let rows = min(CHUNK, p.tokens - first);
+    let count = min(rows, max(length_of(b), first) - first);
+    let token_row = (b * p.tokens + first) * p.heads + head;
+    let matrix = (unit * p.slots + min(chunk, p.slots - 1u)) * MATRIX;
+
+    // The rows and columns of this invocation's sums; where it fills along steps, the step and its four.
+    let row4 = local / 16u;
+    let column4 = local % 16u;
+    let channel = block * CHANNELS + column4 * 4u;
+    // Where it fills along rows, the row and a quarter of the steps.
+    let own_row = local % 64u;
+    let quad = local / 64u;
+#repeat h PAIRS
+    var sums$h = Block();
+#end
+
+#ifdef VALUES
+    let last = 1.0;
+#else
+    if count == 0u {
+        return;
+    }
+    let last = centre * f32(BUCKETS);
+    let last_at = matrix + BUCKETS * MATRIX_ROW;
+    let seen = matrix_mass(last_at);
+    var mass = vec4<f32>();
+    var own_mass = vec4<f32>();
+#repeat h PAIRS
+    var mean$h = vec4<f32>();
+    if seen > 0.0 {
+        mean$h = centre / seen * matrix_quad(last_at, channel + $hu * 64u);
+    }
+#ifndef ALONE
+    if seen <= 0.0 {
+        mean$h = centre * input_quad(input_at(b, first, kv_head), channel + $hu * 64u, VALUE_DIM);
+    }
+#endif
+#end
+#endif
+
+#ifdef VALUES
+    // Of a chunk of padding, nothing.
+    for (var g = select(0u, READ, count == 0u); g < READ; g++) {
+#else
+    for (var g = in_group; g <= in_group; g++) {
+#endif
+#ifdef VALUES
+        let reads_matrix = g == 0u;
+#else
+        let reads_matrix = true;
+#endif
+        var meet = Block();
+        for (var start = 0u; start < BUCKETS; start += 16u) {
+            workgroupBarrier();
+            var own = vec4<f32>();
+            if own_row < count {
+#ifdef VALUES
+                own = alpha_of_four(p.k_at + (token_row + own_row * p.heads) * BITS, start + quad * 4u, beta, centre);
+#else
+                let row = (token_row + own_row * p.heads) * GROUP + g;
+                own = alpha_of_four(p.q_at + row * BITS, start + quad * 4u, beta, centre);
+#endif
+            }
+            set_row(0u, own_row, quad, own);
+#ifndef ALONE
+            var other = vec4<f32>();
+            if own_row < count {
+#ifdef VALUES
+                other = reading_of_four((token_row + own_row * p.heads) * GROUP + g, start + quad * 4u, beta, centre);
+#else
+                other = alpha_of_four(p.k_at + (token_row + own_row * p.heads) * BITS, start + quad * 4u, beta, centre);
+#endif
+            }
+            set_row(3u, own_row, quad, other);
+#endif
+            let bucket_at = matrix + (start + row4) * MATRIX_ROW;
+            if reads_matrix {
+#repeat h PAIRS
+                var m$h = vec4<f32>();
+                if start + row4 < BUCKETS {
+                    m$h = matrix_quad(bucket_at, channel + $hu * 64u);
+                }
+                panels[panel_at(1u + $hu, row4, column4)] = m$h;
+#end
+            }
+            workgroupBarrier();
+            if reads_matrix {
+                for (var k = p.zero; k < 16u; k += 4u) {
+#repeat u 4
+                    let left$u = panels[panel_at(0u, k + $uu, row4)];
+#repeat h PAIRS
+                    sums$h = add_product(sums$h, left$u, panels[panel_at(1u + $hu, k + $uu, column4)]);
+#end
+#end
+                }
+            }
+#ifndef VALUES
+            if start + column4 < BUCKETS {
+                mass += panels[panel_at(0u, column4, row4)] * matrix_mass(matrix + (start + column4) * MATRIX_ROW);
+            }
+#endif
+#ifndef ALONE
+            for (var k = p.zero; k < 16u; k += 4u) {
+#repeat u 4
+                meet = add_product(meet, panels[panel_at(0u, k + $uu, row4)], panels[panel_at(3u, k + $uu, column4)]);
+#end
+            }
+#endif
+        }
+#ifndef ALONE
+        // Which of its four columns each of the four rows meets, and how much.
+        let columns = vec4<u32>(column4 * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
+        var factor = vec4<f32>(1.0);
+#ifdef VALUES
+        var met_last = vec4<f32>();
+        for (var i = 0u; i < 4u; i++) {
+            if columns[i] < count {
+                let q_row = (token_row + columns[i] * p.heads) * GROUP + g;
+                factor[i] = reading_weight(q_row).x;
+                met_last[i] = reading_of_sums(q_row, centre);
+            }
+        }
+#else
+        let met_last = vec4<f32>(last);
+#endif
+        let inside = columns < vec4<u32>(count);
+#repeat r 4
+        let row$r = vec4<u32>(row4 * 4u + $ru);
+#end
+#ifdef VALUES
+        meet.a = select(vec4<f32>(), (meet.a + met_last) * factor, inside & (columns >= row0));
+        meet.b = select(vec4<f32>(), (meet.b + met_last) * factor, inside & (columns >= row1));
+        meet.c = select(vec4<f32>(), (meet.c + met_last) * factor, inside & (columns >= row2));
+        meet.d = select(vec4<f32>(), (meet.d + met_last) * factor, inside & (columns >= row3));
+#else
+        meet.a = select(vec4<f32>(), meet.a + met_last, columns <= row0);
+        meet.b = select(vec4<f32>(), meet.b + met_last, columns <= row1);
+        meet.c = select(vec4<f32>(), meet.c + met_last, columns <= row2);
+        meet.d = select(vec4<f32>(), meet.d + met_last, columns <= row3);
+        let ones = vec4<f32>(1.0);
+        own_mass += vec4<f32>(dot(meet.a, ones), dot(meet.b, ones), dot(meet.c, ones), dot(meet.d, ones));
+#endif
+        for (var start = 0u; start < count; start += 16u) {
+            workgroupBarrier();
+            if column4 / 4u == start / 16u {
+                let step = column4 % 4u * 4u;
+                panels[panel_at(0u, step, row4)] = vec4<f32>(meet.a.x, meet.b.x, meet.c.x, meet.d.x);
+                panels[panel_at(0u, step + 1u, row4)] = vec4<f32>(meet.a.y, meet.b.y, meet.c.y, meet.d.y);
+                panels[panel_at(0u, step + 2u, row4)] = vec4<f32>(meet.a.z, meet.b.z, meet.c.z, meet.d.z);
+                panels[panel_at(0u, step + 3u, row4)] = vec4<f32>(meet.a.w, meet.b.w, meet.c.w, meet.d.w);
+            }
+#repeat h PAIRS
+            var x$h = vec4<f32>();
+#end
+            if start + row4 < count {
+#ifdef VALUES
+                let at = input_at(b, first + start + row4, kv_head * GROUP + g);
+#else
+                let at = input_at(b, first + start + row4, kv_head);
+#endif
+#repeat h PAIRS
+                x$h = input_quad(at, channel + $hu * 64u, VALUE_DIM);
+#ifndef VALUES
+                x$h -= mean$h;
+#endif
+#end
+            }
+#repeat h PAIRS
+            panels[panel_at(1u + $hu, row4, column4)] = x$h;
+#end
+            workgroupBarrier();
+            // Rows that meet none of these leave them out.
+#ifdef VALUES
+            let meets = row4 * 4u < start + 16u;
+#else
+            let meets = row4 * 4u + 3u >= start;
+#endif
+            for (var k = select(16u, p.zero, meets); k < 16u; k += 4u) {
+#repeat u 4
+                let left$u = panels[panel_at(0u, k + $uu, row4)];
+#repeat h PAIRS
+                sums$h = add_product(sums$h, left$u, panels[panel_at(1u + $hu, k + $uu, column4)]);
+#end
+#end
+            }
+        }
+#endif
+    }
+
+#ifdef VALUES
+#repeat h PAIRS
+    let ones$h = matrix_quad(matrix + BUCKETS * MATRIX_ROW, channel + $hu * 64u);
+    store_row(b, first, row4 * 4u, rows, count, kv_head, channel + $hu * 64u, sums$h.a + ones$h);
+    store_row(b, first, row4 * 4u + 1u, rows, count, kv_head, channel + $hu * 64u, sums$h.b + ones$h);
+    store_row(b, first, row4 * 4u + 2u, rows, count, kv_head, channel + $hu * 64u, sums$h.c + ones$h);
+    store_row(b, first, row4 * 4u + 3u, rows, count, kv_head, channel + $hu * 64u, sums$h.d + ones$h);
+#end
+#else
+    // Sums over the 16 invocations of a row.
+    workgroupBarrier();
+    panels[panel_at(0u, column4, row4)] = mass;
+    panels[panel_at(3u, column4, row4)] = own_mass;
+    workgroupBarrier();
+    let masses = panel_sum(0u, row4);
+    let divisor = masses + panel_sum(3u, row4) + last * seen;
+    let some = divisor > vec4<f32>();
+    let inverse = select(vec4<f32>(), 1.0 / divisor, some);
+    let whole = select(vec4<f32>(), vec4<f32>(1.0), some);
+    let q_head = kv_head * GROUP + in_group;
+#repeat h PAIRS
+    let rest$h = last * (matrix_quad(last_at, channel + $hu * 64u) - seen * mean$h);
+    store_row(b, first, row4 * 4u, rows, count, q_head, channel + $hu * 64u,
+        (sums$h.a + rest$h - masses.x * mean$h) * inverse.x + whole.x * mean$h);
+    store_row(b, first, row4 * 4u + 1u, rows, count, q_head, channel + $hu * 64u,
+        (sums$h.b + rest$h - masses.y * mean$h) * inverse.y + whole.y * mean$h);
+    store_row(b, first, row4 * 4u + 2u, rows, count, q_head, channel + $hu * 64u,
+        (sums$h.c + rest$h - masses.z * mean$h) * inverse.z + whole.z * mean$h);
+    store_row(b, first, row4 * 4u + 3u, rows, count, q_head, channel + $hu * 64u,
+        (sums$h.d + rest$h - masses.w * mean$h) * inverse.w + whole.w * mean$h);
+#end
+#endif
+}
+
+#ifdef VALUES
+// Rows of padding are zero. Ensembles after the first add (`flags` = 1).
+fn store_row(b: u32, first: u32, row: u32, rows: u32, count: u32, head: u32, channel: u32, x: vec4<f32>) {
+    if row < rows {
+        let at = p.out_at + b * p.out_batch + ((first + row) * KV_HEADS + head) * VALUE_DIM;
+        var sum = select(vec4<f32>(), x, row < count);
+        if (p.flags & 1u) == 1u {
+            sum += stored_quad(at, channel, VALUE_DIM);
+        }
+        store_quad(at, channel, VALUE_DIM, sum);
+    }
+}
+#else
+fn store_row(b: u32, first: u32, row: u32, rows: u32, count: u32, head: u32, channel: u32, x: vec4<f32>) {
+    if row < count {
+        let at = p.out_at + b * p.out_batch + ((first + row) * Q_HEADS + head) * VALUE_DIM;
+        store_quad(at, channel, VALUE_DIM, x);
+    }
+}
+#endif
