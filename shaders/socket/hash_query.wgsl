@@ -12,8 +12,17 @@
 @group(0) @binding(6) var<storage, read_write> histogram: array<u32>;
 
 const TABLE_ROW: u32 = 4u + ENTRIES;
-var<workgroup> x: array<f32, HEAD_DIM>;
+// Channels whose loads are under way together.
+const AT_ONCE: u32 = 16u;
+const CHANNELS: u32 = (HEAD_DIM + AT_ONCE - 1u) / AT_ONCE * AT_ONCE;
+var<workgroup> x: array<f32, CHANNELS>;
+#ifdef SOFT_COLLISION
+// How likely each plane's bit is 1, and 0.
+var<workgroup> ones: array<f32, BLOCK_BITS>;
+var<workgroup> zeros: array<f32, BLOCK_BITS>;
+#else
 var<workgroup> u: array<f32, BLOCK_BITS>;
+#endif
 
 fn logistic(t: f32) -> f32 {
     return 1.0 / (1.0 + exp(-t));
@@ -66,6 +75,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #else
     load_head(local, batch, token, kv_head * GROUP + scoring_head, 1.0, false);
 #endif
+    for (var c = HEAD_DIM + local; c < CHANNELS; c += 256u) {
+        x[c] = 0.0;
+    }
     workgroupBarrier();
 
     let at = index * TABLE_ROW;
@@ -76,11 +88,23 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         for (var i = local; i < BLOCK_BITS; i += 256u) {
             var sum = 0.0;
             if block + i < BITS {
-                for (var c = 0u; c < HEAD_DIM; c++) {
-                    sum += x[c] * planes[planes_at + c * BITS + block + i];
+                let plane_at = planes_at + block + i;
+                for (var c = 0u; c < HEAD_DIM; c += AT_ONCE) {
+#repeat j 16
+                    let w$j = planes[plane_at + min(c + $ju, HEAD_DIM - 1u) * BITS];
+#end
+#repeat j 16
+                    sum += x[c + $ju] * w$j;
+#end
                 }
             }
+#ifdef SOFT_COLLISION
+            let t = 2.0 * p.beta * bounded_tanh(sum);
+            ones[i] = logistic(t);
+            zeros[i] = logistic(-t);
+#else
             u[i] = sum;
+#endif
         }
         workgroupBarrier();
         for (var i = local; i < BLOCK_BITS / PLANES * DIGITS * 16u; i += 256u) {
@@ -103,11 +127,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #endif
                 for (var b = 0u; b < bits; b++) {
                     // Bit b of digit d is bit 4d + b of the code, whose most significant bit is plane 0.
-                    let projection = u[table * PLANES + PLANES - 1u - digit * 4u - b];
+                    let plane = table * PLANES + PLANES - 1u - digit * 4u - b;
                     let is_one = ((value >> b) & 1u) == 1u;
 #ifdef SOFT_COLLISION
-                    let t = 2.0 * p.beta * bounded_tanh(projection);
-                    entry *= logistic(select(-t, t, is_one));
+                    entry *= select(zeros[plane], ones[plane], is_one);
+#else
+                    let projection = u[plane];
 #endif
 #ifdef SIGN_PROJECTION
                     entry += select(-projection, projection, is_one) * p.scale;
@@ -128,7 +153,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #ifdef SOFT_COLLISION
                 var best = 1.0;
                 for (var plane = 0u; plane < PLANES; plane++) {
-                    best *= logistic(2.0 * p.beta * bounded_tanh(abs(u[i * PLANES + plane])));
+                    best *= max(ones[i * PLANES + plane], zeros[i * PLANES + plane]);
                 }
                 high += best;
 #endif

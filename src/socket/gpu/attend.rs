@@ -208,8 +208,9 @@ impl GpuExecutor {
                 selecting.as_ref(),
             )?;
             let binds = vec![rows_part.clone(), Bind::from(&partials), Bind::from(o), Bind::from(lse)];
-            let kernel = Kernel::MergePartials { output: problem.output };
-            passes.dispatch(self.key(kernel), params, block.load.rows * g.num_q_heads as u64, binds)?;
+            let kernel = Kernel::MergePartials { output: problem.output, split: g.merge_split() };
+            let groups = block.load.rows * (g.num_q_heads * g.merge_split()) as u64;
+            passes.dispatch(self.key(kernel), params, groups, binds)?;
             if let (Some(s), Some((_, indices, values))) = (&selecting, &collected) {
                 let binds = vec![rows_part.clone(), Bind::from(&s.scores), Bind::from(indices), Bind::from(values)];
                 passes.dispatch(self.key(Kernel::Collect), params, block.load.rows * g.scores_per_row(), binds)?;
@@ -273,7 +274,7 @@ impl GpuExecutor {
     ) -> Result<()> {
         let g = &self.geometry;
         let sparse = selecting.is_some();
-        let (heads, _) = g.attend_tile(chunk, sparse);
+        let heads = g.attend_heads(chunk, sparse);
         let kernel = Kernel::Attend { q: q_dtype, chunk, sparse };
         for slab in self.entries() {
             let entries = slab.starts[block.sequences.start]..slab.starts[block.sequences.end];
@@ -405,7 +406,7 @@ impl GpuExecutor {
             bind_rows(o, g.num_q_heads * g.value_dim * problem.output.size()),
             bind_rows(lse, g.num_q_heads * 4),
         ];
-        let kernel = Kernel::MergePartials { output: problem.output };
+        let kernel = Kernel::MergePartials { output: problem.output, split: 1 };
         passes.dispatch(self.key(kernel), params, (tokens.len() * g.num_q_heads) as u64, binds)
     }
 

@@ -3,7 +3,7 @@
 use crate::engine::gpu::{Assembler, KernelKey, KernelSource, Stage, dtype_define};
 use crate::socket::config::Scoring;
 use crate::socket::gpu::params::Params;
-use crate::socket::plan::{BINS, CANDIDATES, Geometry, HISTOGRAM_ROW, SPAN};
+use crate::socket::plan::{AttendRows, BINS, CANDIDATES, Geometry, HISTOGRAM_ROW, SPAN};
 use crate::tensor::DType;
 
 /// What a kernel does; with a [`Geometry`] it names one pipeline.
@@ -19,7 +19,8 @@ pub(crate) enum Kernel {
     Threshold,
     Collect,
     Attend { q: DType, chunk: usize, sparse: bool },
-    MergePartials { output: DType },
+    /// `split` workgroups share the channels of one merge.
+    MergePartials { output: DType, split: usize },
     Prefill { q: DType },
 }
 
@@ -39,6 +40,7 @@ macro_rules! snippets {
 pub(super) const SNIPPETS: &[(&str, &str)] = snippets!(
     "params",
     "rows",
+    "entries",
     "items",
     "elements",
     "query",
@@ -56,8 +58,11 @@ pub(super) const SNIPPETS: &[(&str, &str)] = snippets!(
 );
 
 impl Kernel {
-    fn text(self) -> &'static str {
+    fn text(self, g: &Geometry) -> &'static str {
         match self {
+            Self::Attend { chunk, sparse, .. } if g.attend_rows(chunk, sparse).is_some() => {
+                include_str!("../../../shaders/attention/attend_rows.wgsl")
+            }
             Self::StoreKv => include_str!("../../../shaders/cache/store_kv.wgsl"),
             Self::MeanKeys => include_str!("../../../shaders/cache/mean_keys.wgsl"),
             Self::HashKeys => include_str!("../../../shaders/socket/hash_keys.wgsl"),
@@ -130,7 +135,8 @@ impl Key {
             ("NORMALIZE", g.normalize),
             ("DISJOINT", g.disjoint),
             ("MEAN_QUERY", g.mean_query()),
-            ("MEAN_SCORE", g.per_group && !g.mean_query()),
+            ("MEAN_SCORE", g.mean_score()),
+            ("SUBGROUPS", g.subgroup > 0),
         ];
         defines.extend(flags.iter().filter(|(_, on)| *on).map(|(name, _)| *name));
         match self.kernel {
@@ -140,11 +146,9 @@ impl Key {
                 if sparse {
                     defines.push("SPARSE");
                 }
-                if g.subgroups {
-                    defines.push("SUBGROUPS");
-                }
             }
-            Kernel::MergePartials { output } => defines.push(dtype_define("OUT", output)),
+            Kernel::Score { .. } if g.score_blocks().paired => defines.push("PAIRS"),
+            Kernel::MergePartials { output, .. } => defines.push(dtype_define("OUT", output)),
             _ => {}
         }
         defines
@@ -177,7 +181,9 @@ impl Key {
             ("HISTOGRAM_ROW", HISTOGRAM_ROW),
             ("CANDIDATES", CANDIDATES),
             ("SPAN", SPAN),
+            ("SUBGROUP", g.subgroup),
         ];
+        let mut width = 256;
         match self.kernel {
             Kernel::HashKeys => {
                 let words = g.hash_words();
@@ -187,28 +193,57 @@ impl Key {
             }
             Kernel::HashQuery { .. } => constants.push(("BLOCK_BITS", g.query_block())),
             Kernel::Score { chunk } => {
-                let (tables, heads) = g.score_blocks();
-                constants.push(("BLOCK_TABLES", tables));
-                constants.push(("HEADS_PER_PASS", heads));
+                let blocks = g.score_blocks();
+                constants.push(("BLOCK_TABLES", blocks.tables));
+                constants.push(("PASS_PAIRS", blocks.pairs));
                 constants.push(("CHUNK", chunk));
                 constants.push(("TOKENS", chunk.div_ceil(256)));
             }
+            Kernel::Candidates => constants.push(("QUADS", SPAN / (4 * width))),
             Kernel::Attend { chunk, sparse, .. } => {
-                let (heads, tile) = g.attend_tile(chunk, sparse);
+                let heads = g.attend_heads(chunk, sparse);
                 constants.push(("HEADS", heads));
                 constants.push(("HEAD_TILES", g.group.div_ceil(heads)));
-                constants.push(("TILE", tile));
                 constants.push(("CHUNK", chunk));
-                constants.push(("K_STEPS", g.k_pieces().div_ceil(4)));
-                constants.push(("ROW_GROUPS", (256 / g.v_pieces()).min(64)));
+                if let Some(plan) = g.attend_rows(chunk, sparse) {
+                    width = plan.width;
+                    constants.extend(row_constants(&plan, g, chunk));
+                } else {
+                    constants.push(("TILE", g.attend_tile(chunk, sparse).1));
+                    constants.push(("K_STEPS", g.k_pieces().div_ceil(4)));
+                    constants.push(("ROW_GROUPS", (256 / g.v_pieces()).min(64)));
+                }
             }
+            Kernel::MergePartials { split, .. } => constants.push(("MERGE_SPLIT", split)),
             _ => {}
         }
+        constants.push(("WIDTH", width));
         if matches!(self.kernel, Kernel::Attend { .. }) {
             constants.push(("PIECE", g.piece()));
         }
         constants.into_iter().map(|(name, value)| (name, value as u32)).collect()
     }
+}
+
+/// How often the steps of attend_rows.wgsl are written out.
+fn row_constants(plan: &AttendRows, g: &Geometry, chunk: usize) -> Vec<(&'static str, usize)> {
+    let values = plan.rows * plan.slots;
+    let fold = |half: usize| if half < values { half } else { 0 };
+    vec![
+        ("LANES", plan.lanes),
+        ("SLOTS", plan.slots),
+        ("ROWS", plan.rows),
+        ("HALVES", g.piece() / 4),
+        ("FOLD_16", fold(16)),
+        ("FOLD_8", fold(8)),
+        ("FOLD_4", fold(4)),
+        ("FOLD_2", fold(2)),
+        ("FOLD_1", fold(1)),
+        ("ADDED", (plan.lanes / values).ilog2() as usize),
+        ("ROW_BITS", plan.rows.ilog2() as usize),
+        ("SCORED", plan.heads.min(g.score_rows())),
+        ("QUADS", (chunk / (4 * plan.width)).max(1)),
+    ]
 }
 
 impl Stage for Key {
@@ -222,7 +257,7 @@ impl KernelKey for Key {
         let g = &self.geometry;
         let flags = self.defines().join(",");
         format!(
-            "{} {:?} heads={}/{} dims={}/{} page={} tables={}x{} [{flags}]",
+            "{} {:?} heads={}/{} dims={}/{} page={} tables={}x{} subgroup={} memory={} [{flags}]",
             self.kernel.stage(),
             self.kernel,
             g.num_q_heads,
@@ -232,11 +267,13 @@ impl KernelKey for Key {
             g.page,
             g.tables,
             g.planes,
+            g.subgroup,
+            g.workgroup_memory,
         )
     }
 
     fn source(&self) -> KernelSource {
-        let assembled = Assembler::assemble(self.kernel.text(), SNIPPETS, &self.defines(), &self.constants());
+        let assembled = Assembler::assemble(self.kernel.text(&self.geometry), SNIPPETS, &self.defines(), &self.constants());
         KernelSource::new(assembled, size_of::<Params>(), self.kernel.storage())
     }
 }

@@ -13,7 +13,7 @@ use crate::engine::gpu::shader_tests::{same_layout, stays_in_limits, structs, va
 use crate::socket::config::{Budget, CacheShape, Rule, Scoring, SelectionScope, SocketConfig};
 use crate::socket::executor::Executor;
 use crate::socket::pages::{local_of, slab_of};
-use crate::socket::plan::Geometry;
+use crate::socket::plan::{Geometry, MOST_WORKGROUP_MEMORY, WORKGROUP_MEMORY};
 use crate::socket::problem::{AppendRow, AttendProblem, CacheSpec, Kind, SeqState, query_rows};
 use crate::tensor::{DType, TensorView};
 
@@ -24,7 +24,9 @@ fn geometries() -> Vec<Geometry> {
             CacheShape { num_q_heads: heads.0, num_kv_heads: heads.1, head_dim: dims.0, value_dim: dims.1, dtype };
         let geometry = Geometry::new(&CacheSpec { config, shape, page_tokens });
         all.push(geometry);
-        all.push(Geometry { subgroups: true, ..geometry });
+        for subgroup in [8, 32] {
+            all.push(Geometry { subgroup, workgroup_memory: MOST_WORKGROUP_MEMORY, ..geometry });
+        }
     };
     for dtype in [DType::F32, DType::F16, DType::Bf16] {
         add(SocketConfig::paper(), (32, 8), (128, 128), dtype, 1024);
@@ -54,18 +56,23 @@ fn geometries() -> Vec<Geometry> {
 }
 
 fn keys() -> Vec<Box<dyn KernelKey>> {
+    keys_of(&geometries())
+}
+
+fn keys_of(geometries: &[Geometry]) -> Vec<Box<dyn KernelKey>> {
     let mut keys: Vec<Box<dyn KernelKey>> = Vec::new();
     let dtypes = [DType::F32, DType::F16, DType::Bf16];
     for (o1, o2) in dtypes.iter().flat_map(|a| dtypes.map(|b| (*a, b))) {
         keys.push(Box::new(MergeKey { o1, o2 }));
     }
-    for geometry in geometries() {
+    for &geometry in geometries {
         let mut add = |kernel| keys.push(Box::new(Key { kernel, geometry }));
         use Kernel::*;
         [StoreKv, MeanKeys, HashKeys, HashStep, Candidates, Threshold, Collect].into_iter().for_each(&mut add);
         for dtype in [DType::F32, DType::F16, DType::Bf16] {
             add(Kernel::HashQuery { q: dtype });
-            add(Kernel::MergePartials { output: dtype });
+            add(Kernel::MergePartials { output: dtype, split: 1 });
+            add(Kernel::MergePartials { output: dtype, split: geometry.merge_split() });
             add(Kernel::Prefill { q: dtype });
         }
         for chunk in geometry.chunks() {
@@ -90,7 +97,10 @@ fn every_variant_validates_and_translates() {
 
 #[test]
 fn bindings_and_workgroup_memory_stay_in_limits() {
-    keys().iter().for_each(|key| stays_in_limits(key.as_ref()));
+    for memory in [WORKGROUP_MEMORY, MOST_WORKGROUP_MEMORY] {
+        let with: Vec<_> = geometries().into_iter().filter(|g| g.workgroup_memory == memory).collect();
+        keys_of(&with).iter().for_each(|key| stays_in_limits(key.as_ref(), memory as u32));
+    }
 }
 
 #[test]
