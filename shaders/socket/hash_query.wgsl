@@ -3,6 +3,7 @@
 #import query
 #import reduce
 #import tanh
+#import header
 // Look-up tables of one query: one workgroup per (row, kv head, scoring head). Also clears the row's histogram.
 // A code is scored in digits of four bits; a table entry is what one value of one digit contributes.
 @group(0) @binding(2) var<storage, read> planes: array<f32>;
@@ -11,7 +12,6 @@
 @group(0) @binding(5) var<storage, read_write> tables: array<f32>;
 @group(0) @binding(6) var<storage, read_write> histogram: array<u32>;
 
-const TABLE_ROW: u32 = 4u + ENTRIES;
 // Channels whose loads are under way together.
 const AT_ONCE: u32 = 16u;
 const CHANNELS: u32 = (HEAD_DIM + AT_ONCE - 1u) / AT_ONCE * AT_ONCE;
@@ -84,6 +84,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let planes_at = select(0u, kv_head, p.planes_stride > 0u) * p.planes_stride;
     var low = 0.0;
     var high = 0.0;
+    // Digits whose smallest entry is too small to keep its precision in 16 bits.
+    var small = 0.0;
     for (var block = 0u; block < BITS; block += BLOCK_BITS) {
         for (var i = local; i < BLOCK_BITS; i += 256u) {
             var sum = 0.0;
@@ -144,7 +146,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                     entry += select(0.0, 1.0, is_one == (projection >= 0.0));
 #endif
                 }
-                tables[at + 4u + block / PLANES * DIGITS * 16u + i] = entry;
+                tables[at + TABLE_HEADER + block / PLANES * DIGITS * 16u + i] = entry;
             }
         }
         // The largest and smallest sum any key could have, for the histogram's bounds.
@@ -156,6 +158,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                     best *= max(ones[i * PLANES + plane], zeros[i * PLANES + plane]);
                 }
                 high += best;
+                for (var digit = 0u; digit < DIGITS; digit++) {
+                    var least = 1.0;
+                    for (var plane = digit * 4u; plane < min(PLANES, digit * 4u + 4u); plane++) {
+                        let at_plane = i * PLANES + PLANES - 1u - plane;
+                        least *= min(ones[at_plane], zeros[at_plane]);
+                    }
+                    small += select(0.0, 1.0, least < 6.2e-5);
+                }
 #endif
 #ifdef SIGN_PROJECTION
                 for (var plane = 0u; plane < PLANES; plane++) {
@@ -173,6 +183,16 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         workgroupBarrier();
     }
     high = reduce_sum(local, high);
+#ifdef PRODUCT
+    small = reduce_sum(local, small);
+    // What is lost of such entries, and f32 itself.
+    var error = select(0.0, f32(TABLES) * 1.3e-4, small > 0.0);
+    let unit = 0.0;
+#else
+    // Sums of 16 bits never overflow; each entry is off by half a unit.
+    let unit = high * (1.0 / 32000.0);
+    var error = unit * (0.51 * f32(TABLES * DIGITS));
+#endif
     var shift = 0.0;
 #ifdef SIGN_PROJECTION
 #ifdef CENTER
@@ -185,13 +205,17 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #endif
     if local == 0u {
 #ifdef SCALARS
-        high *= bitcast<f32>(seq_state[row.slot * SLOT_WORDS + KV_HEADS * HEAD_DIM + kv_head]);
+        let gain = bitcast<f32>(seq_state[row.slot * SLOT_WORDS + KV_HEADS * HEAD_DIM + kv_head]);
+        high *= gain;
+        error *= gain;
 #endif
         low = low * high + shift;
         high += shift;
         tables[at] = low;
         tables[at + 1u] = select(0.0, f32(BINS) / (high - low), high > low);
         tables[at + 2u] = shift;
-        tables[at + 3u] = 0.0;
+        tables[at + 3u] = error;
+        tables[at + 4u] = unit;
+        tables[at + 5u] = select(0.0, 1.0 / unit, unit > 0.0);
     }
 }

@@ -2,6 +2,10 @@
 #import rows
 #import entries
 #import order
+#import ranges
+#ifdef COARSE
+#import output
+#endif
 // Scores every key of a chunk for the query heads of its kv head, and counts the scores in the row's histogram.
 // One workgroup per (page entry, chunk, kv head, query token); TOKENS keys per invocation, whose codes are read once for
 // the heads of a pass. Heads share look-ups in pairs: a digit's 16 entries of two heads fill every bank once.
@@ -28,7 +32,6 @@ fn part(looked: Looked, way: u32) -> f32 {
 }
 #endif
 
-const TABLE_ROW: u32 = 4u + ENTRIES;
 const BLOCK_ENTRIES: u32 = BLOCK_TABLES * DIGITS * 16u;
 const CODE_MASK: u32 = (1u << PLANES) - 1u;
 const HEADS_PER_PASS: u32 = PASS_PAIRS * WAYS;
@@ -39,15 +42,41 @@ const COUNTED: u32 = HEADS_PER_PASS;
 #endif
 // Two bins to a word: a chunk has fewer keys than 16 bits count.
 const COUNT_WORDS: u32 = BINS / 2u;
+#ifdef COARSE
+// Entries of four heads of 16 bits: halves of a product's factors, or whole numbers of units of a sum's.
+var<workgroup> lookup: array<vec2<u32>, BLOCK_ENTRIES>;
+#else
 var<workgroup> lookup: array<Looked, PASS_PAIRS * BLOCK_ENTRIES>;
+#endif
 var<workgroup> counts: array<atomic<u32>, COUNTED * COUNT_WORDS>;
 
 fn table_entry(row: u32, head: u32, at: u32) -> f32 {
     if head < SCORING_HEADS && at < ENTRIES {
-        return tables[(row + head) * TABLE_ROW + 4u + at];
+        return tables[(row + head) * TABLE_ROW + TABLE_HEADER + at];
     }
     return 0.0;
 }
+
+#ifdef COARSE
+fn coarse_pair(row: u32, head: u32, at: u32) -> u32 {
+    let a = table_entry(row, head, at);
+    let b = table_entry(row, head + 1u, at);
+#ifdef PRODUCT
+    return round_half(a) | (round_half(b) << 16u);
+#else
+    let last = SCORING_HEADS - 1u;
+    let first_inverse = range_at((row + min(head, last)) * TABLE_ROW).inverse_unit;
+    let second_inverse = range_at((row + min(head + 1u, last)) * TABLE_ROW).inverse_unit;
+    // Two sums in one word; the carry of a negative low one is undone at the end.
+    return u32(i32(round(a * first_inverse)) + (i32(round(b * second_inverse)) << 16u));
+#endif
+}
+
+fn coarse_sums(sums: u32) -> vec2<f32> {
+    let low = i32(sums << 16u) >> 16u;
+    return vec2<f32>(f32(low), f32((i32(sums) - low) >> 16u));
+}
+#endif
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
@@ -92,8 +121,21 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         var sum$g_$i = Looked();
 #end
 #end
+#ifdef COARSE
+#ifndef PRODUCT
+#repeat i TOKENS
+        var units$i = vec2<u32>();
+#end
+#endif
+#endif
         for (var block = 0u; block < TABLES; block += BLOCK_TABLES) {
             workgroupBarrier();
+#ifdef COARSE
+            for (var i = local; i < BLOCK_ENTRIES; i += 256u) {
+                let at = block * DIGITS * 16u + i;
+                lookup[i] = vec2<u32>(coarse_pair(table_row, pass_head, at), coarse_pair(table_row, pass_head + 2u, at));
+            }
+#else
             for (var i = local; i < PASS_PAIRS * BLOCK_ENTRIES; i += 256u) {
                 let head = pass_head + i / BLOCK_ENTRIES * WAYS;
                 let at = block * DIGITS * 16u + i % BLOCK_ENTRIES;
@@ -103,6 +145,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 lookup[i] = table_entry(table_row, head, at);
 #endif
             }
+#endif
             workgroupBarrier();
             let first_word = block / TABLES_PER_WORD;
             let last_word = min(WORDS, (block + BLOCK_TABLES) / TABLES_PER_WORD);
@@ -122,6 +165,25 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                     {
                         let code = codes$i & CODE_MASK;
                         codes$i = codes$i >> PLANES;
+#ifdef COARSE
+                        let looked = lookup[at + (code & 15u)];
+#ifdef PRODUCT
+                        var value0 = unpack2x16float(looked.x);
+                        var value1 = unpack2x16float(looked.y);
+                        for (var d = 1u; d < DIGITS; d++) {
+                            let factor = lookup[at + d * 16u + ((code >> (d * 4u)) & 15u)];
+                            value0 *= unpack2x16float(factor.x);
+                            value1 *= unpack2x16float(factor.y);
+                        }
+                        sum0_$i += value0;
+                        sum1_$i += value1;
+#else
+                        units$i += looked;
+                        for (var d = 1u; d < DIGITS; d++) {
+                            units$i += lookup[at + d * 16u + ((code >> (d * 4u)) & 15u)];
+                        }
+#endif
+#else
 #repeat g PASS_PAIRS
                         {
                             let base = at + $gu * BLOCK_ENTRIES;
@@ -138,6 +200,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #endif
                         }
 #end
+#endif
                     }
 #end
                     at += DIGITS * 16u;
@@ -158,6 +221,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             continue;
         }
 #endif
+#ifdef COARSE
+#ifndef PRODUCT
+#repeat i TOKENS
+        sum0_$i = coarse_sums(units$i.x);
+        sum1_$i = coarse_sums(units$i.y);
+#end
+#endif
+#endif
         // The scores of one head, by its place in the pass.
 #ifdef MEAN_SCORE
         let pass_heads = 1u;
@@ -172,9 +243,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             let score_head = pass_head + h;
             let header = (table_row + score_head) * TABLE_ROW;
 #endif
-            let low = tables[header];
-            let inverse_width = tables[header + 1u];
-            let shift = tables[header + 2u];
+            let range = range_at(header);
             let scores_at = p.header + row.score_base + (kv_head * SCORE_ROWS + score_head) * score_stride(row.visible);
 #repeat i TOKENS
             {
@@ -187,7 +256,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #repeat g PASS_PAIRS
                     looked = select(looked, sum$g_$i, h / WAYS == $gu);
 #end
-                    let score = gain$i * part(looked, h % WAYS) + (bias$i + shift);
+                    var sum = part(looked, h % WAYS);
+#ifdef COARSE
+#ifndef PRODUCT
+                    sum *= range.unit;
+#endif
+#endif
+                    let score = gain$i * sum + (bias$i + range.shift);
 #endif
                     let key = order_key(score);
                     scores[scores_at + token] = key;
@@ -197,7 +272,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                     let contested = true;
 #endif
                     if contested {
-                        let bin = order_bin(key, low, inverse_width);
+                        let bin = order_bin(key, range.low, range.inverse_width);
                         let half = bin / COUNT_WORDS * 16u;
                         atomicAdd(&counts[h * COUNT_WORDS + bin % COUNT_WORDS], 1u << half);
                     }

@@ -1,26 +1,19 @@
 #import params
 #import rows
-#import order
-#import find_bin
+#import scan
 // The exact threshold of a row, as (key, last token): a key is selected if it is larger, or equal at or before that
 // token. One workgroup per score row; eight bits at a time over (key, then lower token first).
 @group(0) @binding(1) var<storage, read> rows: array<Row>;
-@group(0) @binding(2) var<storage, read> tables: array<f32>;
-@group(0) @binding(3) var<storage, read_write> scores: array<u32>;
-@group(0) @binding(4) var<storage, read> histogram: array<u32>;
-@group(0) @binding(5) var<storage, read> candidates: array<u32>;
+@group(0) @binding(2) var<storage, read_write> scores: array<u32>;
+@group(0) @binding(3) var<storage, read> histogram: array<u32>;
+@group(0) @binding(4) var<storage, read> candidates: array<u32>;
 
-const TABLE_ROW: u32 = 4u + ENTRIES;
 // Candidates that each invocation keeps.
 const KEPT: u32 = 8u;
 var<workgroup> digits: array<atomic<u32>, 256>;
 var<workgroup> chosen: u32;
 var<workgroup> chosen_above: u32;
 var<workgroup> chosen_count: u32;
-
-fn histogram_read(at: u32) -> u32 {
-    return histogram[at];
-}
 
 // What the rounds look for: four of them in the key, then four in the token, the lower one first.
 struct Round {
@@ -51,22 +44,19 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let head = score_row % (KV_HEADS * SCORE_ROWS);
     let row = rows[p.first_row + score_row / (KV_HEADS * SCORE_ROWS)];
     let histogram_at = score_row * HISTOGRAM_ROW;
-    let found = find_bin(local, histogram_at, max(row.heavy, 1u));
-    if row.heavy == 0u || row.heavy >= row.visible || found.total <= row.heavy {
-        if local == 0u {
-            scores[score_row * 2u] = select(0u, 0xffffffffu, row.heavy == 0u);
-            scores[score_row * 2u + 1u] = select(0xffffffffu, 0u, row.heavy == 0u);
-        }
+    // How many are in the list, and above it; the bounds of what is.
+    let listed = histogram[histogram_at + BINS];
+    let above = histogram[histogram_at + BINS + 1u];
+    let low = histogram[histogram_at + BINS + 2u];
+    let high = histogram[histogram_at + BINS + 3u];
+    // Rows that need no threshold have one already.
+    if low > high {
         return;
     }
-    let header = (score_row / SCORE_ROWS * SCORING_HEADS + score_row % SCORE_ROWS) * TABLE_ROW;
-    let low = tables[header];
-    let inverse_width = tables[header + 1u];
     let scores_at = p.header + row.score_base + head * score_stride(row.visible);
-    let listed = histogram[histogram_at + BINS];
     let whole = listed > CANDIDATES;
     let count = select(listed, row.visible, whole);
-    var wanted = row.heavy - found.above;
+    var wanted = row.heavy - above;
 
     // Lists of the usual length stay in registers.
     let kept = !whole && count <= 256u * KEPT;
@@ -98,7 +88,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             for (var at = local; at < count; at += 256u) {
                 if whole {
                     let key = scores[scores_at + at];
-                    var valid = order_bin(key, low, inverse_width) == found.bin;
+                    var valid = key >= low && key <= high;
 #ifdef DISJOINT
                     valid = valid && !in_base(row, at);
 #endif
@@ -127,13 +117,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         } else {
             token_prefix |= chosen << shift;
         }
-        // All that share these digits are selected: the rest of them is zero.
+        // All that share these digits are selected: the rest of them may be zero, or the least of the list.
         if chosen_count == wanted {
             break;
         }
     }
     if local == 0u {
-        scores[score_row * 2u] = key_prefix;
+        scores[score_row * 2u] = max(key_prefix, low);
         scores[score_row * 2u + 1u] = ~token_prefix;
     }
 }

@@ -27,14 +27,12 @@ pub(crate) const WORKGROUP_MEMORY: usize = 16384;
 pub(crate) const MOST_WORKGROUP_MEMORY: usize = 49152;
 /// Bins of the first digit of the radix selection.
 pub(crate) const BINS: usize = 1024;
-/// Words of a histogram row: the bins and the number of candidates.
-pub(crate) const HISTOGRAM_ROW: usize = BINS + 1;
+/// Words of a histogram row: the bins, the numbers of candidates and of keys above them, the candidates' bounds.
+pub(crate) const HISTOGRAM_ROW: usize = BINS + 4;
 /// Candidates a row's list holds; a row with more is searched whole.
-pub(crate) const CANDIDATES: usize = 8192;
-/// Tokens one workgroup of the candidate kernel looks through.
-pub(crate) const SPAN: usize = 4096;
-/// Header words (bounds, shift) before a query's look-up tables.
-pub(crate) const TABLE_HEADER: usize = 4;
+pub(crate) const CANDIDATES: usize = 16384;
+/// Header words (bounds, shift, errors) before a query's look-up tables.
+pub(crate) const TABLE_HEADER: usize = 8;
 /// Appends of at most this many tokens are hashed one by one, longer ones in tiles.
 pub(crate) const STEP_TOKENS: usize = 16;
 /// Tokens of one append dispatch.
@@ -66,6 +64,8 @@ pub(crate) struct Geometry {
     pub subgroup: usize,
     /// Bytes of workgroup memory.
     pub workgroup_memory: usize,
+    /// Whether coarse scores may be taken first, see [`Geometry::coarse`].
+    pub allow_coarse: bool,
 }
 
 impl Geometry {
@@ -93,6 +93,7 @@ impl Geometry {
             disjoint: config.rule == crate::socket::config::Rule::Disjoint,
             subgroup: 0,
             workgroup_memory: WORKGROUP_MEMORY,
+            allow_coarse: false,
         }
     }
 
@@ -188,6 +189,11 @@ impl Geometry {
         chunk.min(self.page)
     }
 
+    /// Tokens per workgroup of scoring.
+    pub fn score_chunk(&self, chunk: usize) -> usize {
+        chunk.min(1024)
+    }
+
     /// Every chunk size that [`Geometry::chunk`] may choose.
     pub fn chunks(&self) -> Vec<usize> {
         let mut chunks = [256, 512, 1024].map(|chunk: usize| chunk.min(self.page)).to_vec();
@@ -195,8 +201,25 @@ impl Geometry {
         chunks
     }
 
+    /// Whether keys are scored in 16 bits, four heads to a look-up, and only those near the threshold exactly. The same
+    /// keys are selected, but their scores are not known as well as a caller who asks for them expects.
+    pub fn coarse(&self) -> bool {
+        let linear = self.scoring == Scoring::SignProjection;
+        let product = self.scoring == Scoring::SoftCollision && !self.bias;
+        // Half a unit for each entry must leave the sums within 16 bits.
+        let few = self.tables * self.digits() <= 1024;
+        self.allow_coarse && !self.per_group && self.scoring_heads() > 2 && few && (linear || product)
+    }
+
     /// How the scorer divides its look-up tables.
-    pub fn score_blocks(&self) -> ScoreBlocks {
+    pub fn score_blocks(&self, coarse: bool) -> ScoreBlocks {
+        if coarse {
+            let table_bytes = self.digits() * 16 * 8;
+            let whole = self.words * self.tables_per_word();
+            let room = self.workgroup_memory - 4 * BINS * 2 - 64;
+            let tables = (room / table_bytes / self.tables_per_word() * self.tables_per_word()).min(whole);
+            return ScoreBlocks { tables, pairs: 2, paired: true };
+        }
         let ways = self.scoring_heads().min(2);
         let table_bytes = self.digits() * 16 * 4 * ways;
         let whole = self.words * self.tables_per_word();

@@ -3,7 +3,7 @@
 use crate::engine::gpu::{Assembler, KernelKey, KernelSource, Stage, dtype_define};
 use crate::socket::config::Scoring;
 use crate::socket::gpu::params::Params;
-use crate::socket::plan::{AttendRows, BINS, CANDIDATES, Geometry, HISTOGRAM_ROW, SPAN};
+use crate::socket::plan::{AttendRows, BINS, CANDIDATES, Geometry, HISTOGRAM_ROW};
 use crate::tensor::DType;
 
 /// What a kernel does; with a [`Geometry`] it names one pipeline.
@@ -13,15 +13,36 @@ pub(crate) enum Kernel {
     MeanKeys,
     HashKeys,
     HashStep,
-    HashQuery { q: DType },
-    Score { chunk: usize },
-    Candidates,
+    HashQuery {
+        q: DType,
+    },
+    /// Coarse: four heads to a look-up, to be made exact near the threshold.
+    Score {
+        chunk: usize,
+        coarse: bool,
+    },
+    Bounds {
+        coarse: bool,
+    },
+    Candidates {
+        chunk: usize,
+        coarse: bool,
+    },
     Threshold,
     Collect,
-    Attend { q: DType, chunk: usize, sparse: bool },
+    Attend {
+        q: DType,
+        chunk: usize,
+        sparse: bool,
+    },
     /// `split` workgroups share the channels of one merge.
-    MergePartials { output: DType, split: usize },
-    Prefill { q: DType },
+    MergePartials {
+        output: DType,
+        split: usize,
+    },
+    Prefill {
+        q: DType,
+    },
 }
 
 /// One pipeline.
@@ -52,6 +73,8 @@ pub(super) const SNIPPETS: &[(&str, &str)] = snippets!(
     "reduce",
     "tanh",
     "order",
+    "header",
+    "ranges",
     "find_bin",
     "key_scalars",
     "output",
@@ -69,7 +92,8 @@ impl Kernel {
             Self::HashStep => include_str!("../../../shaders/socket/hash_step.wgsl"),
             Self::HashQuery { .. } => include_str!("../../../shaders/socket/hash_query.wgsl"),
             Self::Score { .. } => include_str!("../../../shaders/socket/score.wgsl"),
-            Self::Candidates => include_str!("../../../shaders/socket/candidates.wgsl"),
+            Self::Bounds { .. } => include_str!("../../../shaders/socket/bounds.wgsl"),
+            Self::Candidates { .. } => include_str!("../../../shaders/socket/candidates.wgsl"),
             Self::Threshold => include_str!("../../../shaders/socket/threshold.wgsl"),
             Self::Collect => include_str!("../../../shaders/socket/collect.wgsl"),
             Self::Attend { .. } => include_str!("../../../shaders/attention/attend.wgsl"),
@@ -86,7 +110,8 @@ impl Kernel {
             Self::HashKeys | Self::HashStep => "hash keys",
             Self::HashQuery { .. } => "hash query",
             Self::Score { .. } => "score",
-            Self::Candidates => "candidates",
+            Self::Bounds { .. } => "bounds",
+            Self::Candidates { .. } => "candidates",
             Self::Threshold => "threshold",
             Self::Collect => "collect",
             Self::Attend { .. } => "attend",
@@ -105,8 +130,9 @@ impl Kernel {
             Self::HashKeys | Self::HashStep => &[R, R, R, R, R, W, W],
             Self::HashQuery { .. } => &[R, R, R, R, W, W],
             Self::Score { .. } => &[R, R, R, R, W, W],
-            Self::Candidates => &[R, R, R, W, W],
-            Self::Threshold => &[R, R, W, R, R],
+            Self::Bounds { .. } => &[R, R, W, W],
+            Self::Candidates { .. } => &[R, R, R, R, W, W, W],
+            Self::Threshold => &[R, W, R, R],
             Self::Collect => &[R, R, W, W],
             Self::Attend { sparse: true, .. } => &[R, R, R, R, R, W, R],
             Self::Attend { sparse: false, .. } => &[R, R, R, R, R, W],
@@ -147,7 +173,16 @@ impl Key {
                     defines.push("SPARSE");
                 }
             }
-            Kernel::Score { .. } if g.score_blocks().paired => defines.push("PAIRS"),
+            Kernel::Score { coarse, .. } => {
+                if g.score_blocks(coarse).paired {
+                    defines.push("PAIRS");
+                }
+                if coarse {
+                    // Rounding of entries, as of outputs.
+                    defines.extend(["COARSE", "OUT_F16"]);
+                }
+            }
+            Kernel::Bounds { coarse: true } | Kernel::Candidates { coarse: true, .. } => defines.push("COARSE"),
             Kernel::MergePartials { output, .. } => defines.push(dtype_define("OUT", output)),
             _ => {}
         }
@@ -180,7 +215,6 @@ impl Key {
             ("BINS", BINS),
             ("HISTOGRAM_ROW", HISTOGRAM_ROW),
             ("CANDIDATES", CANDIDATES),
-            ("SPAN", SPAN),
             ("SUBGROUP", g.subgroup),
         ];
         let mut width = 256;
@@ -192,14 +226,14 @@ impl Key {
                 constants.push(("BLOCKS", g.words.div_ceil(words)));
             }
             Kernel::HashQuery { .. } => constants.push(("BLOCK_BITS", g.query_block())),
-            Kernel::Score { chunk } => {
-                let blocks = g.score_blocks();
+            Kernel::Score { chunk, coarse } => {
+                let blocks = g.score_blocks(coarse);
                 constants.push(("BLOCK_TABLES", blocks.tables));
                 constants.push(("PASS_PAIRS", blocks.pairs));
                 constants.push(("CHUNK", chunk));
                 constants.push(("TOKENS", chunk.div_ceil(256)));
             }
-            Kernel::Candidates => constants.push(("QUADS", SPAN / (4 * width))),
+            Kernel::Candidates { chunk, .. } => constants.push(("CHUNK", chunk)),
             Kernel::Attend { chunk, sparse, .. } => {
                 let heads = g.attend_heads(chunk, sparse);
                 constants.push(("HEADS", heads));
@@ -273,7 +307,8 @@ impl KernelKey for Key {
     }
 
     fn source(&self) -> KernelSource {
-        let assembled = Assembler::assemble(self.kernel.text(&self.geometry), SNIPPETS, &self.defines(), &self.constants());
+        let text = self.kernel.text(&self.geometry);
+        let assembled = Assembler::assemble(text, SNIPPETS, &self.defines(), &self.constants());
         KernelSource::new(assembled, size_of::<Params>(), self.kernel.storage())
     }
 }

@@ -68,7 +68,7 @@ impl GpuExecutor {
             let offered = caps.subgroups && caps.subgroup_min >= 4 && caps.subgroup_min <= 64;
             let subgroup = if offered { caps.subgroup_min as usize } else { 0 };
             let workgroup_memory = (caps.workgroup_memory as usize).clamp(WORKGROUP_MEMORY, MOST_WORKGROUP_MEMORY);
-            Geometry { subgroup, workgroup_memory, ..Geometry::new(spec) }
+            Geometry { subgroup, workgroup_memory, allow_coarse: true, ..Geometry::new(spec) }
         } else {
             Geometry::new(spec)
         };
@@ -179,7 +179,6 @@ impl Executor for GpuExecutor {
             Kernel::HashKeys,
             Kernel::HashStep,
             Kernel::HashQuery { q },
-            Kernel::Candidates,
             Kernel::Threshold,
             Kernel::Collect,
             Kernel::MergePartials { output, split: 1 },
@@ -190,7 +189,11 @@ impl Executor for GpuExecutor {
             kernels.push(Kernel::MeanKeys);
         }
         for chunk in self.geometry.chunks() {
-            kernels.push(Kernel::Score { chunk });
+            for coarse in [false, self.geometry.coarse()] {
+                kernels.push(Kernel::Score { chunk, coarse });
+                kernels.push(Kernel::Bounds { coarse });
+                kernels.push(Kernel::Candidates { chunk, coarse });
+            }
             kernels.extend([true, false].map(|sparse| Kernel::Attend { q, chunk, sparse }));
         }
         let boxed = |kernel| Box::new(self.key(kernel)) as Box<dyn KernelKey>;
