@@ -4,6 +4,8 @@
 // digit's entry.
 const RELATIVE_ERROR: f32 = f32(DIGITS) * 5e-4;
 
+const INVERSE_UNIT: u32 = 5u;
+
 struct Range {
     // Scores between `low` and where the bins end.
     low: f32,
@@ -17,5 +19,5 @@ struct Range {
 }
 
 fn range_at(at: u32) -> Range {
-    return Range(tables[at], tables[at + 1u], tables[at + 2u], tables[at + 3u], tables[at + 4u], tables[at + 5u]);
+    return Range(tables[at], tables[at + 1u], tables[at + 2u], tables[at + 3u], tables[at + 4u], tables[at + INVERSE_UNIT]);
 }

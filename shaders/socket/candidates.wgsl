@@ -24,30 +24,34 @@ var<workgroup> found_total: u32;
 var<workgroup> counts: array<atomic<u32>, SCORE_ROWS>;
 var<workgroup> above: array<atomic<u32>, SCORE_ROWS>;
 var<workgroup> places: array<u32, SCORE_ROWS>;
+var<workgroup> bounds: array<vec2<u32>, SCORE_ROWS>;
 
-fn exact_key(key_at: u32, table_at: u32) -> u32 {
-    var sum = 0.0;
-    for (var w = 0u; w < WORDS; w++) {
-        var codes = index_pages[key_at + w * PAGE];
-        for (var t = 0u; t < TABLES_PER_WORD; t++) {
-            if w * TABLES_PER_WORD + t < TABLES {
-                let code = codes & CODE_MASK;
-                codes = codes >> PLANES;
-                let at = table_at + TABLE_HEADER + (w * TABLES_PER_WORD + t) * DIGITS * 16u;
+fn add_word(before: f32, word: u32, first_table: u32, table_at: u32) -> f32 {
+    var sum = before;
+    var codes = word;
+    for (var t = 0u; t < TABLES_PER_WORD; t++) {
+        if first_table + t < TABLES {
+            let code = codes & CODE_MASK;
+            codes = codes >> PLANES;
+            let at = table_at + TABLE_HEADER + (first_table + t) * DIGITS * 16u;
 #ifdef PRODUCT
-                var value = tables[at + (code & 15u)];
-                for (var d = 1u; d < DIGITS; d++) {
-                    value *= tables[at + d * 16u + ((code >> (d * 4u)) & 15u)];
-                }
-                sum += value;
-#else
-                for (var d = 0u; d < DIGITS; d++) {
-                    sum += tables[at + d * 16u + ((code >> (d * 4u)) & 15u)];
-                }
-#endif
+            var value = tables[at + (code & 15u)];
+            for (var d = 1u; d < DIGITS; d++) {
+                value *= tables[at + d * 16u + ((code >> (d * 4u)) & 15u)];
             }
+            sum += value;
+#else
+            for (var d = 0u; d < DIGITS; d++) {
+                sum += tables[at + d * 16u + ((code >> (d * 4u)) & 15u)];
+            }
+#endif
         }
     }
+    return sum;
+}
+
+fn exact_key(key_at: u32, table_at: u32) -> u32 {
+    // All of the key is on its way before the first look-up.
     var gain = 1.0;
     var bias = 0.0;
 #ifdef SCALARS
@@ -56,6 +60,13 @@ fn exact_key(key_at: u32, table_at: u32) -> u32 {
 #ifdef BIAS
     bias = bitcast<f32>(index_pages[key_at + (WORDS + 1u) * PAGE]);
 #endif
+#repeat w WORDS
+    let codes$w = index_pages[key_at + $wu * PAGE];
+#end
+    var sum = 0.0;
+#repeat w WORDS
+    sum = add_word(sum, codes$w, $wu * TABLES_PER_WORD, table_at);
+#end
     return order_key(gain * sum + (bias + range_at(table_at).shift));
 }
 
@@ -80,6 +91,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let in_chunk = min(CHUNK, row.visible - first);
     let first_row = (block_row * KV_HEADS + kv_head) * SCORE_ROWS;
     let scores_at = p.header + row.score_base + kv_head * SCORE_ROWS * score_stride(row.visible) + first;
+    for (var h = local; h < SCORE_ROWS; h += 256u) {
+        let bounds_at = (first_row + h) * HISTOGRAM_ROW + BINS + 2u;
+        bounds[h] = vec2<u32>(atomicLoad(&histogram[bounds_at]), atomicLoad(&histogram[bounds_at + 1u]));
+    }
+    // Four tokens a load; rows are padded to whole ones.
+    let token = local * 4u;
     // All heads at once, or where that finds more than there is room for, one after the other.
     var head = 0u;
     var last_head = SCORE_ROWS;
@@ -92,14 +109,19 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             atomicStore(&above[h], 0u);
         }
         workgroupBarrier();
+        // The next head's scores are on their way while one's are looked at.
+        var next = vec4<u32>();
+        if token < in_chunk {
+            next = scores[(scores_at + head * score_stride(row.visible) + token) / 4u];
+        }
         for (var h = head; h < last_head; h++) {
-            let bounds_at = (first_row + h) * HISTOGRAM_ROW + BINS + 2u;
-            let low = atomicLoad(&histogram[bounds_at]);
-            let high = atomicLoad(&histogram[bounds_at + 1u]);
-            let token = local * 4u;
-            // Four tokens a load; rows are padded to whole ones.
+            let low = bounds[h].x;
+            let high = bounds[h].y;
+            let keys = next;
+            if token < in_chunk {
+                next = scores[(scores_at + min(h + 1u, last_head - 1u) * score_stride(row.visible) + token) / 4u];
+            }
             if token < in_chunk && low <= high {
-                let keys = scores[(scores_at + h * score_stride(row.visible) + token) / 4u];
                 var higher = 0u;
 #repeat c 4
                 {
@@ -149,22 +171,21 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
             workgroupBarrier();
             for (var i = local; i < total; i += 256u) {
-                let token = found[i].x & 0xffffu;
+                let found_token = found[i].x & 0xffffu;
                 let h = found[i].x >> 16u;
                 let score_row = first_row + h;
                 var key = found[i].y;
 #ifdef COARSE
-                let bounds_at = score_row * HISTOGRAM_ROW + BINS + 2u;
-                let key_at = (entry.page * KV_HEADS + kv_head) * INDEX_WORDS * PAGE + chunk * CHUNK + token;
+                let key_at = (entry.page * KV_HEADS + kv_head) * INDEX_WORDS * PAGE + chunk * CHUNK + found_token;
                 let exact = exact_key(key_at, ((block_row * KV_HEADS + kv_head) * SCORING_HEADS + h) * TABLE_ROW);
-                key = clamp(exact, atomicLoad(&histogram[bounds_at]), atomicLoad(&histogram[bounds_at + 1u]));
-                let at_score = scores_at + h * score_stride(row.visible) + token;
+                key = clamp(exact, bounds[h].x, bounds[h].y);
+                let at_score = scores_at + h * score_stride(row.visible) + found_token;
                 scores[at_score / 4u][at_score % 4u] = key;
 #endif
                 let at = places[h] + atomicAdd(&counts[h], 1u);
                 if at < CANDIDATES {
                     candidates[(score_row * CANDIDATES + at) * 2u] = key;
-                    candidates[(score_row * CANDIDATES + at) * 2u + 1u] = first + token;
+                    candidates[(score_row * CANDIDATES + at) * 2u + 1u] = first + found_token;
                 }
             }
             head = last_head;

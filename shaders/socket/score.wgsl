@@ -3,9 +3,6 @@
 #import entries
 #import order
 #import ranges
-#ifdef COARSE
-#import output
-#endif
 // Scores every key of a chunk for the query heads of its kv head, and counts the scores in the row's histogram.
 // One workgroup per (page entry, chunk, kv head, query token); TOKENS keys per invocation, whose codes are read once for
 // the heads of a pass. Heads share look-ups in pairs: a digit's 16 entries of two heads fill every bank once.
@@ -49,6 +46,7 @@ var<workgroup> lookup: array<vec2<u32>, BLOCK_ENTRIES>;
 var<workgroup> lookup: array<Looked, PASS_PAIRS * BLOCK_ENTRIES>;
 #endif
 var<workgroup> counts: array<atomic<u32>, COUNTED * COUNT_WORDS>;
+var<workgroup> ranges: array<Range, COUNTED>;
 
 fn table_entry(row: u32, head: u32, at: u32) -> f32 {
     if head < SCORING_HEADS && at < ENTRIES {
@@ -58,15 +56,22 @@ fn table_entry(row: u32, head: u32, at: u32) -> f32 {
 }
 
 #ifdef COARSE
+// A factor as a half, to the nearest; what is no normal number becomes zero.
+fn coarse_half(x: f32) -> u32 {
+    let bits = bitcast<u32>(x);
+    let rounded = (bits + 0xfffu + ((bits >> 13u) & 1u) - 0x38000000u) >> 13u;
+    return select(0u, rounded, x >= 6.103515625e-5);
+}
+
 fn coarse_pair(row: u32, head: u32, at: u32) -> u32 {
     let a = table_entry(row, head, at);
     let b = table_entry(row, head + 1u, at);
 #ifdef PRODUCT
-    return round_half(a) | (round_half(b) << 16u);
+    return coarse_half(a) | (coarse_half(b) << 16u);
 #else
     let last = SCORING_HEADS - 1u;
-    let first_inverse = range_at((row + min(head, last)) * TABLE_ROW).inverse_unit;
-    let second_inverse = range_at((row + min(head + 1u, last)) * TABLE_ROW).inverse_unit;
+    let first_inverse = tables[(row + min(head, last)) * TABLE_ROW + INVERSE_UNIT];
+    let second_inverse = tables[(row + min(head + 1u, last)) * TABLE_ROW + INVERSE_UNIT];
     // Two sums in one word; the carry of a negative low one is undone at the end.
     return u32(i32(round(a * first_inverse)) + (i32(round(b * second_inverse)) << 16u));
 #endif
@@ -115,6 +120,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     for (var pass_head = 0u; pass_head < SCORING_HEADS; pass_head += HEADS_PER_PASS) {
         for (var i = local; i < COUNTED * COUNT_WORDS; i += 256u) {
             atomicStore(&counts[i], 0u);
+        }
+        if local < COUNTED {
+#ifdef MEAN_SCORE
+            ranges[local] = range_at(table_row * TABLE_ROW);
+#else
+            ranges[local] = range_at((table_row + min(pass_head + local, SCORING_HEADS - 1u)) * TABLE_ROW);
+#endif
         }
 #repeat g PASS_PAIRS
 #repeat i TOKENS
@@ -238,12 +250,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         for (var h = 0u; h < pass_heads; h++) {
 #ifdef MEAN_SCORE
             let score_head = 0u;
-            let header = table_row * TABLE_ROW;
 #else
             let score_head = pass_head + h;
-            let header = (table_row + score_head) * TABLE_ROW;
 #endif
-            let range = range_at(header);
+            let range = ranges[h];
             let scores_at = p.header + row.score_base + (kv_head * SCORE_ROWS + score_head) * score_stride(row.visible);
 #repeat i TOKENS
             {

@@ -189,9 +189,9 @@ impl Geometry {
         chunk.min(self.page)
     }
 
-    /// Tokens per workgroup of scoring.
+    /// Tokens per workgroup of scoring, where attention takes `chunk`: each workgroup first fetches look-up tables.
     pub fn score_chunk(&self, chunk: usize) -> usize {
-        chunk.min(1024)
+        (2 * chunk).min(1024).min(self.page)
     }
 
     /// Every chunk size that [`Geometry::chunk`] may choose.
@@ -216,7 +216,7 @@ impl Geometry {
         if coarse {
             let table_bytes = self.digits() * 16 * 8;
             let whole = self.words * self.tables_per_word();
-            let room = self.workgroup_memory - 4 * BINS * 2 - 64;
+            let room = self.workgroup_memory - 4 * (BINS * 2 + 32) - 64;
             let tables = (room / table_bytes / self.tables_per_word() * self.tables_per_word()).min(whole);
             return ScoreBlocks { tables, pairs: 2, paired: true };
         }
@@ -225,7 +225,7 @@ impl Geometry {
         let whole = self.words * self.tables_per_word();
         let room = |pairs: usize| {
             let counted = if self.mean_score() { 1 } else { pairs * ways };
-            self.workgroup_memory.saturating_sub(counted * BINS * 2 + 64) / pairs
+            self.workgroup_memory.saturating_sub(counted * (BINS * 2 + 32) + 64) / pairs
         };
         let pairs = if self.scoring_heads() > 2 && whole * table_bytes <= room(2) { 2 } else { 1 };
         let tables = (room(pairs) / table_bytes / self.tables_per_word() * self.tables_per_word()).min(whole);
@@ -243,7 +243,7 @@ impl Geometry {
             return None;
         }
         let rows = (lanes / slots).min(if heads > 2 { 4 } else { 8 });
-        let width = if sparse { 128 } else { 256 };
+        let width = 128;
         let list = if sparse { 4 * chunk } else { 0 };
         let memory = self.piece() * (width + 4) * 4 + width / lanes * slots * 8 + list + width / self.subgroup * 4;
         let fits = memory + 64 <= WORKGROUP_MEMORY && heads * lanes <= width;

@@ -178,8 +178,7 @@ impl Key {
                     defines.push("PAIRS");
                 }
                 if coarse {
-                    // Rounding of entries, as of outputs.
-                    defines.extend(["COARSE", "OUT_F16"]);
+                    defines.push("COARSE");
                 }
             }
             Kernel::Bounds { coarse: true } | Kernel::Candidates { coarse: true, .. } => defines.push("COARSE"),

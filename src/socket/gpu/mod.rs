@@ -190,9 +190,9 @@ impl Executor for GpuExecutor {
         }
         for chunk in self.geometry.chunks() {
             for coarse in [false, self.geometry.coarse()] {
-                kernels.push(Kernel::Score { chunk, coarse });
+                kernels.push(Kernel::Score { chunk: self.geometry.score_chunk(chunk), coarse });
                 kernels.push(Kernel::Bounds { coarse });
-                kernels.push(Kernel::Candidates { chunk, coarse });
+                kernels.push(Kernel::Candidates { chunk: self.geometry.score_chunk(chunk), coarse });
             }
             kernels.extend([true, false].map(|sparse| Kernel::Attend { q, chunk, sparse }));
         }

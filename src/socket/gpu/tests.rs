@@ -77,9 +77,9 @@ fn keys_of(geometries: &[Geometry]) -> Vec<Box<dyn KernelKey>> {
         }
         for chunk in geometry.chunks() {
             for coarse in [false, geometry.coarse()] {
-                add(Kernel::Score { chunk, coarse });
+                add(Kernel::Score { chunk: geometry.score_chunk(chunk), coarse });
                 add(Kernel::Bounds { coarse });
-                add(Kernel::Candidates { chunk, coarse });
+                add(Kernel::Candidates { chunk: geometry.score_chunk(chunk), coarse });
             }
             for (q, sparse) in [DType::F32, DType::F16, DType::Bf16].into_iter().flat_map(|q| [(q, true), (q, false)]) {
                 add(Kernel::Attend { q, chunk, sparse });
