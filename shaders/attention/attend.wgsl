@@ -1,5 +1,6 @@
 #import params
 #import rows
+#import entries
 #import query
 #import pieces
 #ifdef SPARSE
@@ -10,12 +11,6 @@
 //
 // A key row is read once for all heads of the tile: four invocations share a row in the logits' product, and in the
 // values' sum one invocation owns one 16-byte piece of the value rows of every ROW_GROUPS-th key.
-struct Entry {
-    sequence: u32,
-    logical: u32,
-    page: u32,
-    reserved: u32,
-}
 @group(0) @binding(2) var<storage, read> k_pages: array<vec4<u32>>;
 @group(0) @binding(3) var<storage, read> v_pages: array<vec4<u32>>;
 @group(0) @binding(4) var<storage, read> entries: array<Entry>;

@@ -1,18 +1,22 @@
 #import params
 #import rows
 #import output
-// Merges the partial results of one query head: one workgroup per (row, query head). Groups of LANES invocations take
-// every MERGE_GROUPS-th partial, each invocation four channels; the groups then add up in order.
+// Merges the partial results of one query head: one workgroup per (row, query head, slice of the channels).
+// Groups of LANES invocations take every MERGE_GROUPS-th partial, each invocation four channels; the groups then add up
+// in order.
 @group(0) @binding(1) var<storage, read> rows: array<Row>;
 @group(0) @binding(2) var<storage, read> partials: array<vec4<f32>>;
 @group(0) @binding(3) var<storage, read_write> o: array<u32>;
 @group(0) @binding(4) var<storage, read_write> lse: array<u32>;
 
 const MASKED: f32 = -1e30;
-const LANES: u32 = (VALUE_DIM + 3u) / 4u;
+// Vectors of four channels, of which a workgroup merges LANES.
+const WIDE: u32 = (VALUE_DIM + 3u) / 4u;
+const LANES: u32 = (WIDE + MERGE_SPLIT - 1u) / MERGE_SPLIT;
 const MERGE_GROUPS: u32 = 256u / LANES;
 const VECS: u32 = PART_STRIDE / 4u;
 var<workgroup> scratch: array<vec4<f32>, 256>;
+var<workgroup> weights: array<f32, 256>;
 var<workgroup> peaks: array<f32, 256>;
 
 @compute @workgroup_size(256)
@@ -20,7 +24,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if group_index(group) >= p.groups {
         return;
     }
-    let index = p.first_row * Q_HEADS + group_index(group);
+    let index = p.first_row * Q_HEADS + group_index(group) / MERGE_SPLIT;
+    let slice = group_index(group) % MERGE_SPLIT;
     let row = rows[p.row_shift + index / Q_HEADS];
     let first = row.part_base + index % Q_HEADS * row.part_count;
     var top = MASKED;
@@ -37,17 +42,35 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     top = peaks[0];
 
-    let lane = local % LANES;
+    let vector = slice * LANES + local % LANES;
+    let at = 1u + min(vector, WIDE - 1u);
     let merge_group = local / LANES;
     var value = vec4<f32>();
     var sum = 0.0;
-    if merge_group < MERGE_GROUPS {
-        for (var i = merge_group; i < row.part_count; i += MERGE_GROUPS) {
-            let head = partials[(first + i) * VECS];
+    for (var base = 0u; base < row.part_count; base += 256u) {
+        // One invocation weighs each part; the groups then add up theirs, with eight loads under way.
+        workgroupBarrier();
+        weights[local] = 0.0;
+        if base + local < row.part_count {
+            let head = partials[(first + base + local) * VECS];
             if head.x > MASKED {
-                let weight = exp2(head.x - top);
-                sum += head.y * weight;
-                value += partials[(first + i) * VECS + 1u + lane] * weight;
+                weights[local] = exp2(head.x - top);
+                sum += head.y * weights[local];
+            }
+        }
+        workgroupBarrier();
+        if merge_group < MERGE_GROUPS {
+            let count = min(256u, row.part_count - base);
+            for (var i = merge_group; i < count; i += 8u * MERGE_GROUPS) {
+#repeat u 8
+                let part$u = i + $uu * MERGE_GROUPS;
+                let values$u = partials[(first + base + min(part$u, count - 1u)) * VECS + at];
+#end
+#repeat u 8
+                if part$u < count {
+                    value += values$u * weights[part$u];
+                }
+#end
             }
         }
     }
@@ -55,29 +78,34 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     scratch[local] = value;
     peaks[local] = sum;
     workgroupBarrier();
-    if local < LANES {
+    for (var step = 128u; step > 0u; step = step >> 1u) {
+        if local < step {
+            peaks[local] = peaks[local] + peaks[local + step];
+        }
+        workgroupBarrier();
+    }
+    if local < LANES && vector < WIDE {
         value = vec4<f32>();
-        sum = 0.0;
         for (var g = 0u; g < MERGE_GROUPS; g++) {
             value += scratch[g * LANES + local];
-            sum += peaks[g * LANES + local];
         }
-        let scale = select(0.0, 1.0 / sum, sum > 0.0);
-        value *= scale;
+        sum = peaks[0];
+        value *= select(0.0, 1.0 / sum, sum > 0.0);
+        let channel = vector * 4u;
 #ifdef OUT_F32
         for (var c = 0u; c < 4u; c++) {
-            if local * 4u + c < VALUE_DIM {
-                o[index * VALUE_DIM + local * 4u + c] = bitcast<u32>(value[c]);
+            if channel + c < VALUE_DIM {
+                o[index * VALUE_DIM + channel + c] = bitcast<u32>(value[c]);
             }
         }
 #else
-        let at = (index * VALUE_DIM + local * 4u) / 2u;
-        o[at] = pack_pair(value.x, value.y);
-        if local * 4u + 2u < VALUE_DIM {
-            o[at + 1u] = pack_pair(value.z, value.w);
+        let word = (index * VALUE_DIM + channel) / 2u;
+        o[word] = pack_pair(value.x, value.y);
+        if channel + 2u < VALUE_DIM {
+            o[word + 1u] = pack_pair(value.z, value.w);
         }
 #endif
-        if local == 0u {
+        if vector == 0u {
             // An empty key set has lse = -inf, written by its bits.
             let natural = (top + log2(max(sum, 1e-38))) * 0.6931471805599453;
             lse[index] = select(0xff800000u, bitcast<u32>(natural), sum > 0.0);

@@ -1,17 +1,12 @@
 #import params
 #import rows
+#import entries
 #import query
 #import stored
 #import online_softmax
 // Exact causal attention for many query tokens: one workgroup per (kv head, tile of QUERIES queries), over the page
 // entries of one dispatch, of one sequence. A query is a (token, head of the group) pair. State (peak, sum, values) is carried from
 // dispatch to dispatch in the partials, so that the work of one dispatch is bounded and pages may lie in any slab.
-struct Entry {
-    sequence: u32,
-    logical: u32,
-    page: u32,
-    reserved: u32,
-}
 @group(0) @binding(2) var<storage, read> k_pages: array<vec4<u32>>;
 @group(0) @binding(3) var<storage, read> v_pages: array<vec4<u32>>;
 @group(0) @binding(4) var<storage, read> entries: array<Entry>;

@@ -1,19 +1,73 @@
 #import params
 #import rows
+#import entries
 #import order
-#import find_bin
-// Collects the keys of the bin in which a row's threshold lies: one workgroup per (row, score row, span of tokens).
-// Scratch space counts score rows from the first of the block.
-@group(0) @binding(1) var<storage, read> rows: array<Row>;
-@group(0) @binding(2) var<storage, read> tables: array<f32>;
-@group(0) @binding(3) var<storage, read> scores: array<u32>;
-@group(0) @binding(4) var<storage, read_write> histogram: array<atomic<u32>>;
-@group(0) @binding(5) var<storage, read_write> candidates: array<u32>;
+#import ranges
+// Lists the keys within the bounds of a row's threshold, and counts those above: one workgroup per (page entry, chunk, kv
+// head, query token). Coarse scores within the bounds give way to exact ones, clamped to the bounds, where they cannot
+// change places with keys that are certainly above or below the threshold.
+@group(0) @binding(1) var<storage, read> index_pages: array<u32>;
+@group(0) @binding(2) var<storage, read> entries: array<Entry>;
+@group(0) @binding(3) var<storage, read> rows: array<Row>;
+@group(0) @binding(4) var<storage, read> tables: array<f32>;
+@group(0) @binding(5) var<storage, read_write> scores: array<vec4<u32>>;
+@group(0) @binding(6) var<storage, read_write> histogram: array<atomic<u32>>;
+@group(0) @binding(7) var<storage, read_write> candidates: array<u32>;
 
-const TABLE_ROW: u32 = 4u + ENTRIES;
+// A chunk's keys of one head always fit.
+const FOUND: u32 = 1024u;
+const CODE_MASK: u32 = (1u << PLANES) - 1u;
+// Token in the chunk, head from bit 16 on, and the key.
+var<workgroup> found: array<vec2<u32>, FOUND>;
+var<workgroup> found_count: atomic<u32>;
+var<workgroup> found_total: u32;
+var<workgroup> counts: array<atomic<u32>, SCORE_ROWS>;
+var<workgroup> above: array<atomic<u32>, SCORE_ROWS>;
+var<workgroup> places: array<u32, SCORE_ROWS>;
+var<workgroup> bounds: array<vec2<u32>, SCORE_ROWS>;
 
-fn histogram_read(at: u32) -> u32 {
-    return atomicLoad(&histogram[at]);
+fn add_word(before: f32, word: u32, first_table: u32, table_at: u32) -> f32 {
+    var sum = before;
+    var codes = word;
+    for (var t = 0u; t < TABLES_PER_WORD; t++) {
+        if first_table + t < TABLES {
+            let code = codes & CODE_MASK;
+            codes = codes >> PLANES;
+            let at = table_at + TABLE_HEADER + (first_table + t) * DIGITS * 16u;
+#ifdef PRODUCT
+            var value = tables[at + (code & 15u)];
+            for (var d = 1u; d < DIGITS; d++) {
+                value *= tables[at + d * 16u + ((code >> (d * 4u)) & 15u)];
+            }
+            sum += value;
+#else
+            for (var d = 0u; d < DIGITS; d++) {
+                sum += tables[at + d * 16u + ((code >> (d * 4u)) & 15u)];
+            }
+#endif
+        }
+    }
+    return sum;
+}
+
+fn exact_key(key_at: u32, table_at: u32) -> u32 {
+    // All of the key is on its way before the first look-up.
+    var gain = 1.0;
+    var bias = 0.0;
+#ifdef SCALARS
+    gain = bitcast<f32>(index_pages[key_at + WORDS * PAGE]);
+#endif
+#ifdef BIAS
+    bias = bitcast<f32>(index_pages[key_at + (WORDS + 1u) * PAGE]);
+#endif
+#repeat w WORDS
+    let codes$w = index_pages[key_at + $wu * PAGE];
+#end
+    var sum = 0.0;
+#repeat w WORDS
+    sum = add_word(sum, codes$w, $wu * TABLES_PER_WORD, table_at);
+#end
+    return order_key(gain * sum + (bias + range_at(table_at).shift));
 }
 
 @compute @workgroup_size(256)
@@ -22,40 +76,121 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if index >= p.groups {
         return;
     }
-    let spans = p.max_count;
-    let score_row = index / spans;
-    let span = index % spans;
-    let head = score_row % (KV_HEADS * SCORE_ROWS);
-    let row = rows[p.first_row + score_row / (KV_HEADS * SCORE_ROWS)];
-    let first = span * SPAN;
+    let token_index = p.first_token + index % p.tokens;
+    let kv_head = index / p.tokens % KV_HEADS;
+    let chunk = index / (p.tokens * KV_HEADS) % (PAGE / CHUNK);
+    let entry = entries[p.first_entry + index / (p.tokens * KV_HEADS * (PAGE / CHUNK))];
+    let row_index = entry.sequence * p.tq + token_index;
+    let block_row = row_index - p.first_row;
+    let row = rows[row_index];
+    let first = entry.logical * PAGE + chunk * CHUNK;
     // Rows that keep every key need no threshold.
     if first >= row.visible || row.heavy >= row.visible || row.heavy == 0u {
         return;
     }
-    let histogram_at = score_row * HISTOGRAM_ROW;
-    let found = find_bin(local, histogram_at, row.heavy);
-    if found.total <= row.heavy {
-        return;
+    let in_chunk = min(CHUNK, row.visible - first);
+    let first_row = (block_row * KV_HEADS + kv_head) * SCORE_ROWS;
+    let scores_at = p.header + row.score_base + kv_head * SCORE_ROWS * score_stride(row.visible) + first;
+    for (var h = local; h < SCORE_ROWS; h += 256u) {
+        let bounds_at = (first_row + h) * HISTOGRAM_ROW + BINS + 2u;
+        bounds[h] = vec2<u32>(atomicLoad(&histogram[bounds_at]), atomicLoad(&histogram[bounds_at + 1u]));
     }
-    let header = (score_row / SCORE_ROWS * SCORING_HEADS + score_row % SCORE_ROWS) * TABLE_ROW;
-    let low = tables[header];
-    let inverse_width = tables[header + 1u];
-    let scores_at = p.header + row.score_base + head * score_stride(row.visible);
-    let last = min(row.visible, first + SPAN);
-    for (var token = first + local; token < last; token += 256u) {
-        let key = scores[scores_at + token];
+    // Four tokens a load; rows are padded to whole ones.
+    let token = local * 4u;
+    // All heads at once, or where that finds more than there is room for, one after the other.
+    var head = 0u;
+    var last_head = SCORE_ROWS;
+    while head < SCORE_ROWS {
+        if local == 0u {
+            atomicStore(&found_count, 0u);
+        }
+        for (var h = local; h < SCORE_ROWS; h += 256u) {
+            atomicStore(&counts[h], 0u);
+            atomicStore(&above[h], 0u);
+        }
+        workgroupBarrier();
+        // The next head's scores are on their way while one's are looked at.
+        var next = vec4<u32>();
+        if token < in_chunk {
+            next = scores[(scores_at + head * score_stride(row.visible) + token) / 4u];
+        }
+        for (var h = head; h < last_head; h++) {
+            let low = bounds[h].x;
+            let high = bounds[h].y;
+            let keys = next;
+            if token < in_chunk {
+                next = scores[(scores_at + min(h + 1u, last_head - 1u) * score_stride(row.visible) + token) / 4u];
+            }
+            if token < in_chunk && low <= high {
+                var higher = 0u;
+#repeat c 4
+                {
+                    let key = keys[$c];
 #ifdef DISJOINT
-        let contested = !in_base(row, token);
+                    let contested = token + $cu < in_chunk && !in_base(row, first + token + $cu);
 #else
-        let contested = true;
+                    let contested = token + $cu < in_chunk;
 #endif
-        if contested && order_bin(key, low, inverse_width) == found.bin {
-            let at = atomicAdd(&histogram[histogram_at + BINS], 1u);
-            // A row with more candidates than the list holds is searched whole by the next kernel.
-            if at < CANDIDATES {
-                candidates[(score_row * CANDIDATES + at) * 2u] = key;
-                candidates[(score_row * CANDIDATES + at) * 2u + 1u] = token;
+                    if contested && key > high {
+                        higher += 1u;
+                    } else if contested && key >= low {
+                        atomicAdd(&counts[h], 1u);
+                        let at = atomicAdd(&found_count, 1u);
+                        if at < FOUND {
+                            found[at] = vec2<u32>((token + $cu) | (h << 16u), key);
+                        }
+                    }
+                }
+#end
+                if higher > 0u {
+                    atomicAdd(&above[h], higher);
+                }
             }
         }
+        workgroupBarrier();
+        if local == 0u {
+            found_total = atomicLoad(&found_count);
+        }
+        workgroupBarrier();
+        let total = found_total;
+        if total > FOUND {
+            last_head = head + 1u;
+        } else {
+            // Places in the rows' lists. A row with more candidates than its list holds is searched whole by the next
+            // kernel.
+            for (var h = head + local; h < last_head; h += 256u) {
+                let count = atomicLoad(&counts[h]);
+                if count > 0u {
+                    places[h] = atomicAdd(&histogram[(first_row + h) * HISTOGRAM_ROW + BINS], count);
+                    atomicStore(&counts[h], 0u);
+                }
+                let higher = atomicLoad(&above[h]);
+                if higher > 0u {
+                    atomicAdd(&histogram[(first_row + h) * HISTOGRAM_ROW + BINS + 1u], higher);
+                }
+            }
+            workgroupBarrier();
+            for (var i = local; i < total; i += 256u) {
+                let found_token = found[i].x & 0xffffu;
+                let h = found[i].x >> 16u;
+                let score_row = first_row + h;
+                var key = found[i].y;
+#ifdef COARSE
+                let key_at = (entry.page * KV_HEADS + kv_head) * INDEX_WORDS * PAGE + chunk * CHUNK + found_token;
+                let exact = exact_key(key_at, ((block_row * KV_HEADS + kv_head) * SCORING_HEADS + h) * TABLE_ROW);
+                key = clamp(exact, bounds[h].x, bounds[h].y);
+                let at_score = scores_at + h * score_stride(row.visible) + found_token;
+                scores[at_score / 4u][at_score % 4u] = key;
+#endif
+                let at = places[h] + atomicAdd(&counts[h], 1u);
+                if at < CANDIDATES {
+                    candidates[(score_row * CANDIDATES + at) * 2u] = key;
+                    candidates[(score_row * CANDIDATES + at) * 2u + 1u] = first + found_token;
+                }
+            }
+            head = last_head;
+            last_head = head + 1u;
+        }
+        workgroupBarrier();
     }
 }

@@ -1,22 +1,37 @@
 #import params
 #import rows
-#import order
-#import find_bin
+#import scan
 // The exact threshold of a row, as (key, last token): a key is selected if it is larger, or equal at or before that
 // token. One workgroup per score row; eight bits at a time over (key, then lower token first).
 @group(0) @binding(1) var<storage, read> rows: array<Row>;
-@group(0) @binding(2) var<storage, read> tables: array<f32>;
-@group(0) @binding(3) var<storage, read_write> scores: array<u32>;
-@group(0) @binding(4) var<storage, read> histogram: array<u32>;
-@group(0) @binding(5) var<storage, read> candidates: array<u32>;
+@group(0) @binding(2) var<storage, read_write> scores: array<u32>;
+@group(0) @binding(3) var<storage, read> histogram: array<u32>;
+@group(0) @binding(4) var<storage, read> candidates: array<u32>;
 
-const TABLE_ROW: u32 = 4u + ENTRIES;
+// Candidates that each invocation keeps.
+const KEPT: u32 = 8u;
 var<workgroup> digits: array<atomic<u32>, 256>;
 var<workgroup> chosen: u32;
 var<workgroup> chosen_above: u32;
+var<workgroup> chosen_count: u32;
 
-fn histogram_read(at: u32) -> u32 {
-    return histogram[at];
+// What the rounds look for: four of them in the key, then four in the token, the lower one first.
+struct Round {
+    in_key: bool,
+    shift: u32,
+    mask: u32,
+    key_prefix: u32,
+    token_prefix: u32,
+}
+
+fn tally(round: Round, key: u32, token: u32) {
+    if round.in_key {
+        if (key & round.mask) == (round.key_prefix & round.mask) {
+            atomicAdd(&digits[(key >> round.shift) & 255u], 1u);
+        }
+    } else if key == round.key_prefix && (~token & round.mask) == (round.token_prefix & round.mask) {
+        atomicAdd(&digits[(~token >> round.shift) & 255u], 1u);
+    }
 }
 
 @compute @workgroup_size(256)
@@ -29,53 +44,61 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let head = score_row % (KV_HEADS * SCORE_ROWS);
     let row = rows[p.first_row + score_row / (KV_HEADS * SCORE_ROWS)];
     let histogram_at = score_row * HISTOGRAM_ROW;
-    let found = find_bin(local, histogram_at, max(row.heavy, 1u));
-    if row.heavy == 0u || row.heavy >= row.visible || found.total <= row.heavy {
-        if local == 0u {
-            scores[score_row * 2u] = select(0u, 0xffffffffu, row.heavy == 0u);
-            scores[score_row * 2u + 1u] = select(0xffffffffu, 0u, row.heavy == 0u);
-        }
+    // How many are in the list, and above it; the bounds of what is.
+    let listed = histogram[histogram_at + BINS];
+    let above = histogram[histogram_at + BINS + 1u];
+    let low = histogram[histogram_at + BINS + 2u];
+    let high = histogram[histogram_at + BINS + 3u];
+    // Rows that need no threshold have one already.
+    if low > high {
         return;
     }
-    let header = (score_row / SCORE_ROWS * SCORING_HEADS + score_row % SCORE_ROWS) * TABLE_ROW;
-    let low = tables[header];
-    let inverse_width = tables[header + 1u];
     let scores_at = p.header + row.score_base + head * score_stride(row.visible);
-    let listed = histogram[histogram_at + BINS];
     let whole = listed > CANDIDATES;
     let count = select(listed, row.visible, whole);
-    var wanted = row.heavy - found.above;
+    var wanted = row.heavy - above;
 
+    // Lists of the usual length stay in registers.
+    let kept = !whole && count <= 256u * KEPT;
+#repeat c 8
+    var key$c = 0u;
+    var token$c = 0u;
+    if kept && local + $cu * 256u < count {
+        key$c = candidates[(score_row * CANDIDATES + local + $cu * 256u) * 2u];
+        token$c = candidates[(score_row * CANDIDATES + local + $cu * 256u) * 2u + 1u];
+    }
+#end
     var key_prefix = 0u;
     var token_prefix = 0u;
-    for (var round = 0u; round < 8u; round++) {
-        let shift = 24u - (round & 3u) * 8u;
+    for (var i = 0u; i < 8u; i++) {
+        let shift = 24u - (i & 3u) * 8u;
         // Bits above the current digit; none in the first round of each half.
-        let mask = select(0xffffffffu << (shift + 8u), 0u, (round & 3u) == 0u);
+        let mask = select(0xffffffffu << (shift + 8u), 0u, (i & 3u) == 0u);
+        let round = Round(i < 4u, shift, mask, key_prefix, token_prefix);
         workgroupBarrier();
         atomicStore(&digits[local], 0u);
         workgroupBarrier();
-        for (var i = local; i < count; i += 256u) {
-            var key: u32;
-            var token: u32;
-            var valid = true;
-            if whole {
-                key = scores[scores_at + i];
-                token = i;
-                valid = order_bin(key, low, inverse_width) == found.bin;
-#ifdef DISJOINT
-                valid = valid && !in_base(row, token);
-#endif
-            } else {
-                key = candidates[(score_row * CANDIDATES + i) * 2u];
-                token = candidates[(score_row * CANDIDATES + i) * 2u + 1u];
+        if kept {
+#repeat c 8
+            if local + $cu * 256u < count {
+                tally(round, key$c, token$c);
             }
-            if round < 4u {
-                if valid && (key & mask) == (key_prefix & mask) {
-                    atomicAdd(&digits[(key >> shift) & 255u], 1u);
+#end
+        } else {
+            for (var at = local; at < count; at += 256u) {
+                if whole {
+                    let key = scores[scores_at + at];
+                    var valid = key >= low && key <= high;
+#ifdef DISJOINT
+                    valid = valid && !in_base(row, at);
+#endif
+                    if valid {
+                        tally(round, key, at);
+                    }
+                } else {
+                    let candidate = (score_row * CANDIDATES + at) * 2u;
+                    tally(round, candidates[candidate], candidates[candidate + 1u]);
                 }
-            } else if valid && key == key_prefix && (~token & mask) == (token_prefix & mask) {
-                atomicAdd(&digits[(~token >> shift) & 255u], 1u);
             }
         }
         workgroupBarrier();
@@ -85,17 +108,22 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         if upto >= wanted && upto - own < wanted {
             chosen = 255u - local;
             chosen_above = upto - own;
+            chosen_count = own;
         }
         workgroupBarrier();
         wanted -= chosen_above;
-        if round < 4u {
+        if i < 4u {
             key_prefix |= chosen << shift;
         } else {
             token_prefix |= chosen << shift;
         }
+        // All that share these digits are selected: the rest of them may be zero, or the least of the list.
+        if chosen_count == wanted {
+            break;
+        }
     }
     if local == 0u {
-        scores[score_row * 2u] = key_prefix;
+        scores[score_row * 2u] = max(key_prefix, low);
         scores[score_row * 2u + 1u] = ~token_prefix;
     }
 }

@@ -54,16 +54,16 @@ pub(crate) fn prefers_sparse(spec: &CacheSpec, path: &str, len: usize) -> bool {
 
 /// Workgroup memory that the default variants stay within: what WebGPU promises everywhere.
 pub(crate) const WORKGROUP_MEMORY: usize = 16384;
+/// Workgroup memory that variants for devices with more stay within, so that several workgroups share a core.
+pub(crate) const MOST_WORKGROUP_MEMORY: usize = 49152;
 /// Bins of the first digit of the radix selection.
 pub(crate) const BINS: usize = 1024;
-/// Words of a histogram row: the bins and the number of candidates.
-pub(crate) const HISTOGRAM_ROW: usize = BINS + 1;
+/// Words of a histogram row: the bins, the numbers of candidates and of keys above them, the candidates' bounds.
+pub(crate) const HISTOGRAM_ROW: usize = BINS + 4;
 /// Candidates a row's list holds; a row with more is searched whole.
-pub(crate) const CANDIDATES: usize = 8192;
-/// Tokens one workgroup of the candidate kernel looks through.
-pub(crate) const SPAN: usize = 4096;
-/// Header words (bounds, shift) before a query's look-up tables.
-pub(crate) const TABLE_HEADER: usize = 4;
+pub(crate) const CANDIDATES: usize = 16384;
+/// Header words (bounds, shift, errors) before a query's look-up tables.
+pub(crate) const TABLE_HEADER: usize = 8;
 /// Appends of at most this many tokens are hashed one by one, longer ones in tiles.
 pub(crate) const STEP_TOKENS: usize = 16;
 /// Tokens of one append dispatch.
@@ -91,8 +91,12 @@ pub(crate) struct Geometry {
     pub scoring: Scoring,
     pub per_group: bool,
     pub disjoint: bool,
-    /// Whether neighbouring invocations may exchange values directly.
-    pub subgroups: bool,
+    /// Neighbouring invocations that may exchange values directly; 0 where none may.
+    pub subgroup: usize,
+    /// Bytes of workgroup memory.
+    pub workgroup_memory: usize,
+    /// Whether coarse scores may be taken first, see [`Geometry::coarse`].
+    pub allow_coarse: bool,
 }
 
 impl Geometry {
@@ -118,7 +122,9 @@ impl Geometry {
             scoring: config.scoring,
             per_group: config.scope == SelectionScope::PerGroup,
             disjoint: config.rule == crate::socket::config::Rule::Disjoint,
-            subgroups: false,
+            subgroup: 0,
+            workgroup_memory: WORKGROUP_MEMORY,
+            allow_coarse: false,
         }
     }
 
@@ -173,6 +179,11 @@ impl Geometry {
         self.per_group && self.scoring == Scoring::SignProjection
     }
 
+    /// Whether the scores of a group's heads are averaged key by key.
+    pub fn mean_score(&self) -> bool {
+        self.per_group && !self.mean_query()
+    }
+
     /// Look-up tables per kv head.
     pub fn scoring_heads(&self) -> usize {
         if self.mean_query() { 1 } else { self.group }
@@ -209,6 +220,11 @@ impl Geometry {
         chunk.min(self.page)
     }
 
+    /// Tokens per workgroup of scoring, where attention takes `chunk`: each workgroup first fetches look-up tables.
+    pub fn score_chunk(&self, chunk: usize) -> usize {
+        (2 * chunk).min(1024).min(self.page)
+    }
+
     /// Every chunk size that [`Geometry::chunk`] may choose.
     pub fn chunks(&self) -> Vec<usize> {
         let mut chunks = [256, 512, 1024].map(|chunk: usize| chunk.min(self.page)).to_vec();
@@ -216,14 +232,63 @@ impl Geometry {
         chunks
     }
 
-    /// How the scorer divides its look-up tables: tables per block (whole words), heads per pass.
-    pub fn score_blocks(&self) -> (usize, usize) {
-        let table_bytes = self.digits() * 16 * 4;
-        let room = WORKGROUP_MEMORY - BINS * 4 - 256;
+    /// Whether keys are scored in 16 bits, four heads to a look-up, and only those near the threshold exactly. The same
+    /// keys are selected, but their scores are not known as well as a caller who asks for them expects.
+    pub fn coarse(&self) -> bool {
+        let linear = self.scoring == Scoring::SignProjection;
+        let product = self.scoring == Scoring::SoftCollision && !self.bias;
+        // Half a unit for each entry must leave the sums within 16 bits.
+        let few = self.tables * self.digits() <= 1024;
+        self.allow_coarse && !self.per_group && self.scoring_heads() > 2 && few && (linear || product)
+    }
+
+    /// How the scorer divides its look-up tables.
+    pub fn score_blocks(&self, coarse: bool) -> ScoreBlocks {
+        if coarse {
+            let table_bytes = self.digits() * 16 * 8;
+            let whole = self.words * self.tables_per_word();
+            let room = self.workgroup_memory - 4 * (BINS * 2 + 32) - 64;
+            let tables = (room / table_bytes / self.tables_per_word() * self.tables_per_word()).min(whole);
+            return ScoreBlocks { tables, pairs: 2, paired: true };
+        }
+        let ways = self.scoring_heads().min(2);
+        let table_bytes = self.digits() * 16 * 4 * ways;
         let whole = self.words * self.tables_per_word();
-        let tables = (room / table_bytes / self.tables_per_word() * self.tables_per_word()).min(whole);
-        let heads = (room / (tables * table_bytes)).clamp(1, self.scoring_heads().min(4));
-        (tables, heads)
+        let room = |pairs: usize| {
+            let counted = if self.mean_score() { 1 } else { pairs * ways };
+            self.workgroup_memory.saturating_sub(counted * (BINS * 2 + 32) + 64) / pairs
+        };
+        let pairs = if self.scoring_heads() > 2 && whole * table_bytes <= room(2) { 2 } else { 1 };
+        let tables = (room(pairs) / table_bytes / self.tables_per_word() * self.tables_per_word()).min(whole);
+        ScoreBlocks { tables, pairs, paired: ways == 2 }
+    }
+
+    /// How the attention kernel for rows that fit a subgroup divides its work, where it may be used.
+    pub fn attend_rows(&self, chunk: usize, sparse: bool) -> Option<AttendRows> {
+        let lanes = self.k_pieces().max(self.v_pieces()).next_power_of_two();
+        // Queries and sums of these many heads stay in registers.
+        let most = if self.piece() == 8 { 4 } else { 8 };
+        let heads = self.group.div_ceil(self.group.div_ceil(most));
+        let slots = heads.next_power_of_two();
+        if lanes > self.subgroup || slots > lanes {
+            return None;
+        }
+        let rows = (lanes / slots).min(if heads > 2 { 4 } else { 8 });
+        let width = 128;
+        let list = if sparse { 4 * chunk } else { 0 };
+        let memory = self.piece() * (width + 4) * 4 + width / lanes * slots * 8 + list + width / self.subgroup * 4;
+        let fits = memory + 64 <= WORKGROUP_MEMORY && heads * lanes <= width;
+        fits.then_some(AttendRows { width, lanes, heads, slots, rows })
+    }
+
+    /// Heads per tile of attention.
+    pub fn attend_heads(&self, chunk: usize, sparse: bool) -> usize {
+        self.attend_rows(chunk, sparse).map_or_else(|| self.attend_tile(chunk, sparse).0, |plan| plan.heads)
+    }
+
+    /// Workgroups that share the channels of one merge.
+    pub fn merge_split(&self) -> usize {
+        (self.value_dim.div_ceil(4) / 8).max(1)
     }
 
     /// Heads per tile and keys per tile of the attention kernel, within workgroup memory.
@@ -293,6 +358,31 @@ impl Geometry {
         let stored = (self.k_pieces() + self.v_pieces()) * 16 + self.index_words() * 4;
         tokens * (self.num_kv_heads * (given + stored)) as u64
     }
+}
+
+/// Look-up tables that the scorer holds at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ScoreBlocks {
+    /// Tables per block: whole words.
+    pub tables: usize,
+    /// Pairs of heads, or single heads, per pass.
+    pub pairs: usize,
+    /// Whether entries of two heads lie side by side.
+    pub paired: bool,
+}
+
+/// How attention over rows that fit a subgroup divides its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct AttendRows {
+    /// Invocations of a workgroup.
+    pub width: usize,
+    /// Neighbours that own one piece of a row each.
+    pub lanes: usize,
+    /// Heads per tile, and with those that pad them to a power of two.
+    pub heads: usize,
+    pub slots: usize,
+    /// Rows that `lanes` neighbours take at a time.
+    pub rows: usize,
 }
 
 /// Padded length of one head's scores.

@@ -8,7 +8,7 @@ use naga::valid::{Capabilities, ValidationFlags, Validator};
 use std::collections::BTreeMap;
 
 /// Bytes of workgroup memory that every device has.
-const WORKGROUP_MEMORY: u32 = 16 << 10;
+pub(crate) const WORKGROUP_MEMORY: u32 = 16 << 10;
 
 /// Offsets of a struct's fields, and its size.
 pub(crate) type Layout = (BTreeMap<String, usize>, usize);
@@ -43,7 +43,7 @@ pub(crate) fn validates_and_translates(key: &dyn KernelKey) {
     assert!(hlsl.contains("numthreads"), "{label}");
 }
 
-pub(crate) fn stays_in_limits(key: &dyn KernelKey) {
+pub(crate) fn stays_in_limits(key: &dyn KernelKey, workgroup_memory: u32) {
     let (label, module, bindings) = (key.label(), parse(key), key.source().bindings);
     let mut layouter = naga::proc::Layouter::default();
     layouter.update(module.to_ctx()).unwrap();
@@ -67,7 +67,7 @@ pub(crate) fn stays_in_limits(key: &dyn KernelKey) {
     }
     assert_eq!(storage + 1, bindings.len(), "{label}: unused bindings");
     assert!(storage <= 7, "{label}: {storage} storage buffers");
-    assert!(workgroup <= WORKGROUP_MEMORY, "{label}: {workgroup} bytes of workgroup memory");
+    assert!(workgroup <= workgroup_memory, "{label}: {workgroup} bytes of workgroup memory");
 }
 
 /// The structs of all kernels' texts, by name.

@@ -7,7 +7,7 @@ use super::kernels::{Kernel, Key};
 use super::params::Params;
 use super::window_kernels::{WindowGeometry, WindowKernel, WindowKey, WindowParams};
 use crate::engine::Recording;
-use crate::engine::gpu::shader_tests::{same_layout, stays_in_limits, structs, validates_and_translates};
+use crate::engine::gpu::shader_tests::{WORKGROUP_MEMORY, same_layout, stays_in_limits, structs, validates_and_translates};
 use crate::engine::gpu::{Context, KernelKey, adapters_best_first, open};
 use crate::race::config::{Parameters, RaceConfig, RaceShape};
 use crate::race::executor::{Call, Inputs, Pass, RaceExecutor};
@@ -102,8 +102,8 @@ fn every_variant_validates_and_translates() {
 
 #[test]
 fn bindings_and_workgroup_memory_stay_in_limits() {
-    keys().iter().for_each(|key| stays_in_limits(key));
-    window_keys().iter().for_each(|key| stays_in_limits(key));
+    keys().iter().for_each(|key| stays_in_limits(key, WORKGROUP_MEMORY));
+    window_keys().iter().for_each(|key| stays_in_limits(key, WORKGROUP_MEMORY));
 }
 
 #[test]

@@ -8,7 +8,7 @@ use crate::engine::gpu::{self as engine, Bind, Input, Passes, Ready, Strides, Ti
 use crate::error::{Error, Result};
 use crate::socket::executor::{Attended, Selection, StageTime};
 use crate::socket::pages::{local_of, slab_of};
-use crate::socket::plan::{BINS, SPAN};
+use crate::socket::plan::BINS;
 use crate::socket::problem::{AttendProblem, Kind};
 use crate::tensor::{DType, Tensor, TensorView};
 use std::ops::Range;
@@ -193,8 +193,8 @@ impl GpuExecutor {
                 ];
                 let groups = block.load.rows * g.tables_per_row();
                 passes.dispatch(self.key(Kernel::HashQuery { q: q_dtype }), params, groups, binds)?;
-                let visible = rows[first_row as usize..][..block.load.rows as usize].iter().map(|r| r.visible).max();
-                self.select(&mut passes, s, params, block, chunk, &rows_part, visible.unwrap_or(0) as usize)?;
+                let coarse = g.coarse() && collected.is_none();
+                self.select(&mut passes, s, params, block, chunk, &rows_part, coarse)?;
             }
             self.attend_block(
                 &mut passes,
@@ -208,8 +208,9 @@ impl GpuExecutor {
                 selecting.as_ref(),
             )?;
             let binds = vec![rows_part.clone(), Bind::from(&partials), Bind::from(o), Bind::from(lse)];
-            let kernel = Kernel::MergePartials { output: problem.output };
-            passes.dispatch(self.key(kernel), params, block.load.rows * g.num_q_heads as u64, binds)?;
+            let kernel = Kernel::MergePartials { output: problem.output, split: g.merge_split() };
+            let groups = block.load.rows * (g.num_q_heads * g.merge_split()) as u64;
+            passes.dispatch(self.key(kernel), params, groups, binds)?;
             if let (Some(s), Some((_, indices, values))) = (&selecting, &collected) {
                 let binds = vec![rows_part.clone(), Bind::from(&s.scores), Bind::from(indices), Bind::from(values)];
                 passes.dispatch(self.key(Kernel::Collect), params, block.load.rows * g.scores_per_row(), binds)?;
@@ -227,13 +228,13 @@ impl GpuExecutor {
         block: &Block,
         chunk: usize,
         rows: &Bind,
-        visible: usize,
+        coarse: bool,
     ) -> Result<()> {
         let g = &self.geometry;
-        for slab in self.entries() {
+        let chunk = g.score_chunk(chunk);
+        let of_slab = |slab: &SlabEntries| {
             let entries = slab.starts[block.sequences.start]..slab.starts[block.sequences.end];
             let groups = entries.len() as u64 * (g.page / chunk * g.num_kv_heads) as u64 * u64::from(params.tokens);
-            let params = Params { first_entry: entries.start, ..params };
             let binds = vec![
                 Bind::from(&self.pool.slabs[slab.slab].index),
                 Bind::from(&slab.buffer),
@@ -242,19 +243,21 @@ impl GpuExecutor {
                 Bind::from(&s.scores),
                 Bind::from(&s.histogram),
             ];
-            passes.dispatch(self.key(Kernel::Score { chunk }), params, groups, binds)?;
+            (Params { first_entry: entries.start, ..params }, groups, binds)
+        };
+        for slab in self.entries() {
+            let (params, groups, binds) = of_slab(slab);
+            passes.dispatch(self.key(Kernel::Score { chunk, coarse }), params, groups, binds)?;
         }
         let score_rows = block.load.rows * g.scores_per_row();
-        let spans = visible.div_ceil(SPAN) as u64;
-        let candidates = Params { max_count: spans as u32, ..params };
-        let binds = vec![
-            rows.clone(),
-            Bind::from(&s.tables),
-            Bind::from(&s.scores),
-            Bind::from(&s.histogram),
-            Bind::from(&s.candidates),
-        ];
-        passes.dispatch(self.key(Kernel::Candidates), candidates, score_rows * spans, binds.clone())?;
+        let binds = vec![rows.clone(), Bind::from(&s.tables), Bind::from(&s.scores), Bind::from(&s.histogram)];
+        passes.dispatch(self.key(Kernel::Bounds { coarse }), params, score_rows, binds)?;
+        for slab in self.entries() {
+            let (params, groups, mut binds) = of_slab(slab);
+            binds.push(Bind::from(&s.candidates));
+            passes.dispatch(self.key(Kernel::Candidates { chunk, coarse }), params, groups, binds)?;
+        }
+        let binds = vec![rows.clone(), Bind::from(&s.scores), Bind::from(&s.histogram), Bind::from(&s.candidates)];
         passes.dispatch(self.key(Kernel::Threshold), params, score_rows, binds)
     }
 
@@ -273,7 +276,7 @@ impl GpuExecutor {
     ) -> Result<()> {
         let g = &self.geometry;
         let sparse = selecting.is_some();
-        let (heads, _) = g.attend_tile(chunk, sparse);
+        let heads = g.attend_heads(chunk, sparse);
         let kernel = Kernel::Attend { q: q_dtype, chunk, sparse };
         for slab in self.entries() {
             let entries = slab.starts[block.sequences.start]..slab.starts[block.sequences.end];
@@ -405,7 +408,7 @@ impl GpuExecutor {
             bind_rows(o, g.num_q_heads * g.value_dim * problem.output.size()),
             bind_rows(lse, g.num_q_heads * 4),
         ];
-        let kernel = Kernel::MergePartials { output: problem.output };
+        let kernel = Kernel::MergePartials { output: problem.output, split: 1 };
         passes.dispatch(self.key(kernel), params, (tokens.len() * g.num_q_heads) as u64, binds)
     }
 

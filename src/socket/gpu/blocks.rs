@@ -167,13 +167,13 @@ mod tests {
 
     #[test]
     fn blocks_fit_and_cover_every_row() {
-        // One row's candidates take 512 KiB here.
+        // One row's candidates take 1 MiB here.
         let lens: Vec<_> = (0..23).map(|b| 70 + b * 9).collect();
         assert_eq!(check(&lens, 1, 1 << 30), [(0..23, 0..1)]);
-        assert_eq!(check(&lens, 1, 5 << 20), [(0..10, 0..1), (10..20, 0..1), (20..23, 0..1)]);
-        assert_eq!(check(&lens[..3], 5, 5 << 20), [(0..2, 0..5), (2..3, 0..5)]);
+        assert_eq!(check(&lens, 1, 10 << 20), [(0..10, 0..1), (10..20, 0..1), (20..23, 0..1)]);
+        assert_eq!(check(&lens[..3], 5, 10 << 20), [(0..2, 0..5), (2..3, 0..5)]);
         let one = [(0..1, 0..4), (0..1, 4..8), (0..1, 8..9), (1..2, 0..4), (1..2, 4..8), (1..2, 8..9)];
-        assert_eq!(check(&[90, 300], 9, 2 << 20), one);
+        assert_eq!(check(&[90, 300], 9, 4 << 20), one);
         // Long rows, of which the scores decide.
         let (scores, long) = (check(&[1 << 17; 3], 1, 5 << 20), [(0..1, 0..1), (1..2, 0..1), (2..3, 0..1)]);
         assert_eq!(scores, long);

@@ -3,7 +3,7 @@
 use crate::engine::gpu::{Assembler, KernelKey, KernelSource, Stage, dtype_define};
 use crate::socket::config::Scoring;
 use crate::socket::gpu::params::Params;
-use crate::socket::plan::{BINS, CANDIDATES, Geometry, HISTOGRAM_ROW, SPAN};
+use crate::socket::plan::{AttendRows, BINS, CANDIDATES, Geometry, HISTOGRAM_ROW};
 use crate::tensor::DType;
 
 /// What a kernel does; with a [`Geometry`] it names one pipeline.
@@ -13,14 +13,36 @@ pub(crate) enum Kernel {
     MeanKeys,
     HashKeys,
     HashStep,
-    HashQuery { q: DType },
-    Score { chunk: usize },
-    Candidates,
+    HashQuery {
+        q: DType,
+    },
+    /// Coarse: four heads to a look-up, to be made exact near the threshold.
+    Score {
+        chunk: usize,
+        coarse: bool,
+    },
+    Bounds {
+        coarse: bool,
+    },
+    Candidates {
+        chunk: usize,
+        coarse: bool,
+    },
     Threshold,
     Collect,
-    Attend { q: DType, chunk: usize, sparse: bool },
-    MergePartials { output: DType },
-    Prefill { q: DType },
+    Attend {
+        q: DType,
+        chunk: usize,
+        sparse: bool,
+    },
+    /// `split` workgroups share the channels of one merge.
+    MergePartials {
+        output: DType,
+        split: usize,
+    },
+    Prefill {
+        q: DType,
+    },
 }
 
 /// One pipeline.
@@ -39,6 +61,7 @@ macro_rules! snippets {
 pub(super) const SNIPPETS: &[(&str, &str)] = snippets!(
     "params",
     "rows",
+    "entries",
     "items",
     "elements",
     "query",
@@ -50,21 +73,27 @@ pub(super) const SNIPPETS: &[(&str, &str)] = snippets!(
     "reduce",
     "tanh",
     "order",
+    "header",
+    "ranges",
     "find_bin",
     "key_scalars",
     "output",
 );
 
 impl Kernel {
-    fn text(self) -> &'static str {
+    fn text(self, g: &Geometry) -> &'static str {
         match self {
+            Self::Attend { chunk, sparse, .. } if g.attend_rows(chunk, sparse).is_some() => {
+                include_str!("../../../shaders/attention/attend_rows.wgsl")
+            }
             Self::StoreKv => include_str!("../../../shaders/cache/store_kv.wgsl"),
             Self::MeanKeys => include_str!("../../../shaders/cache/mean_keys.wgsl"),
             Self::HashKeys => include_str!("../../../shaders/socket/hash_keys.wgsl"),
             Self::HashStep => include_str!("../../../shaders/socket/hash_step.wgsl"),
             Self::HashQuery { .. } => include_str!("../../../shaders/socket/hash_query.wgsl"),
             Self::Score { .. } => include_str!("../../../shaders/socket/score.wgsl"),
-            Self::Candidates => include_str!("../../../shaders/socket/candidates.wgsl"),
+            Self::Bounds { .. } => include_str!("../../../shaders/socket/bounds.wgsl"),
+            Self::Candidates { .. } => include_str!("../../../shaders/socket/candidates.wgsl"),
             Self::Threshold => include_str!("../../../shaders/socket/threshold.wgsl"),
             Self::Collect => include_str!("../../../shaders/socket/collect.wgsl"),
             Self::Attend { .. } => include_str!("../../../shaders/attention/attend.wgsl"),
@@ -81,7 +110,8 @@ impl Kernel {
             Self::HashKeys | Self::HashStep => "hash keys",
             Self::HashQuery { .. } => "hash query",
             Self::Score { .. } => "score",
-            Self::Candidates => "candidates",
+            Self::Bounds { .. } => "bounds",
+            Self::Candidates { .. } => "candidates",
             Self::Threshold => "threshold",
             Self::Collect => "collect",
             Self::Attend { .. } => "attend",
@@ -100,8 +130,9 @@ impl Kernel {
             Self::HashKeys | Self::HashStep => &[R, R, R, R, R, W, W],
             Self::HashQuery { .. } => &[R, R, R, R, W, W],
             Self::Score { .. } => &[R, R, R, R, W, W],
-            Self::Candidates => &[R, R, R, W, W],
-            Self::Threshold => &[R, R, W, R, R],
+            Self::Bounds { .. } => &[R, R, W, W],
+            Self::Candidates { .. } => &[R, R, R, R, W, W, W],
+            Self::Threshold => &[R, W, R, R],
             Self::Collect => &[R, R, W, W],
             Self::Attend { sparse: true, .. } => &[R, R, R, R, R, W, R],
             Self::Attend { sparse: false, .. } => &[R, R, R, R, R, W],
@@ -130,7 +161,8 @@ impl Key {
             ("NORMALIZE", g.normalize),
             ("DISJOINT", g.disjoint),
             ("MEAN_QUERY", g.mean_query()),
-            ("MEAN_SCORE", g.per_group && !g.mean_query()),
+            ("MEAN_SCORE", g.mean_score()),
+            ("SUBGROUPS", g.subgroup > 0),
         ];
         defines.extend(flags.iter().filter(|(_, on)| *on).map(|(name, _)| *name));
         match self.kernel {
@@ -140,11 +172,17 @@ impl Key {
                 if sparse {
                     defines.push("SPARSE");
                 }
-                if g.subgroups {
-                    defines.push("SUBGROUPS");
+            }
+            Kernel::Score { coarse, .. } => {
+                if g.score_blocks(coarse).paired {
+                    defines.push("PAIRS");
+                }
+                if coarse {
+                    defines.push("COARSE");
                 }
             }
-            Kernel::MergePartials { output } => defines.push(dtype_define("OUT", output)),
+            Kernel::Bounds { coarse: true } | Kernel::Candidates { coarse: true, .. } => defines.push("COARSE"),
+            Kernel::MergePartials { output, .. } => defines.push(dtype_define("OUT", output)),
             _ => {}
         }
         defines
@@ -176,8 +214,9 @@ impl Key {
             ("BINS", BINS),
             ("HISTOGRAM_ROW", HISTOGRAM_ROW),
             ("CANDIDATES", CANDIDATES),
-            ("SPAN", SPAN),
+            ("SUBGROUP", g.subgroup),
         ];
+        let mut width = 256;
         match self.kernel {
             Kernel::HashKeys => {
                 let words = g.hash_words();
@@ -186,29 +225,58 @@ impl Key {
                 constants.push(("BLOCKS", g.words.div_ceil(words)));
             }
             Kernel::HashQuery { .. } => constants.push(("BLOCK_BITS", g.query_block())),
-            Kernel::Score { chunk } => {
-                let (tables, heads) = g.score_blocks();
-                constants.push(("BLOCK_TABLES", tables));
-                constants.push(("HEADS_PER_PASS", heads));
+            Kernel::Score { chunk, coarse } => {
+                let blocks = g.score_blocks(coarse);
+                constants.push(("BLOCK_TABLES", blocks.tables));
+                constants.push(("PASS_PAIRS", blocks.pairs));
                 constants.push(("CHUNK", chunk));
                 constants.push(("TOKENS", chunk.div_ceil(256)));
             }
+            Kernel::Candidates { chunk, .. } => constants.push(("CHUNK", chunk)),
             Kernel::Attend { chunk, sparse, .. } => {
-                let (heads, tile) = g.attend_tile(chunk, sparse);
+                let heads = g.attend_heads(chunk, sparse);
                 constants.push(("HEADS", heads));
                 constants.push(("HEAD_TILES", g.group.div_ceil(heads)));
-                constants.push(("TILE", tile));
                 constants.push(("CHUNK", chunk));
-                constants.push(("K_STEPS", g.k_pieces().div_ceil(4)));
-                constants.push(("ROW_GROUPS", (256 / g.v_pieces()).min(64)));
+                if let Some(plan) = g.attend_rows(chunk, sparse) {
+                    width = plan.width;
+                    constants.extend(row_constants(&plan, g, chunk));
+                } else {
+                    constants.push(("TILE", g.attend_tile(chunk, sparse).1));
+                    constants.push(("K_STEPS", g.k_pieces().div_ceil(4)));
+                    constants.push(("ROW_GROUPS", (256 / g.v_pieces()).min(64)));
+                }
             }
+            Kernel::MergePartials { split, .. } => constants.push(("MERGE_SPLIT", split)),
             _ => {}
         }
+        constants.push(("WIDTH", width));
         if matches!(self.kernel, Kernel::Attend { .. }) {
             constants.push(("PIECE", g.piece()));
         }
         constants.into_iter().map(|(name, value)| (name, value as u32)).collect()
     }
+}
+
+/// How often the steps of attend_rows.wgsl are written out.
+fn row_constants(plan: &AttendRows, g: &Geometry, chunk: usize) -> Vec<(&'static str, usize)> {
+    let values = plan.rows * plan.slots;
+    let fold = |half: usize| if half < values { half } else { 0 };
+    vec![
+        ("LANES", plan.lanes),
+        ("SLOTS", plan.slots),
+        ("ROWS", plan.rows),
+        ("HALVES", g.piece() / 4),
+        ("FOLD_16", fold(16)),
+        ("FOLD_8", fold(8)),
+        ("FOLD_4", fold(4)),
+        ("FOLD_2", fold(2)),
+        ("FOLD_1", fold(1)),
+        ("ADDED", (plan.lanes / values).ilog2() as usize),
+        ("ROW_BITS", plan.rows.ilog2() as usize),
+        ("SCORED", plan.heads.min(g.score_rows())),
+        ("QUADS", (chunk / (4 * plan.width)).max(1)),
+    ]
 }
 
 impl Stage for Key {
@@ -222,7 +290,7 @@ impl KernelKey for Key {
         let g = &self.geometry;
         let flags = self.defines().join(",");
         format!(
-            "{} {:?} heads={}/{} dims={}/{} page={} tables={}x{} [{flags}]",
+            "{} {:?} heads={}/{} dims={}/{} page={} tables={}x{} subgroup={} memory={} [{flags}]",
             self.kernel.stage(),
             self.kernel,
             g.num_q_heads,
@@ -232,11 +300,14 @@ impl KernelKey for Key {
             g.page,
             g.tables,
             g.planes,
+            g.subgroup,
+            g.workgroup_memory,
         )
     }
 
     fn source(&self) -> KernelSource {
-        let assembled = Assembler::assemble(self.kernel.text(), SNIPPETS, &self.defines(), &self.constants());
+        let text = self.kernel.text(&self.geometry);
+        let assembled = Assembler::assemble(text, SNIPPETS, &self.defines(), &self.constants());
         KernelSource::new(assembled, size_of::<Params>(), self.kernel.storage())
     }
 }

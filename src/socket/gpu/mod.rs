@@ -20,7 +20,7 @@ use crate::socket::executor::{Attended, Executor, Memory, SequenceData, StageTim
 use crate::socket::gpu::kernels::{Kernel, Key};
 use crate::socket::gpu::pages::{Pool, Slab};
 use crate::socket::pages::Page;
-use crate::socket::plan::Geometry;
+use crate::socket::plan::{Geometry, MOST_WORKGROUP_MEMORY, WORKGROUP_MEMORY};
 use crate::socket::problem::{AppendRow, AttendProblem, CacheSpec, SeqState};
 use crate::tensor::{DType, TensorView};
 use attend::Workspace;
@@ -62,9 +62,16 @@ impl GpuExecutor {
         let op = "new";
         ctx.check_alive(op)?;
         let caps = ctx.caps();
-        // The checked twin is also the one that needs no feature, so that both are tested where subgroups are offered.
-        let subgroups = caps.subgroups && caps.subgroup_min >= 4 && caps.unchecked;
-        let geometry = Geometry { subgroups, ..Geometry::new(spec) };
+        // The checked twin is also the one that needs no feature and no more than WebGPU promises, so that both are
+        // tested wherever more is offered.
+        let geometry = if caps.unchecked {
+            let offered = caps.subgroups && caps.subgroup_min >= 4 && caps.subgroup_min <= 64;
+            let subgroup = if offered { caps.subgroup_min as usize } else { 0 };
+            let workgroup_memory = (caps.workgroup_memory as usize).clamp(WORKGROUP_MEMORY, MOST_WORKGROUP_MEMORY);
+            Geometry { subgroup, workgroup_memory, allow_coarse: true, ..Geometry::new(spec) }
+        } else {
+            Geometry::new(spec)
+        };
         Slab::check(&ctx, &geometry)?;
         let bits = spec.config.layout().bits();
         let planes = Planes::new(&spec.config.hyperplanes, bits, geometry.head_dim, geometry.num_kv_heads)?;
@@ -172,17 +179,21 @@ impl Executor for GpuExecutor {
             Kernel::HashKeys,
             Kernel::HashStep,
             Kernel::HashQuery { q },
-            Kernel::Candidates,
             Kernel::Threshold,
             Kernel::Collect,
-            Kernel::MergePartials { output },
+            Kernel::MergePartials { output, split: 1 },
+            Kernel::MergePartials { output, split: self.geometry.merge_split() },
             Kernel::Prefill { q },
         ];
         if self.geometry.center {
             kernels.push(Kernel::MeanKeys);
         }
         for chunk in self.geometry.chunks() {
-            kernels.push(Kernel::Score { chunk });
+            for coarse in [false, self.geometry.coarse()] {
+                kernels.push(Kernel::Score { chunk: self.geometry.score_chunk(chunk), coarse });
+                kernels.push(Kernel::Bounds { coarse });
+                kernels.push(Kernel::Candidates { chunk: self.geometry.score_chunk(chunk), coarse });
+            }
             kernels.extend([true, false].map(|sparse| Kernel::Attend { q, chunk, sparse }));
         }
         let boxed = |kernel| Box::new(self.key(kernel)) as Box<dyn KernelKey>;

@@ -10,10 +10,10 @@ use super::params::{Entry, Item, Params, Row};
 use crate::engine::Recording;
 use crate::engine::gpu::KernelKey;
 use crate::engine::gpu::shader_tests::{same_layout, stays_in_limits, structs, validates_and_translates};
-use crate::socket::config::{Budget, CacheShape, Rule, Scoring, SelectionScope, SocketConfig};
+use crate::socket::config::{Budget, CacheShape, Rule, Scoring, SelectionScope, SocketConfig, Temperature};
 use crate::socket::executor::Executor;
 use crate::socket::pages::{local_of, slab_of};
-use crate::socket::plan::Geometry;
+use crate::socket::plan::{Geometry, MOST_WORKGROUP_MEMORY, WORKGROUP_MEMORY};
 use crate::socket::problem::{AppendRow, AttendProblem, CacheSpec, Kind, SeqState, query_rows};
 use crate::tensor::{DType, TensorView};
 
@@ -24,7 +24,9 @@ fn geometries() -> Vec<Geometry> {
             CacheShape { num_q_heads: heads.0, num_kv_heads: heads.1, head_dim: dims.0, value_dim: dims.1, dtype };
         let geometry = Geometry::new(&CacheSpec { config, shape, page_tokens });
         all.push(geometry);
-        all.push(Geometry { subgroups: true, ..geometry });
+        let offered = Geometry { workgroup_memory: MOST_WORKGROUP_MEMORY, allow_coarse: true, ..geometry };
+        all.extend([8, 32].map(|subgroup| Geometry { subgroup, ..offered }));
+        all.push(Geometry { allow_coarse: true, ..geometry });
     };
     for dtype in [DType::F32, DType::F16, DType::Bf16] {
         add(SocketConfig::paper(), (32, 8), (128, 128), dtype, 1024);
@@ -54,22 +56,31 @@ fn geometries() -> Vec<Geometry> {
 }
 
 fn keys() -> Vec<Box<dyn KernelKey>> {
+    keys_of(&geometries())
+}
+
+fn keys_of(geometries: &[Geometry]) -> Vec<Box<dyn KernelKey>> {
     let mut keys: Vec<Box<dyn KernelKey>> = Vec::new();
     let dtypes = [DType::F32, DType::F16, DType::Bf16];
     for (o1, o2) in dtypes.iter().flat_map(|a| dtypes.map(|b| (*a, b))) {
         keys.push(Box::new(MergeKey { o1, o2 }));
     }
-    for geometry in geometries() {
+    for &geometry in geometries {
         let mut add = |kernel| keys.push(Box::new(Key { kernel, geometry }));
         use Kernel::*;
-        [StoreKv, MeanKeys, HashKeys, HashStep, Candidates, Threshold, Collect].into_iter().for_each(&mut add);
+        [StoreKv, MeanKeys, HashKeys, HashStep, Threshold, Collect].into_iter().for_each(&mut add);
         for dtype in [DType::F32, DType::F16, DType::Bf16] {
             add(Kernel::HashQuery { q: dtype });
-            add(Kernel::MergePartials { output: dtype });
+            add(Kernel::MergePartials { output: dtype, split: 1 });
+            add(Kernel::MergePartials { output: dtype, split: geometry.merge_split() });
             add(Kernel::Prefill { q: dtype });
         }
         for chunk in geometry.chunks() {
-            add(Kernel::Score { chunk });
+            for coarse in [false, geometry.coarse()] {
+                add(Kernel::Score { chunk: geometry.score_chunk(chunk), coarse });
+                add(Kernel::Bounds { coarse });
+                add(Kernel::Candidates { chunk: geometry.score_chunk(chunk), coarse });
+            }
             for (q, sparse) in [DType::F32, DType::F16, DType::Bf16].into_iter().flat_map(|q| [(q, true), (q, false)]) {
                 add(Kernel::Attend { q, chunk, sparse });
             }
@@ -90,7 +101,10 @@ fn every_variant_validates_and_translates() {
 
 #[test]
 fn bindings_and_workgroup_memory_stay_in_limits() {
-    keys().iter().for_each(|key| stays_in_limits(key.as_ref()));
+    for memory in [WORKGROUP_MEMORY, MOST_WORKGROUP_MEMORY] {
+        let with: Vec<_> = geometries().into_iter().filter(|g| g.workgroup_memory == memory).collect();
+        keys_of(&with).iter().for_each(|key| stays_in_limits(key.as_ref(), memory as u32));
+    }
 }
 
 #[test]
@@ -280,8 +294,8 @@ fn blocks_of_rows_give_the_same_bits() {
     let config = SocketConfig { sink: 2, window: 4, budget: Budget::Tokens(20), ..SocketConfig::paper() };
     let spec = CacheSpec { config: config.clone(), shape, page_tokens: 64 };
     let mut found = Vec::new();
-    // A row of 4 heads takes 256 KiB of candidates: all rows at once, one sequence's two, one.
-    for (limit, blocks) in [(1 << 27, 1), (520 << 10, 3), (300 << 10, 6)] {
+    // A row of 4 heads takes 512 KiB of candidates: all rows at once, one sequence's two, one.
+    for (limit, blocks) in [(1 << 27, 1), (1040 << 10, 3), (600 << 10, 6)] {
         let mut executor = GpuExecutor::new(ctx.clone(), &spec).unwrap();
         executor.scratch_limit = limit;
         let rows: Vec<_> = (0..batch)
@@ -304,5 +318,49 @@ fn blocks_of_rows_give_the_same_bits() {
     }
     for other in &found[1..] {
         assert_eq!(&found[0], other);
+    }
+}
+
+/// Coarse scores first and exact ones near the threshold select what exact scores select: bit for bit the same output.
+#[test]
+fn coarse_scores_select_the_same_keys() {
+    let name = std::env::var("SOFTHASH_DEVICE").unwrap_or_else(|_| "llvmpipe".into());
+    let device = crate::Device::by_name(&name).unwrap();
+    let ctx = device.context().unwrap().clone();
+    let shape = CacheShape { num_q_heads: 8, num_kv_heads: 2, head_dim: 32, value_dim: 32, dtype: DType::F32 };
+    let tokens = 3000;
+    let mut state = 1u64;
+    let mut noise = |n: usize| -> Vec<f32> {
+        let mut next = || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..n).map(|_| next() + next() + next()).collect()
+    };
+    let (k, v, q) = (noise(tokens * 64), noise(tokens * 64), noise(256));
+    let (k, v) = (TensorView::f32(&k, [1, tokens, 2, 32]), TensorView::f32(&v, [1, tokens, 2, 32]));
+    let q = TensorView::f32(&q, [1, 1, 8, 32]);
+    let sharp = SocketConfig { temperature: Temperature::Beta(6.0), ..SocketConfig::paper() };
+    let bases = [SocketConfig::paper(), sharp, SocketConfig { center: Some(32), ..SocketConfig::fast() }];
+    for base in bases {
+        let config = SocketConfig { sink: 4, window: 4, budget: Budget::Tokens(100), ..base };
+        let spec = CacheSpec { config: config.clone(), shape, page_tokens: 1024 };
+        let mut executor = GpuExecutor::new(ctx.clone(), &spec).unwrap();
+        executor.geometry.allow_coarse = true;
+        assert!(executor.geometry.coarse(), "{:?}", config.scoring);
+        executor.fork(None, SeqState::default()).unwrap();
+        executor.reserve(tokens).unwrap();
+        let row = AppendRow::new(&config, 0, 0, SeqState::default(), tokens);
+        let seqs = vec![row.after(SeqState::default())];
+        executor.append(Recording::Run, &k, &v, &[row]).unwrap();
+        let mut found = Vec::new();
+        for want_selection in [true, false] {
+            let rows = query_rows(&config, Kind::Sparse, &seqs, 1);
+            let (kind, seqs, output) = (Kind::Sparse, seqs.clone(), DType::F32);
+            let problem = AttendProblem { kind, op: "decode", tq: 1, rows, seqs, scale: 0.3, output, want_selection };
+            let attended = executor.attend(Recording::Run, &q, &problem).unwrap();
+            found.push([attended.o, attended.lse].map(|tensor| tensor.read_blocking().unwrap()));
+        }
+        assert_eq!(found[0], found[1], "{:?}", config.scoring);
     }
 }

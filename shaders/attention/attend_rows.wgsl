@@ -1,0 +1,283 @@
+#import params
+#import rows
+#import entries
+#import query
+#import pieces
+#ifdef SPARSE
+#import scan
+#endif
+// As attend.wgsl, where a row of keys fits one subgroup: LANES neighbours own one piece of a row each, of keys and of
+// values, take ROWS rows at a time, and keep the query and their part of the sums in registers. Until the end nobody
+// waits for other subgroups.
+//
+// What a lane multiplies are VALUES = ROWS · SLOTS products, one per row and head, which the LANES lanes add up by
+// halves: a lane gives away the half that is not its own, so that lane n ends with the logit of row n / SLOTS and head
+// n % SLOTS. Softmax then runs once per logit.
+@group(0) @binding(2) var<storage, read> k_pages: array<vec4<u32>>;
+@group(0) @binding(3) var<storage, read> v_pages: array<vec4<u32>>;
+@group(0) @binding(4) var<storage, read> entries: array<Entry>;
+@group(0) @binding(5) var<storage, read> rows: array<Row>;
+@group(0) @binding(6) var<storage, read_write> partials: array<f32>;
+#ifdef SPARSE
+@group(0) @binding(7) var<storage, read> scores: array<vec4<u32>>;
+#endif
+
+// Finite, for WGSL may assume that infinity does not occur; no real logit comes near.
+const MASKED: f32 = -1e30;
+const GROUPS: u32 = WIDTH / LANES;
+const VALUES: u32 = ROWS * SLOTS;
+// Spare words keep the channels of a lane in different banks.
+const SUMS_ROW: u32 = WIDTH + 4u;
+var<workgroup> shared_sums: array<f32, PIECE * SUMS_ROW>;
+var<workgroup> states: array<vec2<f32>, GROUPS * SLOTS>;
+#ifdef SPARSE
+// Token in the chunk, and which heads chose it from bit 16 on.
+var<workgroup> chosen: array<u32, CHUNK>;
+#endif
+
+@compute @workgroup_size(WIDTH)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(local_invocation_index) local: u32,
+    @builtin(subgroup_invocation_id) in_subgroup: u32,
+) {
+    let index = group_index(group);
+    if index >= p.groups {
+        return;
+    }
+    let token_index = p.first_token + index % p.tokens;
+    let tile_index = index / p.tokens % HEAD_TILES;
+    let kv_head = index / (p.tokens * HEAD_TILES) % KV_HEADS;
+    let chunk = index / (p.tokens * HEAD_TILES * KV_HEADS) % (PAGE / CHUNK);
+    let entry = entries[p.first_entry + index / (p.tokens * HEAD_TILES * KV_HEADS * (PAGE / CHUNK))];
+    let row_index = entry.sequence * p.tq + token_index;
+    let row = rows[row_index];
+    let first = entry.logical * PAGE + chunk * CHUNK;
+    if first >= row.visible {
+        return;
+    }
+    let in_chunk = min(CHUNK, row.visible - first);
+    let kv_row = (entry.page * KV_HEADS + kv_head) * PAGE + chunk * CHUNK;
+    let first_head = tile_index * HEADS;
+    let lane = local % LANES;
+    let row_group = local / LANES;
+    let first_lane = in_subgroup - in_subgroup % LANES;
+
+    // The query by way of shared memory. Logits come out in units of log 2, so that exp2 undoes them.
+    for (var i = local; i < HEADS * LANES * PIECE; i += WIDTH) {
+        let head = first_head + i / (LANES * PIECE);
+        let channel = i % (LANES * PIECE);
+        var x = 0.0;
+        if channel < HEAD_DIM && head < GROUP {
+            x = query_element(entry.sequence, token_index, kv_head * GROUP + head, channel)
+                * (p.scale * 1.4426950408889634);
+        }
+        shared_sums[channel % PIECE * SUMS_ROW + i / (LANES * PIECE) * LANES + channel / PIECE] = x;
+    }
+    var count = in_chunk;
+#ifdef SPARSE
+    // Neighbouring tokens by the same invocation: one load for four.
+    var own = 0u;
+#repeat j QUADS
+    let at$j = (local * QUADS + $ju) * 4u;
+    var masks$j = vec4<u32>();
+#end
+#repeat j QUADS
+    if at$j < in_chunk {
+#repeat h SCORED
+        {
+            let head = min(first_head + $hu, GROUP - 1u);
+            let score_head = kv_head * SCORE_ROWS + min(head, SCORE_ROWS - 1u);
+            let score_row = (row_index - p.first_row) * (KV_HEADS * SCORE_ROWS) + score_head;
+            let limits = scores[score_row / 2u];
+            let threshold = select(limits.xy, limits.zw, (score_row & 1u) == 1u);
+            let keys = scores[(p.header + row.score_base + score_head * score_stride(row.visible) + first + at$j) / 4u];
+            let tokens = vec4<u32>(first + at$j) + vec4<u32>(0u, 1u, 2u, 3u);
+            let above = keys > vec4<u32>(threshold.x);
+            let last = (keys == vec4<u32>(threshold.x)) & (tokens <= vec4<u32>(threshold.y));
+            // One selection may serve all heads of the tile.
+            let heads = select(1u << $hu, (1u << HEADS) - 1u, SCORE_ROWS == 1u);
+            masks$j |= select(vec4<u32>(), vec4<u32>(heads), above | last);
+        }
+#end
+#repeat c 4
+        if in_base(row, first + at$j + $cu) {
+            masks$j[$c] = (1u << HEADS) - 1u;
+        }
+        if at$j + $cu >= in_chunk {
+            masks$j[$c] = 0u;
+        }
+        own += select(0u, 1u, masks$j[$c] != 0u);
+#end
+    }
+#end
+    var filled = inclusive_scan(local, own) - own;
+    count = scan_total();
+#repeat j QUADS
+#repeat c 4
+    if masks$j[$c] != 0u {
+        chosen[filled] = (at$j + $cu) | (masks$j[$c] << 16u);
+        filled++;
+    }
+#end
+#end
+#endif
+    workgroupBarrier();
+
+#repeat h HEADS
+#repeat q HALVES
+    let query$h_$q = vec4<f32>(
+        shared_sums[($qu * 4u) * SUMS_ROW + $hu * LANES + lane],
+        shared_sums[($qu * 4u + 1u) * SUMS_ROW + $hu * LANES + lane],
+        shared_sums[($qu * 4u + 2u) * SUMS_ROW + $hu * LANES + lane],
+        shared_sums[($qu * 4u + 3u) * SUMS_ROW + $hu * LANES + lane]);
+    var value$h_$q = vec4<f32>();
+#end
+#end
+    let k_piece = min(lane, K_PIECES - 1u);
+    let v_piece = min(lane, V_PIECES - 1u);
+    let my_row = lane % VALUES / SLOTS;
+    let my_head = lane % SLOTS;
+    var peak = MASKED;
+    var sum = 0.0;
+    // The rounds are the same for all, so that lanes meet in them.
+    for (var base = 0u; base < count; base += GROUPS * ROWS) {
+        let group_base = base + row_group * ROWS;
+        // All loads first. Rows past the end are read again and weigh nothing.
+#repeat r ROWS
+#ifdef SPARSE
+        let token$r = chosen[min(group_base + $ru, count - 1u)] & 0xffffu;
+#else
+        let token$r = min(group_base + $ru, count - 1u);
+#endif
+        let keys$r = k_pages[(kv_row + token$r) * K_PIECES + k_piece];
+#end
+#repeat r ROWS
+        let values$r = v_pages[(kv_row + token$r) * V_PIECES + v_piece];
+#end
+        var products: array<f32, VALUES>;
+#repeat r ROWS
+        {
+            let a = piece_low(keys$r);
+#ifndef KV_F32
+            let b = piece_high(keys$r);
+#endif
+#repeat h HEADS
+#ifdef KV_F32
+            products[$ru * SLOTS + $hu] = dot(a, query$h_0);
+#else
+            products[$ru * SLOTS + $hu] = dot(a, query$h_0) + dot(b, query$h_1);
+#endif
+#end
+        }
+#end
+#repeat s FOLD_16
+        products[$su] = select(products[$su], products[$su + 16u], (lane & 16u) != 0u)
+            + subgroupShuffleXor(select(products[$su + 16u], products[$su], (lane & 16u) != 0u), 16u);
+#end
+#repeat s FOLD_8
+        products[$su] = select(products[$su], products[$su + 8u], (lane & 8u) != 0u)
+            + subgroupShuffleXor(select(products[$su + 8u], products[$su], (lane & 8u) != 0u), 8u);
+#end
+#repeat s FOLD_4
+        products[$su] = select(products[$su], products[$su + 4u], (lane & 4u) != 0u)
+            + subgroupShuffleXor(select(products[$su + 4u], products[$su], (lane & 4u) != 0u), 4u);
+#end
+#repeat s FOLD_2
+        products[$su] = select(products[$su], products[$su + 2u], (lane & 2u) != 0u)
+            + subgroupShuffleXor(select(products[$su + 2u], products[$su], (lane & 2u) != 0u), 2u);
+#end
+#repeat s FOLD_1
+        products[$su] = select(products[$su], products[$su + 1u], (lane & 1u) != 0u)
+            + subgroupShuffleXor(select(products[$su + 1u], products[$su], (lane & 1u) != 0u), 1u);
+#end
+        // Lanes beyond the values hold parts of the same sums.
+        var logit = products[0];
+#repeat s ADDED
+        logit += subgroupShuffleXor(logit, VALUES << $su);
+#end
+        let slot = group_base + my_row;
+        var seen = slot < count && my_head < HEADS;
+#ifdef SPARSE
+        seen = seen && ((chosen[min(slot, count - 1u)] >> (16u + my_head)) & 1u) == 1u;
+#endif
+        logit = select(MASKED, logit, seen);
+        var top = max(peak, logit);
+#repeat s ROW_BITS
+        top = max(top, subgroupShuffleXor(top, SLOTS << $su));
+#end
+        // Peaks seldom grow after the first rounds.
+        if subgroupAny(top > peak) {
+            let keep = exp2(peak - top);
+            peak = top;
+            sum *= keep;
+#repeat h HEADS
+            let keep$h = subgroupShuffle(keep, first_lane + $hu);
+#repeat q HALVES
+            value$h_$q *= keep$h;
+#end
+#end
+        }
+        let weight = select(exp2(logit - peak), 0.0, logit <= MASKED);
+        sum += weight;
+#repeat r ROWS
+        {
+            let a = piece_low(values$r);
+#ifndef KV_F32
+            let b = piece_high(values$r);
+#endif
+#repeat h HEADS
+            let weight$h = subgroupShuffle(weight, first_lane + $ru * SLOTS + $hu);
+            value$h_0 += weight$h * a;
+#ifndef KV_F32
+            value$h_1 += weight$h * b;
+#endif
+#end
+        }
+#end
+    }
+#repeat s ROW_BITS
+    sum += subgroupShuffleXor(sum, SLOTS << $su);
+#end
+
+    // The groups of rows merge by their peaks.
+    if lane < SLOTS {
+        states[row_group * SLOTS + lane] = vec2<f32>(peak, sum);
+    }
+    workgroupBarrier();
+    var top = MASKED;
+    for (var g = 0u; g < GROUPS; g++) {
+        top = max(top, states[g * SLOTS + my_head].x);
+    }
+    var total = 0.0;
+    for (var g = 0u; g < GROUPS; g++) {
+        let state = states[g * SLOTS + my_head];
+        total += state.y * exp2(state.x - top);
+    }
+    let factor = exp2(peak - top);
+#repeat h HEADS
+    let head$h = first_head + $hu;
+    let part$h = (row.part_base + (kv_head * GROUP + min(head$h, GROUP - 1u)) * row.part_count + first / CHUNK) * PART_STRIDE;
+    let factor$h = subgroupShuffle(factor, first_lane + $hu);
+    if local == $hu && head$h < GROUP {
+        partials[part$h] = top;
+        partials[part$h + 1u] = total;
+    }
+    workgroupBarrier();
+#repeat q HALVES
+#repeat c 4
+    shared_sums[($qu * 4u + $cu) * SUMS_ROW + local] = value$h_$q[$c] * factor$h;
+#end
+#end
+    workgroupBarrier();
+    for (var channel = local; channel < V_PIECES * PIECE; channel += WIDTH) {
+        var value = 0.0;
+        for (var g = 0u; g < GROUPS; g++) {
+            value += shared_sums[channel % PIECE * SUMS_ROW + g * LANES + channel / PIECE];
+        }
+        if head$h < GROUP {
+            partials[part$h + 4u + channel] = value;
+        }
+    }
+#end
+}
