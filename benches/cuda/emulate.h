@@ -163,6 +163,7 @@ static void copy_16(void *to, const void *from, unsigned bytes) {
     memcpy(to, from, bytes);
 }
 static void copies_done() {}
+static void prefetch(const void *) {}
 template <class T> static T from_lane(T x, unsigned mask) {
     T out;
     collective({&out, &x, nullptr, nullptr}, [mask](Lane *l) {

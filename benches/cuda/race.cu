@@ -75,7 +75,7 @@ struct Run {
         void *o, *dq, *dk, *dv;
         const float *planes;
         const u32 *lengths;
-        float *matrices, *of_queries, *after, *shares;
+        float *matrices, *of_queries, *after, *shares, *bits, *query_bits;
         float2 *readings;
     } w{};
     double *state, *gradient, *totals;
@@ -99,6 +99,7 @@ struct Run {
         size_t m = (size_t)batch * spans() * MATRIX;
         w.matrices = make<float>(m * kv_heads); w.of_queries = make<float>(m * q_heads()); w.after = make<float>(m * kv_heads);
         w.readings = make<float2>(q);
+        w.bits = make<float>((size_t)batch * spans() * span * kv_heads * BITS); w.query_bits = make<float>((size_t)batch * spans() * span * q_heads() * BITS);
         w.shares = make<float>((size_t)batch * spans() * q_heads() * BITS * (HEAD_DIM + 1));
         w.batch = batch; w.tokens = tokens; w.q_heads = q_heads(); w.kv_heads = kv_heads; w.span = span; w.spans = spans();
         state = make<double>(batch * kv_heads * unit()); gradient = make<double>(batch * kv_heads * unit());
@@ -109,7 +110,7 @@ struct Run {
         zero(state, batch * kv_heads * unit()); zero(gradient, batch * kv_heads * unit()); zero(totals, BITS * (HEAD_DIM + 1));
     }
     void free_all() {
-        for (const void *p : {w.q, w.k, w.v, w.grad_o, (const void *)w.o, (const void *)w.dq, (const void *)w.dk, (const void *)w.dv, (const void *)w.planes, (const void *)heads, (const void *)w.lengths, (const void *)w.matrices, (const void *)w.of_queries, (const void *)w.after, (const void *)w.readings, (const void *)w.shares, (const void *)state, (const void *)gradient, (const void *)totals}) drop((void *)p);
+        for (const void *p : {w.q, w.k, w.v, w.grad_o, (const void *)w.o, (const void *)w.dq, (const void *)w.dk, (const void *)w.dv, (const void *)w.planes, (const void *)heads, (const void *)w.lengths, (const void *)w.matrices, (const void *)w.of_queries, (const void *)w.after, (const void *)w.readings, (const void *)w.shares, (const void *)w.bits, (const void *)w.query_bits, (const void *)state, (const void *)gradient, (const void *)totals}) drop((void *)p);
     }
 #ifdef ANY_SHAPE
     Piece piece() {
@@ -209,22 +210,22 @@ struct Run {
         LAUNCH(any_value, blocks(rows() * VALUE_DIM), BLOCK, 0, of_v, w.grad_o, ak, products, m, w.lengths, (float *)w.dv);
     }
 #else
-    void sums(bool keep) { LAUNCH(race_sums, batch * spans() * kv_heads, THREADS, SUMS_SHARED, w, w.k, w.v, w.planes, heads, w.lengths, w.matrices); scan(keep); }
+    void sums(bool keep) { LAUNCH(race_sums, batch * spans() * kv_heads, THREADS, SUMS_SHARED, w, w.k, w.v, w.planes, heads, w.lengths, w.matrices, w.bits); scan(keep); }
     void scan(bool keep) {
         Scan s = {(i64)(kv_heads * unit()), (i64)unit(), spans(), spans(), 1, (u32)kv_heads, keep};
         LAUNCH(race_scan, batch * kv_heads * ((COLUMNS + 7) / 8), SCAN_THREADS, 0, s, w.matrices, w.matrices, heads, state);
     }
-    void forward() { LAUNCH(race_forward, batch * spans() * q_heads(), THREADS, FORWARD_SHARED, w, w.q, w.k, w.v, w.planes, heads, w.lengths, w.matrices, w.o); }
+    void forward() { LAUNCH(race_forward, batch * spans() * q_heads(), THREADS, FORWARD_SHARED, w, w.q, w.v, w.planes, heads, w.lengths, w.matrices, w.bits, w.o); }
     void add(u32 h) {
         Shares s = {batch * spans(), h, h, (u32)(BITS * (HEAD_DIM + 1)), 0};
         LAUNCH(race_add_parameters, (s.elements + 31) / 32, 256, 0, s, w.shares, totals);
     }
-    void query() { LAUNCH(race_backward_query, batch * spans() * q_heads(), THREADS, BACKWARD_SHARED, w, w.q, w.k, w.v, w.grad_o, w.planes, heads, w.lengths, w.matrices, w.dq, w.of_queries, w.readings, w.shares); }
+    void query() { LAUNCH(race_backward_query, batch * spans() * q_heads(), THREADS, BACKWARD_SHARED, w, w.q, w.v, w.grad_o, w.planes, heads, w.lengths, w.matrices, w.bits, w.dq, w.of_queries, w.readings, w.query_bits, w.shares); }
     void scan_back() {
         ScanAgain s = {(i64)(kv_heads * unit()), (i64)unit(), spans(), spans(), GROUP, (u32)kv_heads, 0};
         LAUNCH(race_scan_back, batch * kv_heads * ((COLUMNS + 7) / 8), SCAN_THREADS, 0, s, w.of_queries, w.after, heads, gradient);
     }
-    void key() { LAUNCH(race_backward_key, batch * spans() * kv_heads, THREADS, BACKWARD_SHARED, w, w.q, w.k, w.v, w.grad_o, w.planes, heads, w.lengths, w.after, w.readings, w.dk, w.dv, w.shares); }
+    void key() { LAUNCH(race_backward_key, batch * spans() * kv_heads, THREADS, BACKWARD_SHARED, w, w.k, w.v, w.grad_o, w.planes, heads, w.lengths, w.after, w.readings, w.query_bits, w.bits, w.dk, w.dv, w.shares); }
     void backward() { sums(true); query(); add(q_heads()); scan_back(); key(); add(kv_heads); }
 #endif
 };
@@ -418,21 +419,22 @@ static void bench(int tokens, int kv_heads, int span, float beta, int runs) {
     double nq = (double)q * HEAD_DIM, nk = (double)k * HEAD_DIM, nv = (double)k * VALUE_DIM, no = (double)q * VALUE_DIM;
     auto line = [&](const char *name, float ms, double bytes) { printf("  %-14s %8.3f ms  %6.2f GB  %5.0f GB/s\n", name, ms, bytes / 1e9, bytes / ms / 1e6); };
     printf("T %d heads %dx%d span %d beta %.2f c %g (P,L)=(%d,%d) in %d out %d grad %d terms %d\n", tokens, kv_heads, GROUP, span, beta, r.centre(), PLANES, TABLES, IN_TYPE, OUT_TYPE, GRADIENT_TYPE, TERMS);
-    float s = timed([&] { LAUNCH(race_sums, r.spans() * kv_heads, THREADS, SUMS_SHARED, r.w, r.w.k, r.w.v, r.w.planes, r.heads, r.w.lengths, r.w.matrices); }, runs);
-    line("sums", s, 2 * (nk + nv));
+    float s = timed([&] { LAUNCH(race_sums, r.spans() * kv_heads, THREADS, SUMS_SHARED, r.w, r.w.k, r.w.v, r.w.planes, r.heads, r.w.lengths, r.w.matrices, r.w.bits); }, runs);
+    double tk = 4.0 * k * BITS, tq = 4.0 * q * BITS;
+    line("sums", s, 2 * (nk + nv) + tk);
     float c = timed([&] { r.scan(true); }, runs);
     line("scan", c, 2.0 * r.spans() * kv_heads * MATRIX * 4);
     r.sums(true);
     float f = timed([&] { r.forward(); }, runs);
-    line("forward", f, 2 * (nq + nk + nv) + oe * no);
+    line("forward", f, 2 * (nq + nv) + tk + oe * no);
     float bq = timed([&] { r.query(); }, runs);
-    line("backward query", bq, 2 * (nq + nk + nv + no) + e * nq);
+    line("backward query", bq, 2 * (nq + nv + no) + tk + tq + e * nq);
     float a = timed([&] { r.add(r.q_heads()); }, runs);
     line("add", a, 4.0 * r.spans() * r.q_heads() * BITS * (HEAD_DIM + 1));
     float sb = timed([&] { r.scan_back(); }, runs);
     line("scan back", sb, 2.0 * r.spans() * kv_heads * MATRIX * 4);
     float bk = timed([&] { r.key(); }, runs);
-    line("backward key", bk, 2 * (nq + nk + nv + no) + e * (nk + nv));
+    line("backward key", bk, 2 * (nk + nv + no) + tk + tq + e * (nk + nv));
     float all_f = timed([&] { r.sums(false); r.forward(); }, runs), all_b = timed([&] { r.backward(); }, runs);
     printf("  FORWARD %.3f  BACKWARD %.3f  BOTH %.3f ms\n", all_f, all_b, all_f + all_b);
     r.free_all();

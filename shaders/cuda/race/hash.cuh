@@ -11,6 +11,11 @@ typedef Parts<HEAD_DIM + 8, BITS_UP, PLANE_TERMS> Planes;
 constexpr int BIT_TILES = (BITS + 7) / 8;
 typedef Parts<VALUE_DIM + 8, BUCKETS_UP, TERMS> Entry;
 
+__device__ __forceinline__ float2 make_pair(float x, float y) {
+    float2 pair = {x, y};
+    return pair;
+}
+
 __device__ __forceinline__ void load_planes(const Planes &to, const float *planes) {
     for (int i = threadIdx.x; i < BITS_UP * HEAD_DIM / 2; i += THREADS) {
         int bit = i / (HEAD_DIM / 2), c = i % (HEAD_DIM / 2) * 2;
@@ -45,27 +50,55 @@ __device__ __forceinline__ void project(float (&t)[BITS_UP / 8][4], const Keys &
     }
 }
 
-// 2βt of each bit, as `[row, bits]`.
-__device__ __forceinline__ void store_logits(float *logits, const float (&t)[BITS_UP / 8][4], int row, float beta) {
+// t of a warp's sixteen rows, as `[row, bits]`.
+__device__ __forceinline__ void store_bits(float *to, const float (&t)[BITS_UP / 8][4], int row) {
     u32 lane = threadIdx.x & 31;
-    float *to = logits + (row + (lane >> 2)) * BITS + (lane & 3) * 2;
+    to += (row + (lane >> 2)) * BITS + (lane & 3) * 2;
+#pragma unroll
+    for (int j = 0; j < BIT_TILES; j++) {
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+            float *at = to + (i >> 1) * 8 * BITS + j * 8;
+            int bit = j * 8 + (lane & 3) * 2;
+            if (BITS % 2 == 0) {
+                if (BITS % 8 == 0 || bit < BITS) *(float2 *)at = make_pair(t[j][i], t[j][i + 1]);
+            } else {
+                if (bit < BITS) at[0] = t[j][i];
+                if (bit + 1 < BITS) at[1] = t[j][i + 1];
+            }
+        }
+    }
+}
+// The same of sixteen rows, `real` of which there are; the others' are zero.
+__device__ __forceinline__ void load_bits(float (&t)[BITS_UP / 8][4], const float *from, int row, int real) {
+    u32 lane = threadIdx.x & 31;
+    clear(t);
+    from += (row + (lane >> 2)) * BITS + (lane & 3) * 2;
 #pragma unroll
     for (int j = 0; j < BIT_TILES; j++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            bool real = BITS % 8 == 0 || j * 8 + (lane & 3) * 2 + (i & 1) < BITS;
-            if (real) to[(i >> 1) * 8 * BITS + j * 8 + (i & 1)] = 2.0f * beta * t[j][i];
+            bool is = row + (int)(lane >> 2) + (i >> 1) * 8 < real && j * 8 + (int)(lane & 3) * 2 + (i & 1) < BITS;
+            if (is) t[j][i] = from[(i >> 1) * 8 * BITS + j * 8 + (i & 1)];
         }
     }
 }
 
-// α of one table of one row; nothing where the row is padding.
-__device__ __forceinline__ void expand(float (&weights)[RADIX], const float *logits, float centre, bool real) {
+// α of one table of one row from its t; nothing where the row is padding.
+__device__ __forceinline__ void expand(float (&weights)[RADIX], const float *t, float beta, float centre, bool real) {
+    float all[PLANES];
+    if constexpr (PLANES == 4) {
+        uint4 four = *(const uint4 *)t;
+        all[0] = float_of(four.x), all[1] = float_of(four.y), all[2] = float_of(four.z), all[3] = float_of(four.w);
+    } else {
+#pragma unroll
+        for (int plane = 0; plane < PLANES; plane++) all[plane] = t[plane];
+    }
     weights[0] = 1.0f;
 #pragma unroll
     for (int plane = 0; plane < PLANES; plane++) {
-        // Twice σ(−z) and σ(z), both to their own relative precision.
-        float z = logits[plane], e = exp2_fast(-1.442695041f * fabsf(z));
+        // Twice σ(−z) and σ(z) of z = 2βt, both to their own relative precision.
+        float z = beta * all[plane], e = exp2_fast(-2.885390082f * fabsf(z));
         float large = quotient(2.0f, 1.0f + e), small = e * large;
         float of_zero = z > 0.0f ? small : large, of_one = z > 0.0f ? large : small;
 #pragma unroll
@@ -79,17 +112,16 @@ __device__ __forceinline__ void expand(float (&weights)[RADIX], const float *log
     for (int r = 0; r < RADIX; r++) weights[r] = real ? weights[r] - centre : 0.0f;
 }
 
-// Weights of a tile, times `factors` of its rows where there are: each thread makes whole tables of one row.
-__device__ __forceinline__ void store_weights(const Weights &to, const float *logits, int count, float centre, const float *factors) {
+// Weights of `rows` rows from `first` on, times `factor` of each: each of `threads` threads makes whole tables of a row.
+template <class F>
+__device__ __forceinline__ void store_weights(const Weights &to, const float *bits, float beta, float centre, int first, int rows, int count, int thread, int threads, F factor) {
 #pragma unroll
-    for (int i = threadIdx.x; i < ROWS * TABLES; i += THREADS) {
-        int row = i % ROWS, table = i / ROWS;
-        float weights[RADIX];
-        expand(weights, logits + row * BITS + table * PLANES, centre, row < count);
-        if (factors) {
+    for (int i = thread; i < rows * TABLES; i += threads) {
+        int row = first + i / TABLES, table = i % TABLES;
+        float weights[RADIX], of_row = factor(row);
+        expand(weights, bits + row * BITS + table * PLANES, beta, centre, row < count);
 #pragma unroll
-            for (int r = 0; r < RADIX; r++) weights[r] *= factors[row];
-        }
+        for (int r = 0; r < RADIX; r++) weights[r] *= of_row;
         if constexpr (RADIX >= 8) {
 #pragma unroll
             for (int r = 0; r < RADIX; r += 8) to.set_eight(row, table * RADIX + r, weights + r);
@@ -98,6 +130,13 @@ __device__ __forceinline__ void store_weights(const Weights &to, const float *lo
             for (int r = 0; r < RADIX; r += 2) to.set(row, table * RADIX + r, weights[r], weights[r + 1]);
         }
     }
+}
+// Of a whole tile, by the block.
+__device__ __forceinline__ void store_tile_weights(const Weights &to, const float *bits, float beta, float centre, int count) {
+    store_weights(to, bits, beta, centre, 0, ROWS, count, threadIdx.x, THREADS, [](int) { return 1.0f; });
+}
+__device__ __forceinline__ void prefetch_bits(const float *bits) {
+    if (threadIdx.x * 32 < ROWS * BITS) prefetch(bits + threadIdx.x * 32);
 }
 
 // Columns past the last bucket or bit are never written again.
@@ -276,11 +315,6 @@ typedef float Gradient;
 typedef u16 Gradient;
 #endif
 
-__device__ __forceinline__ float2 make_pair(float x, float y) {
-    float2 pair = {x, y};
-    return pair;
-}
-
 // Results of sixteen rows and eight columns; rows past `rows` do not exist.
 template <int TYPE> __device__ __forceinline__ void store_run(void *to, i64 row_step, const float (&x)[4], int row, int column, int rows) {
     u32 lane = threadIdx.x & 31;
@@ -368,6 +402,20 @@ __device__ __forceinline__ void store_hash_inputs(void *to, i64 row_step, const 
     }
 }
 
+// Adds rows·means of sixteen channels to what two rows of a lane have so far, of a quarter of the channels.
+__device__ __forceinline__ void add_gains(float (&gain)[2], const Left<Keys::terms> &rows, const float *means) {
+    u32 lane = threadIdx.x & 31;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float2 mean = *(const float2 *)(means + (lane & 3) * 2 + (i >> 1) * 8);
+#pragma unroll
+        for (int t = 0; t < Keys::terms; t++) {
+            float2 x = bf16_floats(rows.r[t][i]);
+            gain[i & 1] += x.x * mean.x + x.y * mean.y;
+        }
+    }
+}
+
 // Both backward kernels: four of their warps carry sums, four read.
 constexpr int CARRIERS = 4;
 
@@ -452,6 +500,6 @@ __device__ __forceinline__ Left<1> seen(float value, bool diagonal) {
 }
 
 // Shared memory of both backward kernels.
-[[maybe_unused]] constexpr int BACKWARD_SHARED = (2 + (STAGES > 1)) * ROWS * (HEAD_DIM + 8) * 2 + 2 * STAGES * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes +
-                                2 * Weights::bytes + Entry::bytes + Corners::bytes + HashGradient::bytes + 2 * ROWS * BITS * 4 +
+[[maybe_unused]] constexpr int BACKWARD_SHARED = STAGES * ROWS * (HEAD_DIM + 8) * 2 + 2 * STAGES * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes +
+                                2 * Weights::bytes + Entry::bytes + Corners::bytes + HashGradient::bytes + ROWS * BITS * 4 +
                                 BUCKETS_UP * 4 + VALUE_DIM * 4 + 3 * ROWS * 4 + 4 * BITS_UP * 4 + 512;
