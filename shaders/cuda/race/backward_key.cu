@@ -69,8 +69,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
         int here = count - tile * ROWS;
         const float *from = query_bits + in_group * bits_head + tile * ROWS * BITS;
         const float2 *of_rows = readings + (i64)in_group * p.tokens + tile * ROWS;
-        store_weights(queries, from, beta, centre, 0, ROWS, here, threadIdx.x, THREADS, [&](int row) { return row < here ? of_rows[row].x : 0.0f; });
-        if (in_group == 0) store_tile_weights(keys, key_bits + tile * ROWS * BITS, beta, centre, here);
+        auto inverse_of = [&](int row) { return row < here ? of_rows[row].x : 0.0f; };
+        store_weights(queries, from, beta, centre, 0, ROWS, here, threadIdx.x, THREADS, inverse_of, inverse_of);
+        if (in_group == 0) store_weights(keys, key_bits + tile * ROWS * BITS, beta, centre, 0, ROWS, here, threadIdx.x, THREADS, one_of, none_of);
         if (threadIdx.x < ROWS) {
             int row = threadIdx.x;
             float2 reading = make_pair(0.0f, 0.0f);
@@ -104,14 +105,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     barrier();
     if (warp < CARRIERS) {
         Carried<CARRIERS> carried;
-        carried.place();
+        carried.place(centre != 0.0f);
         carried.read(matrix);
+        if (SPARE && centre != 0.0f) carried.scale_last(1.0f / (centre * BUCKETS));
         for (int tile = last; tile >= 0; tile--) {
             int here = count - tile * ROWS;
             float dvalue[WIDTH / 8][4];
             float added = 0.0f;
             for (int in_group = 0; in_group < GROUP; in_group++) {
-                if (in_group == 0) carried.show(entry, masses);
+                if (in_group == 0) {
+                    carried.show(entry, masses);
+                    if (SPARE && centre != 0.0f) carried.show_last(later, nullptr, centre * BUCKETS);
+                }
                 arrive(tile, in_group);
                 Values gradients = {g_at(tile, in_group)};
                 {
@@ -190,11 +195,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                     }
                 }
                 carried.add_scaled(queries, gradients, factors);
-                if (centre != 0.0f && threadIdx.x < VALUE_DIM) {
+                if (!SPARE && centre != 0.0f && threadIdx.x < VALUE_DIM) {
                     for (int r = 0; r < ROWS; r++) added += inverses[r] * input_at(gradients.at, VALUE_DIM + 8, r, threadIdx.x);
                 }
                 barrier();
-                if (in_group + 1 == GROUP && centre != 0.0f && threadIdx.x < VALUE_DIM) later[threadIdx.x] += centre * BUCKETS * added;
+                if (!SPARE && in_group + 1 == GROUP && centre != 0.0f && threadIdx.x < VALUE_DIM) later[threadIdx.x] += centre * BUCKETS * added;
                 finish(tile, in_group);
             }
         }

@@ -53,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     clear_tile(keys);
     clear_tile(du);
     Carried<8> of_queries;
-    of_queries.place();
+    of_queries.place(false);
     float before = matrix[BUCKETS * COLUMNS + VALUE_DIM], sums_row = 0.0f;
     if (threadIdx.x < VALUE_DIM) means[threadIdx.x] = centre != 0.0f ? matrix[BUCKETS * COLUMNS + threadIdx.x] : 0.0f;
 
@@ -68,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     };
     // Weights of the tile's keys, the rows themselves, and the next tile's on their way.
     auto arrive = [&](int tile) {
-        store_tile_weights(keys, key_bits + tile * ROWS * BITS, beta, centre, count - tile * ROWS);
+        store_key_weights(keys, key_bits + tile * ROWS * BITS, beta, centre, count - tile * ROWS, threadIdx.x, THREADS);
         copies_done();
         clean<HEAD_DIM>(q_at(tile));
         clean<VALUE_DIM>(v_at(tile));
@@ -90,20 +90,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     barrier();
     if (warp < CARRIERS) {
         Carried<CARRIERS> carried;
-        carried.place();
+        carried.place(centre != 0.0f);
         carried.read(matrix);
         PlaneSums plane_sums;
         plane_sums.place(warp);
         for (int tile = 0; tile * ROWS < rows; tile++) {
             carried.show(entry, masses);
+            if (SPARE && centre != 0.0f) carried.show_last(means, nullptr, 1.0f);
             arrive(tile);
             carried.add(keys, Values{v_at(tile)});
             float of_mean = 0.0f;
-            if (centre != 0.0f && threadIdx.x < VALUE_DIM) {
+            if (!SPARE && centre != 0.0f && threadIdx.x < VALUE_DIM) {
                 for (int r = 0; r < ROWS; r++) of_mean += input_at(v_at(tile), VALUE_DIM + 8, r, threadIdx.x);
             }
             barrier();
-            if (centre != 0.0f && threadIdx.x < VALUE_DIM) {
+            if (!SPARE && centre != 0.0f && threadIdx.x < VALUE_DIM) {
                 means[threadIdx.x] += of_mean;
                 for (int r = 0; r < ROWS; r++) sums_row += inverses[r] * input_at(g_at(tile), VALUE_DIM + 8, r, threadIdx.x);
             }
@@ -124,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
             store_bits(bits, t, row0);
             store_bits(query_bits + tile * ROWS * BITS, t, row0);
             warp_barrier();
-            store_weights(queries, bits, beta, centre, row0, 16, here, lane, 32, [](int) { return 1.0f; });
+            store_weights(queries, bits, beta, centre, row0, 16, here, lane, 32, one_of, none_of);
             {
                 Values values = {v_at(tile)}, gradients = {g_at(tile)};
                 float value[BUCKETS_UP / 8][4], products[ROWS / 16][2][4];
@@ -220,10 +221,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                 through_hash(value, t, corners, du, of_beta, row0, beta);
                 // Over D from here on, rounded but once.
                 warp_barrier();
-                store_weights(queries, bits, beta, centre, row0, 16, here, lane, 32, [&](int row) { return inverses[row]; });
+                auto of_row = [&](int row) { return inverses[row]; };
+                store_weights(queries, bits, beta, centre, row0, 16, here, lane, 32, of_row, of_row);
             }
             barrier();
-            if (centre != 0.0f && threadIdx.x == THREADS - 1) {
+            if (!SPARE && centre != 0.0f && threadIdx.x == THREADS - 1) {
                 for (int r = 0; r < ROWS; r++) sums_row += inverses[r] * factors[r];
             }
             finish(tile);
@@ -233,7 +235,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     barrier();
     float *out = all_of_queries + ((i64)(b * p.q_heads + q_head) * p.spans + span) * MATRIX;
     of_queries.write(out);
-    if (threadIdx.x < VALUE_DIM) out[BUCKETS * COLUMNS + threadIdx.x] = centre * BUCKETS * sums_row;
-    if (threadIdx.x == THREADS - 1) out[BUCKETS * COLUMNS + VALUE_DIM] = centre * BUCKETS * sums_row;
+    float *last = out + BUCKETS * COLUMNS;
+    if (SPARE && centre != 0.0f) {
+        of_queries.show_last(last, last + VALUE_DIM, centre * BUCKETS);
+    } else {
+        if (threadIdx.x < VALUE_DIM) last[threadIdx.x] = centre * BUCKETS * sums_row;
+        if (threadIdx.x == THREADS - 1) last[VALUE_DIM] = centre * BUCKETS * sums_row;
+    }
     write_of_beta(all_shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1), room);
 }

@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
     clear_tile(queries);
     clear_tile(keys);
     Carried<8> carried;
-    carried.place();
+    carried.place(centre != 0.0f);
     carried.read(matrix);
     float before = matrix[BUCKETS * COLUMNS + VALUE_DIM];
     if (threadIdx.x < VALUE_DIM) means[threadIdx.x] = centre != 0.0f ? matrix[BUCKETS * COLUMNS + threadIdx.x] : 0.0f;
@@ -56,16 +56,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
         barrier();
         Values values = {v_tiles + tile % FORWARD_STAGES * ROWS * (VALUE_DIM + 8)};
         carried.show(entry, masses);
+        if (SPARE && centre != 0.0f) carried.show_last(means, nullptr, 1.0f);
         if (role == 0) {
             // Each warp's own rows.
             float t[BITS_UP / 8][4];
             project(t, Keys{q_tile}, planes, row0);
             store_bits(bits, t, row0);
             warp_barrier();
-            store_weights(queries, bits, beta, centre, row0, 16, here, lane, 32, [](int) { return 1.0f; });
+            store_weights(queries, bits, beta, centre, row0, 16, here, lane, 32, one_of, none_of);
         } else {
-            const float *from = key_bits + tile * ROWS * BITS;
-            store_weights(keys, from, beta, centre, 0, ROWS, here, threadIdx.x - 128, 128, [](int) { return 1.0f; });
+            store_key_weights(keys, key_bits + tile * ROWS * BITS, beta, centre, here, threadIdx.x - 128, 128);
         }
         barrier();
         if ((tile + 1) * ROWS < rows) {
@@ -153,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
 #endif
         store_tile<OUT_TYPE, HALF / 8>(to, o_token, o, row0, role * HALF, rows - tile * ROWS);
         carried.add(keys, values);
-        if (centre != 0.0f) {
+        if (!SPARE && centre != 0.0f) {
             float sum = 0.0f;
             if (threadIdx.x < VALUE_DIM) {
                 for (int r = 0; r < ROWS; r++) sum += input_at(values.at, VALUE_DIM + 8, r, threadIdx.x);

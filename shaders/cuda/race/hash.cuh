@@ -112,9 +112,14 @@ __device__ __forceinline__ void expand(float (&weights)[RADIX], const float *t, 
     for (int r = 0; r < RADIX; r++) weights[r] = real ? weights[r] - centre : 0.0f;
 }
 
+// Whether tiles of weights have room for two columns more: with a centred hash they weigh the matrix's last row, in two
+// parts, which is then a product like the others.
+constexpr bool SPARE = BUCKETS + 2 <= BUCKETS_UP;
+
 // Weights of `rows` rows from `first` on, times `factor` of each: each of `threads` threads makes whole tables of a row.
-template <class F>
-__device__ __forceinline__ void store_weights(const Weights &to, const float *bits, float beta, float centre, int first, int rows, int count, int thread, int threads, F factor) {
+// Of real rows `last` goes to the spare column.
+template <class F, class G>
+__device__ __forceinline__ void store_weights(const Weights &to, const float *bits, float beta, float centre, int first, int rows, int count, int thread, int threads, F factor, G last) {
 #pragma unroll
     for (int i = thread; i < rows * TABLES; i += threads) {
         int row = first + i / TABLES, table = i % TABLES;
@@ -129,11 +134,17 @@ __device__ __forceinline__ void store_weights(const Weights &to, const float *bi
 #pragma unroll
             for (int r = 0; r < RADIX; r += 2) to.set(row, table * RADIX + r, weights[r], weights[r + 1]);
         }
+        if (SPARE && centre != 0.0f && table == 0) {
+            float x = row < count ? last(row) : 0.0f, high = bf16_floats(bf16_pair(x, x)).x;
+            to.set(row, BUCKETS, high, x - high);
+        }
     }
 }
-// Of a whole tile, by the block.
-__device__ __forceinline__ void store_tile_weights(const Weights &to, const float *bits, float beta, float centre, int count) {
-    store_weights(to, bits, beta, centre, 0, ROWS, count, threadIdx.x, THREADS, [](int) { return 1.0f; });
+__device__ __forceinline__ float one_of(int) { return 1.0f; }
+__device__ __forceinline__ float none_of(int) { return 0.0f; }
+// Of a whole tile of keys, by `threads` threads; each of them counts once.
+__device__ __forceinline__ void store_key_weights(const Weights &to, const float *bits, float beta, float centre, int count, int thread, int threads) {
+    store_weights(to, bits, beta, centre, 0, ROWS, count, thread, threads, one_of, one_of);
 }
 __device__ __forceinline__ void prefetch_bits(const float *bits) {
     if (threadIdx.x * 32 < ROWS * BITS) prefetch(bits + threadIdx.x * 32);
@@ -144,7 +155,7 @@ template <class X> __device__ __forceinline__ void clear_tile(const X &x) {
     for (int i = threadIdx.x; i < X::bytes / 4; i += THREADS) ((u32 *)x.at)[i] = 0;
 }
 
-// The matrix that a block carries, [S + 1, Dv + 1]: each of its first WARPS warps has sixteen buckets of some channels,
+// The matrix that a block carries, [S, Dv + 1], with the last row where weights have a column for it: each of its first WARPS warps has sixteen buckets of some channels,
 // and those of the first channels their mass.
 constexpr int BUCKET_TILES = BUCKETS_UP / 16;
 template <int WARPS> struct Carried {
@@ -152,10 +163,11 @@ template <int WARPS> struct Carried {
     static constexpr int PART = VALUE_DIM / CHANNEL_PARTS;
     float sums[PART / 8][4];
     float mass[4];
-    int bucket, channel;
+    int bucket, channel, rows;
     bool active;
 
-    __device__ __forceinline__ void place() {
+    __device__ __forceinline__ void place(bool last_row) {
+        rows = BUCKETS + (SPARE && last_row);
         int warp = threadIdx.x >> 5;
         bucket = warp % BUCKET_TILES * 16;
         channel = warp / BUCKET_TILES * PART;
@@ -171,10 +183,10 @@ template <int WARPS> struct Carried {
 #pragma unroll
         for (int j = 0; j < PART / 8; j++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) sums[j][i] = row_of(i) < BUCKETS ? matrix[row_of(i) * COLUMNS + column_of(j, i)] : 0.0f;
+            for (int i = 0; i < 4; i++) sums[j][i] = row_of(i) < rows ? matrix[row_of(i) * COLUMNS + column_of(j, i)] : 0.0f;
         }
 #pragma unroll
-        for (int i = 0; i < 4; i++) mass[i] = row_of(i) < BUCKETS ? matrix[row_of(i) * COLUMNS + VALUE_DIM] : 0.0f;
+        for (int i = 0; i < 4; i++) mass[i] = row_of(i) < rows ? matrix[row_of(i) * COLUMNS + VALUE_DIM] : 0.0f;
     }
     __device__ __forceinline__ void write(float *matrix) const {
         if (!active) return;
@@ -182,13 +194,13 @@ template <int WARPS> struct Carried {
         for (int j = 0; j < PART / 8; j++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                if (row_of(i) < BUCKETS) matrix[row_of(i) * COLUMNS + column_of(j, i)] = sums[j][i];
+                if (row_of(i) < rows) matrix[row_of(i) * COLUMNS + column_of(j, i)] = sums[j][i];
             }
         }
         if (!has_mass() || (threadIdx.x & 3) != 0) return;
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
-            if (row_of(i) < BUCKETS) matrix[row_of(i) * COLUMNS + VALUE_DIM] = mass[i];
+            if (row_of(i) < rows) matrix[row_of(i) * COLUMNS + VALUE_DIM] = mass[i];
         }
     }
     // Where products can take it from.
@@ -202,6 +214,29 @@ template <int WARPS> struct Carried {
         if (!has_mass() || (threadIdx.x & 3) != 0) return;
         masses[row_of(0)] = mass[0];
         masses[row_of(2)] = mass[2];
+    }
+    __device__ __forceinline__ void scale_last(float scale) {
+#pragma unroll
+        for (int j = 0; j < PART / 8; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[j][i] *= row_of(i) == BUCKETS ? scale : 1.0f;
+        }
+    }
+    // The last row, of two parts, times `scale`: its sums, and its mass.
+    __device__ __forceinline__ void show_last(float *to, float *to_mass, float scale) const {
+        if (!active || bucket != BUCKETS / 16 * 16) return;
+        constexpr int at = BUCKETS % 16 / 8 * 2;
+        bool mine = row_of(at) == BUCKETS;
+#pragma unroll
+        for (int j = 0; j < PART / 8; j++) {
+#pragma unroll
+            for (int i = at; i < at + 2; i++) {
+                float sum = sums[j][i] + from_lane(sums[j][i], 4);
+                if (mine) to[column_of(j, i)] = sum * scale;
+            }
+        }
+        float all = mass[at] + from_lane(mass[at], 4);
+        if (mine && has_mass() && (threadIdx.x & 3) == 0 && to_mass) *to_mass = all * scale;
     }
     // Adds weightsᵀ·[x, 1] over a tile's rows.
     __device__ __forceinline__ void add(const Weights &weights, const Values &x) {

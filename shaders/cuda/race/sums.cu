@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) race_sums(const Walk p,
     load_planes(planes, all_planes + head * p.planes_stride);
     clear_tile(weights);
     Carried<8> carried;
-    carried.place();
+    carried.place(centre != 0.0f);
     float row = 0.0f;
     for (int tile = 0; tile * ROWS < count; tile++) {
         int left_over = count - tile * ROWS;
@@ -47,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) race_sums(const Walk p,
             project(t, keys, planes, warp * 16);
             store_bits(bits, t, warp * 16);
             if (bits_out) store_bits(bits_out + tile * ROWS * BITS, t, warp * 16);
-        } else if (centre != 0.0f) {
+        } else if (!SPARE && centre != 0.0f) {
             for (int c = threadIdx.x - 128; c < VALUE_DIM; c += 128) {
                 float sum = 0.0f;
                 for (int r = 0; r < ROWS; r++) sum += input_at(values.at, VALUE_DIM + 8, r, c);
@@ -55,12 +55,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) race_sums(const Walk p,
             }
         }
         barrier();
-        store_tile_weights(weights, bits, beta, centre, left_over);
+        store_key_weights(weights, bits, beta, centre, left_over, threadIdx.x, THREADS);
         barrier();
         carried.add(weights, values);
     }
     float *matrix = all_matrices + ((i64)(b * p.kv_heads + head) * p.spans + span) * MATRIX;
     carried.write(matrix);
+    if (SPARE && centre != 0.0f) return;
     if (threadIdx.x >= 128 && threadIdx.x < 128 + VALUE_DIM) matrix[BUCKETS * COLUMNS + threadIdx.x - 128] = row;
     if (threadIdx.x == 0) matrix[BUCKETS * COLUMNS + VALUE_DIM] = (float)count;
 }

@@ -12,8 +12,8 @@ pub(super) enum Kernel {
     // Walking through spans, on the tensor cores.
     Sums { terms: usize },
     Forward { terms: usize, fit: Fit, output: DType },
-    BackwardQuery { terms: usize, fit: Fit },
-    BackwardKey { terms: usize, fit: Fit },
+    BackwardQuery { terms: usize, fit: Fit, gradients: DType },
+    BackwardKey { terms: usize, fit: Fit, gradients: DType },
     // For both.
     Scan { reverse: bool },
     AddParameters,
@@ -103,10 +103,11 @@ impl Kernel {
         let flag = |name, on: bool| if on { vec![(name, "1".to_string())] } else { Vec::new() };
         let mut defines = match self {
             Self::Sums { terms } => vec![("TERMS", terms.to_string())],
-            Self::BackwardQuery { terms, fit } | Self::BackwardKey { terms, fit } => vec![
+            Self::BackwardQuery { terms, fit, gradients } | Self::BackwardKey { terms, fit, gradients } => vec![
                 ("TERMS", terms.to_string()),
                 ("BACKWARD_BLOCKS", fit.blocks.to_string()),
                 ("STAGES", fit.stages.to_string()),
+                ("GRADIENT_TYPE", code(gradients)),
             ],
             Self::Forward { terms, fit, output } => vec![
                 ("TERMS", terms.to_string()),
@@ -130,11 +131,11 @@ impl Kernel {
             Self::AddParameters | Self::FinishParameters | Self::ChunkSums | Self::Products => Vec::new(),
         };
         // Headers speak of both kinds of kernels that walk.
-        if !defines.iter().any(|(name, _)| *name == "STAGES") {
-            defines.push(("STAGES", "1".into()));
+        for (name, value) in [("STAGES", "1".into()), ("GRADIENT_TYPE", code(DType::F32))] {
+            if !defines.iter().any(|(given, _)| *given == name) {
+                defines.push((name, value));
+            }
         }
-        // Of all gradients of inputs.
-        defines.push(("GRADIENT_TYPE", code(DType::F32)));
         defines
     }
 }

@@ -40,6 +40,9 @@ struct Workspace {
     matrices: Scratch,
     of_queries: Scratch,
     readings: Scratch,
+    /// Hashes of keys and of queries.
+    key_bits: Scratch,
+    query_bits: Scratch,
     /// Shares of the parameters' gradients.
     shares: Scratch,
     /// Of passes for any shape.
@@ -173,6 +176,7 @@ impl RaceExecutor for CudaRace {
                 return self.walk_backward(call, &staged, state, gradient, sums, gait);
             }
         }
+        call.wide_gradients("a shape or type that the tensor cores do not take")?;
         self.any_backward(call, inputs, state, gradient, sums)
     }
 
@@ -190,7 +194,7 @@ impl RaceExecutor for CudaRace {
 
     fn warm_up(&self, output: DType) -> WarmUp {
         let pass = if self.causal { Pass::Causal } else { Pass::Absorb };
-        let call = Call { op: "warm_up", pass, lengths: vec![2], tokens: 2, output, into: None };
+        let call = Call { op: "warm_up", pass, lengths: vec![2], tokens: 2, output, gradients: DType::F32, into: None };
         let mut kernels = vec![Kernel::Scan { reverse: false }];
         match self.walks(&call, &Inputs::default(), false) {
             Some(walk::Gait { terms, fit }) => {

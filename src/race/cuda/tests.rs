@@ -56,11 +56,11 @@ fn any(geometry: Geometry, output: DType, grad: DType) -> Vec<Key> {
 }
 
 /// Kernels that walk.
-fn walking(geometry: Geometry, terms: usize, output: DType) -> Vec<Key> {
+fn walking(geometry: Geometry, terms: usize, output: DType, gradients: DType) -> Vec<Key> {
     let mut kernels = vec![Kernel::Sums { terms }];
     kernels.extend(shared::forward(&geometry, terms, MOST).map(|fit| Kernel::Forward { terms, fit, output }));
     if let Some(fit) = shared::backward(&geometry, terms, MOST) {
-        kernels.extend([Kernel::BackwardQuery { terms, fit }, Kernel::BackwardKey { terms, fit }]);
+        kernels.extend([Kernel::BackwardQuery { terms, fit, gradients }, Kernel::BackwardKey { terms, fit, gradients }]);
     }
     kernels.into_iter().map(|kernel| Key { kernel, geometry }).collect()
 }
@@ -72,11 +72,11 @@ pub(crate) fn test_keys() -> Vec<Box<dyn KernelKey>> {
     keys.extend(any(geometry((2, 1), (512, 512), (1, 16, 8), half, false), full, half));
     for (tables, planes) in [(2, 2), (3, 3), (4, 4)] {
         let geometry = geometry((4, 4), (128, 128), (1, tables, planes), bf16, true);
-        keys.extend(walking(geometry, 1, bf16));
-        keys.extend(walking(geometry, 2, full));
+        keys.extend(walking(geometry, 1, bf16, bf16));
+        keys.extend(walking(geometry, 2, full, full));
     }
-    keys.extend(walking(geometry((8, 2), (64, 64), (1, 5, 3), half, true), 2, half));
-    keys.extend(walking(geometry((2, 2), (64, 64), (1, 4, 4), bf16, true), 3, full));
+    keys.extend(walking(geometry((8, 2), (64, 64), (1, 5, 3), half, true), 2, half, full));
+    keys.extend(walking(geometry((2, 2), (64, 64), (1, 4, 4), bf16, true), 3, full, full));
     keys.into_iter().map(|key| Box::new(key) as Box<dyn KernelKey>).collect()
 }
 
