@@ -106,6 +106,13 @@ template <class F> static void collective(Lane lane, F work) {
     }
     while (e.warp_turn[warp] == turn) next_fiber();
 }
+static unsigned emulated_told[4], emulated_heard[4];
+static void tell(int what) { emulated_told[what]++; }
+static void hear(int what) {
+    // Turns of 128 tellers and 128 hearers each.
+    unsigned turn = emulated_heard[what]++ / 128;
+    while (emulated_told[what] < (turn + 1) * 128) next_fiber();
+}
 static void warp_barrier() { collective({}, [](Lane *) {}); }
 static inline float float_of(unsigned x) { float f; memcpy(&f, &x, 4); return f; }
 static inline unsigned bits_of(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
@@ -168,6 +175,13 @@ template <class T> static T from_lane(T x, unsigned mask) {
     T out;
     collective({&out, &x, nullptr, nullptr}, [mask](Lane *l) {
         for (unsigned lane = 0; lane < 32; lane++) memcpy(l[lane].out, l[lane ^ mask].a, sizeof(T));
+    });
+    return out;
+}
+static float of_lane(float x, unsigned from) {
+    float out;
+    collective({&out, &x, nullptr, nullptr}, [from](Lane *l) {
+        for (unsigned lane = 0; lane < 32; lane++) memcpy(l[lane].out, l[from].a, sizeof(float));
     });
     return out;
 }

@@ -160,7 +160,9 @@ struct Run {
     // All tokens one by one.
     void steps() {
         u32 *counters = make<u32>(batch * kv_heads), *ones = make<u32>(batch);
+        float *records = make<float>((size_t)batch * kv_heads * RECORD);
         zero(counters, batch * kv_heads);
+        zero(records, (size_t)batch * kv_heads * RECORD);
         put(ones, std::vector<u32>(batch, 1));
         size_t row = (size_t)q_heads() * VALUE_DIM;
         float *o = make<float>(batch * row);
@@ -169,11 +171,12 @@ struct Run {
 #ifdef RATIO
             s.scale = 1;
 #endif
-            LAUNCH(any_step, batch * kv_heads * CHANNEL_BLOCKS, BLOCK, 0, s, (u16 *)w.q + i * w.q_token, (u16 *)w.k + i * w.k_token, (u16 *)w.v + i * w.v_token, w.planes, heads, ones, state, counters, o);
+            LAUNCH(any_step, batch * kv_heads * CHANNEL_BLOCKS, BLOCK, 0, s, (u16 *)w.q + i * w.q_token, (u16 *)w.k + i * w.k_token, (u16 *)w.v + i * w.v_token, w.planes, heads, ones, state, records, counters, o);
             std::vector<float> got(batch * row);
             get(got, o);
             for (int b = 0; b < batch; b++) put((float *)w.o + ((size_t)b * tokens + i) * row, std::vector<float>(&got[b * row], &got[b * row] + row));
         }
+        LAUNCH(any_fold, batch * kv_heads, BLOCK, 0, state, records);
     }
     void unhash(bool q) {
         Piece p = x(piece(), q ? q_heads() : kv_heads, HEAD_DIM);
@@ -357,7 +360,7 @@ static bool check(int batch, int tokens, int kv_heads, int span, float beta, std
 }
 
 #if !defined ON_HOST && defined ANY_SHAPE
-// Microseconds of a decode step, by replays of a graph of twenty.
+// Microseconds of a decode step, by replays of a graph of sixteen.
 static void bench_step(int batch, int kv_heads) {
     Run r{batch, 1, kv_heads, 64, 1.0f, std::vector<u32>(batch, 1)};
     r.allocate();
@@ -366,13 +369,16 @@ static void bench_step(int batch, int kv_heads) {
         noise<<<256, 256>>>((u32 *)x.first, x.second / 2, 77);
     put((float *)r.w.planes, std::vector<float>(BITS * HEAD_DIM, 0.5f));
     u32 *counters = make<u32>(batch * kv_heads);
+    float *records = make<float>((size_t)batch * kv_heads * RECORD);
     zero(counters, batch * kv_heads);
+    zero(records, (size_t)batch * kv_heads * RECORD);
     Step s = {r.w.q_batch, HEAD_DIM, r.w.k_batch, HEAD_DIM, r.w.v_batch, VALUE_DIM, 0, (u32)kv_heads, 1.0f};
     cudaStream_t stream;
     CHECK(cudaStreamCreate(&stream));
     CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-    for (int i = 0; i < 20; i++)
-        any_step<<<batch * kv_heads * CHANNEL_BLOCKS, BLOCK, 0, stream>>>(s, r.w.q, r.w.k, r.w.v, r.w.planes, r.heads, nullptr, r.state, counters, r.w.o);
+    // As many as wait, and are added at once.
+    for (int i = 0; i < PENDING; i++)
+        any_step<<<batch * kv_heads * CHANNEL_BLOCKS, BLOCK, 0, stream>>>(s, r.w.q, r.w.k, r.w.v, r.w.planes, r.heads, nullptr, r.state, records, counters, r.w.o);
     cudaGraph_t graph;
     cudaGraphExec_t exec;
     CHECK(cudaStreamEndCapture(stream, &graph));
@@ -385,7 +391,7 @@ static void bench_step(int batch, int kv_heads) {
         float ms; CHECK(cudaEventElapsedTime(&ms, a, b)); all.push_back(ms);
     }
     std::sort(all.begin(), all.end());
-    printf("step (P,L)=(%d,%d) batch %d heads %dx%d: %.2f us\n", PLANES, TABLES, batch, kv_heads, GROUP, all[12] * 1000 / 20);
+    printf("step (P,L)=(%d,%d) batch %d heads %dx%d: %.2f us\n", PLANES, TABLES, batch, kv_heads, GROUP, all[12] * 1000 / PENDING);
     r.free_all();
 }
 #endif

@@ -6,6 +6,9 @@
 // dα = (values − G·o·masses) / D.
 #include "hash.cuh"
 
+// What warps that carry tell those that read, and the reverse: queries are hashed; their weights are read, and D is known.
+constexpr int HASHED = 1, READ = 2;
+
 extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_backward_query(const Walk p, const void *all_q, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_matrices, const float *all_bits, void *all_dq, float *all_of_queries, float2 *all_readings, float *all_query_bits, float *all_shares) {
     SHARED_BYTES;
     Carve carve = {shared_bytes};
@@ -98,11 +101,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
             carried.show(entry, masses);
             if (SPARE && centre != 0.0f) carried.show_last(means, nullptr, 1.0f);
             arrive(tile);
+            {
+                // Each warp's own rows.
+                float t[BITS_UP / 8][4];
+                project(t, Keys{q_at(tile)}, planes, row0);
+                store_bits(bits, t, row0);
+                store_bits(query_bits + tile * ROWS * BITS, t, row0);
+                warp_barrier();
+                store_weights(queries, bits, beta, centre, row0, 16, count - tile * ROWS, lane, 32, one_of, none_of);
+            }
+            tell(HASHED);
             carried.add(keys, Values{v_at(tile)});
             float of_mean = 0.0f;
             if (!SPARE && centre != 0.0f && threadIdx.x < VALUE_DIM) {
                 for (int r = 0; r < ROWS; r++) of_mean += input_at(v_at(tile), VALUE_DIM + 8, r, threadIdx.x);
             }
+            hear(READ);
+            // Over D from here on, rounded but once.
+            auto of_row = [&](int row) { return inverses[row]; };
+            store_weights(queries, bits, beta, centre, row0, 16, count - tile * ROWS, lane, 32, of_row, of_row);
             barrier();
             if (!SPARE && centre != 0.0f && threadIdx.x < VALUE_DIM) {
                 means[threadIdx.x] += of_mean;
@@ -119,13 +136,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
         for (int tile = 0; tile * ROWS < rows; tile++) {
             int here = count - tile * ROWS;
             arrive(tile);
-            float t[BITS_UP / 8][4];
-            project(t, Keys{q_at(tile)}, planes, row0);
-            // Each warp's own rows.
-            store_bits(bits, t, row0);
-            store_bits(query_bits + tile * ROWS * BITS, t, row0);
-            warp_barrier();
-            store_weights(queries, bits, beta, centre, row0, 16, here, lane, 32, one_of, none_of);
             {
                 Values values = {v_at(tile)}, gradients = {g_at(tile)};
                 float value[BUCKETS_UP / 8][4], products[ROWS / 16][2][4];
@@ -177,13 +187,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                         multiply(mass[s / 8], mass[s / 8 + 1], ones, x);
                     }
                 }
-                warp_barrier();
+                hear(HASHED);
+                float2 psi[BUCKETS_UP / 8][2];
                 float divisor[2] = {0.0f, 0.0f}, output[2] = {0.0f, 0.0f};
 #pragma unroll
                 for (int j = 0; j < BUCKETS_UP / 8; j++) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        float2 x = queries.get(row0 + (lane >> 2) + i * 8, j * 8 + (lane & 3) * 2);
+                        float2 x = psi[j][i] = queries.get(row0 + (lane >> 2) + i * 8, j * 8 + (lane & 3) * 2);
                         divisor[i] += x.x * mass[j][2 * i] + x.y * mass[j][2 * i + 1];
                         output[i] += x.x * value[j][2 * i] + x.y * value[j][2 * i + 1];
                     }
@@ -208,21 +219,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                         if (tile * ROWS + row < rows) readings[tile * ROWS + row] = make_pair(inverse[i], reading[i]);
                     }
                 }
+                tell(READ);
 #pragma unroll
                 for (int j = 0; j < BUCKETS_UP / 8; j++) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        int row = row0 + (lane >> 2) + i * 8, bucket = j * 8 + (lane & 3) * 2;
-                        float2 x = queries.get(row, bucket);
+                        float2 x = psi[j][i];
                         value[j][2 * i] = inverse[i] * (value[j][2 * i] + reading[i] * mass[j][2 * i]) * (x.x + centre);
                         value[j][2 * i + 1] = inverse[i] * (value[j][2 * i + 1] + reading[i] * mass[j][2 * i + 1]) * (x.y + centre);
                     }
                 }
+                float t[BITS_UP / 8][4];
+                load_bits(t, bits, row0, ROWS);
                 through_hash(value, t, corners, du, of_beta, row0, beta);
-                // Over D from here on, rounded but once.
-                warp_barrier();
-                auto of_row = [&](int row) { return inverses[row]; };
-                store_weights(queries, bits, beta, centre, row0, 16, here, lane, 32, of_row, of_row);
             }
             barrier();
             if (!SPARE && centre != 0.0f && threadIdx.x == THREADS - 1) {

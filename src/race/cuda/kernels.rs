@@ -19,6 +19,7 @@ pub(super) enum Kernel {
     AddParameters,
     FinishParameters,
     Step { output: DType },
+    Fold,
     // For any shape.
     Project { queries: bool },
     Weights { queries: bool },
@@ -61,6 +62,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("tiles.cuh", include_str!("../../../shaders/cuda/race/tiles.cuh")),
     ("hash.cuh", include_str!("../../../shaders/cuda/race/hash.cuh")),
     ("any.cuh", include_str!("../../../shaders/cuda/race/any/any.cuh")),
+    ("pending.cuh", include_str!("../../../shaders/cuda/race/any/pending.cuh")),
 ];
 
 impl Kernel {
@@ -76,6 +78,7 @@ impl Kernel {
             Self::AddParameters => kernel!("", "add_parameters", "race_add_parameters"),
             Self::FinishParameters => kernel!("any/", "finish_parameters", "any_finish_parameters"),
             Self::Step { .. } => kernel!("any/", "step", "any_step"),
+            Self::Fold => kernel!("any/", "fold", "any_fold"),
             Self::Project { .. } => kernel!("any/", "project", "any_project"),
             Self::Weights { .. } => kernel!("any/", "weights", "any_weights"),
             Self::ChunkSums => kernel!("any/", "chunk_sums", "any_chunk_sums"),
@@ -128,7 +131,7 @@ impl Kernel {
             | Self::ThroughHash { queries }
             | Self::HashInputs { queries }
             | Self::HashParameters { queries } => per_head(queries),
-            Self::AddParameters | Self::FinishParameters | Self::ChunkSums | Self::Products => Vec::new(),
+            Self::AddParameters | Self::FinishParameters | Self::Fold | Self::ChunkSums | Self::Products => Vec::new(),
         };
         // Headers speak of both kinds of kernels that walk.
         for (name, value) in [("STAGES", "1".into()), ("GRADIENT_TYPE", code(DType::F32))] {

@@ -147,6 +147,7 @@ impl RaceExecutor for CudaRace {
         if call.pass == Pass::Causal && call.tokens == 1 {
             return self.step(call, inputs, state).map(Some);
         }
+        self.fold(op, state)?;
         if let Some(gait) = self.walks(call, inputs, false) {
             let staged = self.staged(call, inputs, false)?;
             if self.walkable(&staged) {
@@ -170,6 +171,7 @@ impl RaceExecutor for CudaRace {
         let gradient = self.own_state(op, grad_state.cuda_mut(op)?)?;
         let sums = &*sums.cuda_mut(op)?;
         self.own_sums(op, sums)?;
+        self.fold(op, state)?;
         if let Some(gait) = self.walks(call, inputs, true) {
             let staged = self.staged(call, inputs, true)?;
             if self.walkable(&staged) {
@@ -212,7 +214,7 @@ impl RaceExecutor for CudaRace {
             kernels.extend([Kernel::ReadWeights { read }, Kernel::Products, Kernel::Output { output, read }]);
         }
         if self.causal {
-            kernels.push(Kernel::Step { output });
+            kernels.extend([Kernel::Step { output }, Kernel::Fold]);
         }
         let boxed = |kernel| Box::new(self.key(kernel)) as Box<dyn KernelKey>;
         WarmUp::cuda(self.ctx.clone(), kernels.into_iter().map(boxed).collect())

@@ -55,7 +55,7 @@ impl CudaRace {
         let mut binds = vec![q.bind.clone(), k.bind.clone(), v.bind.clone()];
         binds.extend([&self.planes, &self.heads].map(Bind::from));
         binds.push(lengths);
-        binds.extend([&state.buffer, &counters, &o].map(Bind::from));
+        binds.extend([&state.buffer, &state.pending, &counters, &o].map(Bind::from));
         let grid = Grid::new((units * g.value_dim.div_ceil(CHANNELS)) as u64, 256);
         passes.dispatch(self.key(Kernel::Step { output: call.output }), params, grid, binds)?;
         passes.ready()?.run(&ctx, op)?;

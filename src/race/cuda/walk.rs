@@ -117,11 +117,12 @@ impl CudaRace {
 
     fn walk(&self, call: &Call, staged: &Staged) -> Walk {
         let g = &self.geometry;
-        // Some blocks for each multiprocessor.
-        let wanted = 8 * self.ctx.caps().multiprocessors.max(1) as usize;
+        // Two blocks a multiprocessor at a time, four times or more; whole times, so that none waits for the last.
+        let at_once = 2 * self.ctx.caps().multiprocessors.max(1) as usize;
         let heads = call.batch() * g.num_kv_heads;
-        let span = (call.tokens * heads).div_ceil(wanted).next_multiple_of(TILE).clamp(TILE, SPAN);
-        let span = span.min(call.tokens.next_multiple_of(TILE));
+        let times = (call.tokens * heads).div_ceil(SPAN * at_once).max(4);
+        let spans = (times * at_once / heads).max(1);
+        let span = call.tokens.div_ceil(spans).next_multiple_of(TILE).clamp(TILE, SPAN);
         Walk {
             q: strides(staged.q.as_ref()),
             k: strides(staged.k.as_ref()),
