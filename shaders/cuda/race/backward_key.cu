@@ -64,20 +64,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     clear_tile(du);
     if (threadIdx.x < VALUE_DIM) later[threadIdx.x] = centre != 0.0f ? matrix[BUCKETS * COLUMNS + threadIdx.x] : 0.0f;
 
+    // What weights of a head of a tile are made of.
+    TileBits<THREADS> of_keys, of_queries;
+    float2 reading_of[TileBits<THREADS>::items];
+    auto load_hashes = [&](int tile, int in_group) {
+        const float2 *of_rows = readings + (i64)in_group * p.tokens + tile * ROWS;
+#pragma unroll
+        for (int n = 0; n < TileBits<THREADS>::items; n++) {
+            int row = (threadIdx.x + n * THREADS) / TABLES;
+            reading_of[n] = make_pair(0.0f, 0.0f);
+            if (row < ROWS && row < count - tile * ROWS) reading_of[n] = of_rows[row];
+        }
+        of_queries.load(query_bits + in_group * bits_head + tile * ROWS * BITS);
+        if (in_group == 0) of_keys.load(key_bits + tile * ROWS * BITS);
+    };
+    load_hashes(last, 0);
     // Weights of a head of a tile, its rows, and the next one's on their way.
     auto arrive = [&](int tile, int in_group) {
         int here = count - tile * ROWS;
-        const float *from = query_bits + in_group * bits_head + tile * ROWS * BITS;
-        const float2 *of_rows = readings + (i64)in_group * p.tokens + tile * ROWS;
-        auto inverse_of = [&](int row) { return row < here ? of_rows[row].x : 0.0f; };
-        store_weights(queries, from, beta, centre, 0, ROWS, here, threadIdx.x, THREADS, inverse_of, inverse_of);
-        if (in_group == 0) store_weights(keys, key_bits + tile * ROWS * BITS, beta, centre, 0, ROWS, here, threadIdx.x, THREADS, one_of, none_of);
-        if (threadIdx.x < ROWS) {
-            int row = threadIdx.x;
-            float2 reading = make_pair(0.0f, 0.0f);
-            if (row < here) reading = of_rows[row];
-            inverses[row] = reading.x;
-            factors[row] = reading.y;
+        of_queries.store(queries, beta, centre, here, [&](int, int n) { return reading_of[n].x; }, true);
+        if (in_group == 0) of_keys.store_keys(keys, beta, centre, here, false);
+#pragma unroll
+        for (int n = 0; n < TileBits<THREADS>::items; n++) {
+            int i = threadIdx.x + n * THREADS;
+            if (i >= ROWS * TABLES || i % TABLES != 0) continue;
+            inverses[i / TABLES] = reading_of[n].x;
+            factors[i / TABLES] = reading_of[n].y;
         }
         copies_done();
         clean<VALUE_DIM>(g_at(tile, in_group));
@@ -92,9 +104,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
         if (STAGES > 1) fetch_late(next, next_head);
         prefetch_bits(query_bits + next_head * bits_head + next * ROWS * BITS);
         if (!same) prefetch_bits(key_bits + next * ROWS * BITS);
+        if (threadIdx.x < ROWS / 16) prefetch(readings + (i64)next_head * p.tokens + next * ROWS + threadIdx.x * 16);
     };
     auto finish = [&](int tile, int in_group) {
         bool same = in_group + 1 < GROUP;
+        // Past the last it is the last again: what is always loaded need not be kept.
+        load_hashes(same || tile == 0 ? tile : tile - 1, same ? in_group + 1 : 0);
         if (STAGES == 1 && (same || tile > 0)) {
             barrier();
             fetch_late(same ? tile : tile - 1, same ? in_group + 1 : 0);

@@ -69,9 +69,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
         fetch<VALUE_DIM>(v_at(tile), v + next * p.v_token, p.v_token, count - (int)next);
         fetch<VALUE_DIM>(g_at(tile), g + next * p.g_token, p.g_token, count - (int)next);
     };
+    TileBits<THREADS> tile_bits;
+    tile_bits.load(key_bits);
     // Weights of the tile's keys, the rows themselves, and the next tile's on their way.
     auto arrive = [&](int tile) {
-        store_key_weights(keys, key_bits + tile * ROWS * BITS, beta, centre, count - tile * ROWS, threadIdx.x, THREADS);
+        tile_bits.store_keys(keys, beta, centre, count - tile * ROWS, true);
         copies_done();
         clean<HEAD_DIM>(q_at(tile));
         clean<VALUE_DIM>(v_at(tile));
@@ -82,6 +84,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
         prefetch_bits(key_bits + (tile + 1) * ROWS * BITS);
     };
     auto finish = [&](int tile) {
+        // Past the last it is the last again: what is always loaded need not be kept.
+        tile_bits.load(key_bits + ((tile + 1) * ROWS < rows ? tile + 1 : tile) * ROWS * BITS);
         of_queries.add_scaled(queries, Values{g_at(tile)}, factors);
         if (STAGES == 1 && (tile + 1) * ROWS < rows) {
             barrier();
@@ -108,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                 store_bits(bits, t, row0);
                 store_bits(query_bits + tile * ROWS * BITS, t, row0);
                 warp_barrier();
-                store_weights(queries, bits, beta, centre, row0, 16, count - tile * ROWS, lane, 32, one_of, none_of);
+                store_rows(queries, bits, beta, centre, row0, count - tile * ROWS, one_of, false);
             }
             tell(HASHED);
             carried.add(keys, Values{v_at(tile)});
@@ -119,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
             hear(READ);
             // Over D from here on, rounded but once.
             auto of_row = [&](int row) { return inverses[row]; };
-            store_weights(queries, bits, beta, centre, row0, 16, count - tile * ROWS, lane, 32, of_row, of_row);
+            store_rows(queries, bits, beta, centre, row0, count - tile * ROWS, of_row, true);
             barrier();
             if (!SPARE && centre != 0.0f && threadIdx.x < VALUE_DIM) {
                 means[threadIdx.x] += of_mean;

@@ -48,6 +48,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
     float before = matrix[BUCKETS * COLUMNS + VALUE_DIM];
     if (threadIdx.x < VALUE_DIM) means[threadIdx.x] = centre != 0.0f ? matrix[BUCKETS * COLUMNS + threadIdx.x] : 0.0f;
 
+    TileBits<128> tile_bits;
+    if (role == 1) tile_bits.load(key_bits);
     for (int tile = 0; tile * ROWS < rows; tile++) {
         int here = count - tile * ROWS;
         copies_done();
@@ -63,9 +65,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
             project(t, Keys{q_tile}, planes, row0);
             store_bits(bits, t, row0);
             warp_barrier();
-            store_weights(queries, bits, beta, centre, row0, 16, here, lane, 32, one_of, none_of);
+            store_rows(queries, bits, beta, centre, row0, here, one_of, false);
         } else {
-            store_key_weights(keys, key_bits + tile * ROWS * BITS, beta, centre, here, threadIdx.x - 128, 128);
+            tile_bits.store_keys(keys, beta, centre, here, true);
         }
         barrier();
         if ((tile + 1) * ROWS < rows) {
@@ -152,6 +154,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
         u16 *to = (u16 *)all_o + o_at + tile * ROWS * o_token;
 #endif
         store_tile<OUT_TYPE, HALF / 8>(to, o_token, o, row0, role * HALF, rows - tile * ROWS);
+        // Past the last it is the last again: what is always loaded need not be kept.
+        if (role == 1) tile_bits.load(key_bits + ((tile + 1) * ROWS < rows ? tile + 1 : tile) * ROWS * BITS);
         carried.add(keys, values);
         if (!SPARE && centre != 0.0f) {
             float sum = 0.0f;

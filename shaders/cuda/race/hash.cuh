@@ -84,21 +84,23 @@ __device__ __forceinline__ void load_bits(float (&t)[BITS_UP / 8][4], const floa
     }
 }
 
-// α of one table of one row from its t; nothing where the row is padding.
-__device__ __forceinline__ void expand(float (&weights)[RADIX], const float *t, float beta, float centre, bool real) {
-    float all[PLANES];
+// t of one table of one row.
+__device__ __forceinline__ void load_table(float (&t)[PLANES], const float *from) {
     if constexpr (PLANES == 4) {
-        uint4 four = *(const uint4 *)t;
-        all[0] = float_of(four.x), all[1] = float_of(four.y), all[2] = float_of(four.z), all[3] = float_of(four.w);
+        uint4 four = *(const uint4 *)from;
+        t[0] = float_of(four.x), t[1] = float_of(four.y), t[2] = float_of(four.z), t[3] = float_of(four.w);
     } else {
 #pragma unroll
-        for (int plane = 0; plane < PLANES; plane++) all[plane] = t[plane];
+        for (int plane = 0; plane < PLANES; plane++) t[plane] = from[plane];
     }
+}
+// α of them; nothing where the row is padding.
+__device__ __forceinline__ void expand(float (&weights)[RADIX], const float (&t)[PLANES], float beta, float centre, bool real) {
     weights[0] = 1.0f;
 #pragma unroll
     for (int plane = 0; plane < PLANES; plane++) {
         // Twice σ(−z) and σ(z) of z = 2βt, both to their own relative precision.
-        float z = beta * all[plane], e = exp2_fast(-2.885390082f * fabsf(z));
+        float z = beta * t[plane], e = exp2_fast(-2.885390082f * fabsf(z));
         float large = quotient(2.0f, 1.0f + e), small = e * large;
         float of_zero = z > 0.0f ? small : large, of_one = z > 0.0f ? large : small;
 #pragma unroll
@@ -116,36 +118,63 @@ __device__ __forceinline__ void expand(float (&weights)[RADIX], const float *t, 
 // parts, which is then a product like the others.
 constexpr bool SPARE = BUCKETS + 2 <= BUCKETS_UP;
 
-// Weights of `rows` rows from `first` on, times `factor` of each: each of `threads` threads makes whole tables of a row.
-// Of real rows `last` goes to the spare column.
-template <class F, class G>
-__device__ __forceinline__ void store_weights(const Weights &to, const float *bits, float beta, float centre, int first, int rows, int count, int thread, int threads, F factor, G last) {
+// Weights of one table of one row, times `factor`; with the first one's, of a real row, `last` in the spare column.
+__device__ __forceinline__ void store_table(const Weights &to, const float (&t)[PLANES], float beta, float centre, int row, int table, bool real, float factor, float last) {
+    float weights[RADIX];
+    expand(weights, t, beta, centre, real);
 #pragma unroll
-    for (int i = thread; i < rows * TABLES; i += threads) {
-        int row = first + i / TABLES, table = i % TABLES;
-        float weights[RADIX], of_row = factor(row);
-        expand(weights, bits + row * BITS + table * PLANES, beta, centre, row < count);
+    for (int r = 0; r < RADIX; r++) weights[r] *= factor;
+    if constexpr (RADIX >= 8) {
 #pragma unroll
-        for (int r = 0; r < RADIX; r++) weights[r] *= of_row;
-        if constexpr (RADIX >= 8) {
+        for (int r = 0; r < RADIX; r += 8) to.set_eight(row, table * RADIX + r, weights + r);
+    } else {
 #pragma unroll
-            for (int r = 0; r < RADIX; r += 8) to.set_eight(row, table * RADIX + r, weights + r);
-        } else {
+        for (int r = 0; r < RADIX; r += 2) to.set(row, table * RADIX + r, weights[r], weights[r + 1]);
+    }
+    if (SPARE && centre != 0.0f && table == 0) {
+        float x = real ? last : 0.0f, high = bf16_floats(bf16_pair(x, x)).x;
+        to.set(row, BUCKETS, high, x - high);
+    }
+}
+// Of a warp's sixteen rows from `first` on.
+template <class F>
+__device__ __forceinline__ void store_rows(const Weights &to, const float *bits, float beta, float centre, int first, int count, F factor, bool with_last) {
 #pragma unroll
-            for (int r = 0; r < RADIX; r += 2) to.set(row, table * RADIX + r, weights[r], weights[r + 1]);
-        }
-        if (SPARE && centre != 0.0f && table == 0) {
-            float x = row < count ? last(row) : 0.0f, high = bf16_floats(bf16_pair(x, x)).x;
-            to.set(row, BUCKETS, high, x - high);
-        }
+    for (int i = threadIdx.x & 31; i < 16 * TABLES; i += 32) {
+        int row = first + i / TABLES;
+        float t[PLANES], of_row = factor(row);
+        load_table(t, bits + first * BITS + i * PLANES);
+        store_table(to, t, beta, centre, row, i % TABLES, row < count, of_row, with_last ? of_row : 0.0f);
     }
 }
 __device__ __forceinline__ float one_of(int) { return 1.0f; }
-__device__ __forceinline__ float none_of(int) { return 0.0f; }
-// Of a whole tile of keys, by `threads` threads; each of them counts once.
-__device__ __forceinline__ void store_key_weights(const Weights &to, const float *bits, float beta, float centre, int count, int thread, int threads) {
-    store_weights(to, bits, beta, centre, 0, ROWS, count, thread, threads, one_of, one_of);
-}
+
+// t of a tile's rows, of which each of N threads has some tables.
+template <int N> struct TileBits {
+    static constexpr int items = (ROWS * TABLES + N - 1) / N;
+    float t[items][PLANES];
+    __device__ __forceinline__ void load(const float *bits) {
+#pragma unroll
+        for (int n = 0; n < items; n++) {
+            int i = threadIdx.x % N + n * N;
+            if (i < ROWS * TABLES) load_table(t[n], bits + i * PLANES);
+        }
+    }
+    template <class F>
+    __device__ __forceinline__ void store(const Weights &to, float beta, float centre, int count, F factor, bool with_last) const {
+#pragma unroll
+        for (int n = 0; n < items; n++) {
+            int i = threadIdx.x % N + n * N, row = i / TABLES;
+            if (i >= ROWS * TABLES) continue;
+            float of_row = factor(row, n);
+            store_table(to, t[n], beta, centre, row, i % TABLES, row < count, of_row, with_last ? of_row : 0.0f);
+        }
+    }
+    // Of keys, each of which counts once.
+    __device__ __forceinline__ void store_keys(const Weights &to, float beta, float centre, int count, bool with_last) const {
+        store(to, beta, centre, count, [](int, int) { return 1.0f; }, with_last);
+    }
+};
 __device__ __forceinline__ void prefetch_bits(const float *bits) {
     if (threadIdx.x * 32 < ROWS * BITS) prefetch(bits + threadIdx.x * 32);
 }

@@ -55,7 +55,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) race_sums(const Walk p,
             }
         }
         barrier();
-        store_key_weights(weights, bits, beta, centre, left_over, threadIdx.x, THREADS);
+        TileBits<THREADS> here;
+        here.load(bits);
+        here.store_keys(weights, beta, centre, left_over, true);
         barrier();
         carried.add(weights, values);
     }

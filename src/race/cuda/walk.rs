@@ -150,7 +150,7 @@ impl CudaRace {
 
     /// Bytes of t of each token of `heads` heads.
     fn bits_bytes(&self, walk: &Walk, heads: usize) -> u64 {
-        u64::from(walk.batch) * u64::from(walk.spans * walk.span) * (heads * self.geometry.bits() * 4) as u64
+        u64::from(walk.batch) * u64::from(walk.spans) * u64::from(walk.span) * (heads * self.geometry.bits() * 4) as u64
     }
 
     /// Sums of each span's keys, then of all before it; the state moves on but with `keep`. The keys' t goes to
