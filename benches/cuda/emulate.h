@@ -106,13 +106,6 @@ template <class F> static void collective(Lane lane, F work) {
     }
     while (e.warp_turn[warp] == turn) next_fiber();
 }
-static unsigned emulated_told[4], emulated_heard[4];
-static void tell(int what) { emulated_told[what]++; }
-static void hear(int what) {
-    // Turns of 128 tellers and 128 hearers each.
-    unsigned turn = emulated_heard[what]++ / 128;
-    while (emulated_told[what] < (turn + 1) * 128) next_fiber();
-}
 static void warp_barrier() { collective({}, [](Lane *) {}); }
 static inline float float_of(unsigned x) { float f; memcpy(&f, &x, 4); return f; }
 static inline unsigned bits_of(float x) { unsigned u; memcpy(&u, &x, 4); return u; }

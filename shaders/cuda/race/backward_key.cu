@@ -146,19 +146,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                     for (int s = 0; s < BUCKETS_UP; s += 16) {
 #pragma unroll
                         for (int o = 0; o < ROWS / 16; o++) {
-                            if (o * 16 >= row0) multiply(products[o][0], products[o][1], alpha[s / 16], right(queries, o * 16, s));
+                            if (row0 + o * 16 < ROWS) multiply(products[o][0], products[o][1], alpha[s / 16], right(queries, row0 + o * 16, s));
                         }
                     }
                     Left<TERMS> seeing[ROWS / 16];
 #pragma unroll
                     for (int o = 0; o < ROWS / 16; o++) {
-                        if (o * 16 < row0) continue;
+                        if (row0 + o * 16 >= ROWS) continue;
 #pragma unroll
                         for (int j = 0; j < 2; j++) {
 #pragma unroll
                             for (int i = 0; i < 4; i++) {
                                 int column = j * 8 + (lane & 3) * 2 + (i & 1), row = (lane >> 2) + (i >> 1) * 8;
-                                if (o * 16 == row0 && column < row) products[o][j][i] = 0.0f;
+                                if (o == 0 && column < row) products[o][j][i] = 0.0f;
                             }
                         }
                         seeing[o] = as_left<TERMS>(products[o][0], products[o][1]);
@@ -174,8 +174,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                             }
                         }
 #pragma unroll
-                        for (int other = 0; other < ROWS; other += 16) {
-                            if (other < row0) continue;
+                        for (int o = 0; o < ROWS / 16; o++) {
+                            int other = row0 + o * 16;
+                            if (other >= ROWS) continue;
                             Left<PLANE_TERMS> of_all;
                             if (centre != 0.0f) {
                                 float all[2][4];
@@ -184,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
 #pragma unroll
                                     for (int i = 0; i < 4; i++) {
                                         int column = j * 8 + (lane & 3) * 2 + (i & 1), row = (lane >> 2) + (i >> 1) * 8;
-                                        bool sees = other != row0 || column >= row;
+                                        bool sees = o > 0 || column >= row;
                                         all[j][i] = sees ? centre * BUCKETS * inverses[other + column] : 0.0f;
                                     }
                                 }
@@ -193,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
 #pragma unroll
                             for (int c = 0; c < WIDTH; c += 16) {
                                 auto x = right_turned(gradients, other, channel + c);
-                                multiply(dvalue[c / 8], dvalue[c / 8 + 1], seeing[other / 16], x);
+                                multiply(dvalue[c / 8], dvalue[c / 8 + 1], seeing[o], x);
                                 if (centre != 0.0f) multiply(dvalue[c / 8], dvalue[c / 8 + 1], of_all, x);
                             }
                         }
@@ -239,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
 #pragma unroll
                         for (int j = 0; j < 2; j++) {
 #pragma unroll
-                            for (int i = 0; i < 4; i++) products[o][j][i] = factors[o * 16 + j * 8 + (lane & 3) * 2 + (i & 1)];
+                            for (int i = 0; i < 4; i++) products[o][j][i] = factors[(row0 + o * 16) % ROWS + j * 8 + (lane & 3) * 2 + (i & 1)];
                         }
                     }
                     if (in_group == 0) {
@@ -258,13 +259,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                         }
 #pragma unroll
                         for (int o = 0; o < ROWS / 16; o++) {
-                            if (o * 16 >= row0) multiply(products[o][0], products[o][1], value, right(gradients, o * 16, c));
+                            if (row0 + o * 16 < ROWS) multiply(products[o][0], products[o][1], value, right(gradients, row0 + o * 16, c));
                         }
                     }
 #pragma unroll
                     for (int o = 0; o < ROWS / 16; o++) {
-                        if (o * 16 < row0) continue;
-                        if (o * 16 == row0) {
+                        if (row0 + o * 16 >= ROWS) continue;
+                        if (o == 0) {
 #pragma unroll
                             for (int j = 0; j < 2; j++) {
 #pragma unroll
@@ -275,7 +276,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                         }
                         auto z = as_left<TERMS>(products[o][0], products[o][1]);
 #pragma unroll
-                        for (int s = 0; s < BUCKETS_UP; s += 16) multiply(dalpha[s / 8], dalpha[s / 8 + 1], z, right_turned(queries, o * 16, s));
+                        for (int s = 0; s < BUCKETS_UP; s += 16) multiply(dalpha[s / 8], dalpha[s / 8 + 1], z, right_turned(queries, row0 + o * 16, s));
                     }
                     if (in_group + 1 == GROUP) {
 #pragma unroll

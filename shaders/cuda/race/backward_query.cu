@@ -6,9 +6,6 @@
 // dα = (values − G·o·masses) / D.
 #include "hash.cuh"
 
-// What warps that carry tell those that read, and the reverse: queries are hashed; their weights are read, and D is known.
-constexpr int HASHED = 1, READ = 2;
-
 extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_backward_query(const Walk p, const void *all_q, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_matrices, const float *all_bits, void *all_dq, float *all_of_queries, float2 *all_readings, float *all_query_bits, float *all_shares) {
     SHARED_BYTES;
     Carve carve = {shared_bytes};
@@ -103,27 +100,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
         plane_sums.place(warp);
         for (int tile = 0; tile * ROWS < rows; tile++) {
             carried.show(entry, masses);
-            if (SPARE && centre != 0.0f) carried.show_last(means, nullptr, 1.0f);
+            if (SPARE && centre != 0.0f) carried.show_last(entry);
             arrive(tile);
-            {
-                // Each warp's own rows.
-                float t[BITS_UP / 8][4];
-                project(t, Keys{q_at(tile)}, planes, row0);
-                store_bits(bits, t, row0);
-                store_bits(query_bits + tile * ROWS * BITS, t, row0);
-                warp_barrier();
-                store_rows(queries, bits, beta, centre, row0, count - tile * ROWS, one_of, false);
-            }
-            tell(HASHED);
             carried.add(keys, Values{v_at(tile)});
             float of_mean = 0.0f;
             if (!SPARE && centre != 0.0f && threadIdx.x < VALUE_DIM) {
                 for (int r = 0; r < ROWS; r++) of_mean += input_at(v_at(tile), VALUE_DIM + 8, r, threadIdx.x);
             }
-            hear(READ);
-            // Over D from here on, rounded but once.
-            auto of_row = [&](int row) { return inverses[row]; };
-            store_rows(queries, bits, beta, centre, row0, count - tile * ROWS, of_row, true);
             barrier();
             if (!SPARE && centre != 0.0f && threadIdx.x < VALUE_DIM) {
                 means[threadIdx.x] += of_mean;
@@ -140,6 +123,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
         for (int tile = 0; tile * ROWS < rows; tile++) {
             int here = count - tile * ROWS;
             arrive(tile);
+            float t[BITS_UP / 8][4];
+            project(t, Keys{q_at(tile)}, planes, row0);
+            // Each warp's own rows.
+            store_bits(bits, t, row0);
+            store_bits(query_bits + tile * ROWS * BITS, t, row0);
+            warp_barrier();
+            store_rows(queries, bits, beta, centre, row0, here, one_of, false);
             {
                 Values values = {v_at(tile)}, gradients = {g_at(tile)};
                 float value[BUCKETS_UP / 8][4], products[ROWS / 16][2][4];
@@ -147,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                 clear(value);
 #pragma unroll
                 for (int o = 0; o < ROWS / 16; o++) clear(products[o]);
-                // All at once, so that sums do not wait for each other.
+                // Sixteen of the values at a time, from the row's own back: all at once, so that sums do not wait for each other.
 #pragma unroll
                 for (int c = 0; c < VALUE_DIM; c += 16) {
                     auto grad = left(gradients, row0, c);
@@ -155,9 +145,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                     for (int s = 0; s < BUCKETS_UP; s += 16) multiply(value[s / 8], value[s / 8 + 1], grad, right(entry, s, c));
 #pragma unroll
                     for (int o = 0; o < ROWS / 16; o++) {
-                        if (o * 16 <= row0) multiply(products[o][0], products[o][1], grad, right(values, o * 16, c));
+                        if (o * 16 <= row0) multiply(products[o][0], products[o][1], grad, right(values, row0 - o * 16, c));
                     }
-                    if (centre != 0.0f) add_gains(gain, grad, means + c);
+                    if (!SPARE && centre != 0.0f) add_gains(gain, grad, means + c);
+                }
+                if (SPARE && (lane & 3) == BUCKETS % 8 / 2) {
+                    // G·Σv is the product with the last row and what its parts leave.
+#pragma unroll
+                    for (int i = 0; i < 2; i++) gain[i] = value[BUCKETS / 8][2 * i] + value[BUCKETS / 8][2 * i + 1];
                 }
                 Left<TERMS> z[ROWS / 16];
 #pragma unroll
@@ -168,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
 #pragma unroll
                         for (int i = 0; i < 4; i++) {
                             int column = j * 8 + (lane & 3) * 2 + (i & 1), row = (lane >> 2) + (i >> 1) * 8;
-                            if (o * 16 == row0 && column > row) products[o][j][i] = 0.0f;
+                            if (o == 0 && column > row) products[o][j][i] = 0.0f;
                             gain[i >> 1] += products[o][j][i];
                         }
                     }
@@ -181,24 +176,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                     for (int i = 0; i < 4; i++) mass[j][i] = masses[j * 8 + (lane & 3) * 2 + (i & 1)];
                 }
 #pragma unroll
-                for (int other = 0; other < ROWS; other += 16) {
-                    if (other > row0) continue;
-                    auto ones = seen(1.0f, other == row0);
+                for (int o = 0; o < ROWS / 16; o++) {
+                    if (o * 16 > row0) continue;
+                    auto ones = seen(1.0f, o == 0);
 #pragma unroll
                     for (int s = 0; s < BUCKETS_UP; s += 16) {
-                        auto x = right_turned(keys, other, s);
-                        multiply(value[s / 8], value[s / 8 + 1], z[other / 16], x);
+                        auto x = right_turned(keys, row0 - o * 16, s);
+                        multiply(value[s / 8], value[s / 8 + 1], z[o], x);
                         multiply(mass[s / 8], mass[s / 8 + 1], ones, x);
                     }
                 }
-                hear(HASHED);
-                float2 psi[BUCKETS_UP / 8][2];
+                warp_barrier();
                 float divisor[2] = {0.0f, 0.0f}, output[2] = {0.0f, 0.0f};
 #pragma unroll
                 for (int j = 0; j < BUCKETS_UP / 8; j++) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        float2 x = psi[j][i] = queries.get(row0 + (lane >> 2) + i * 8, j * 8 + (lane & 3) * 2);
+                        float2 x = queries.get(row0 + (lane >> 2) + i * 8, j * 8 + (lane & 3) * 2);
                         divisor[i] += x.x * mass[j][2 * i] + x.y * mass[j][2 * i + 1];
                         output[i] += x.x * value[j][2 * i] + x.y * value[j][2 * i + 1];
                     }
@@ -223,19 +217,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                         if (tile * ROWS + row < rows) readings[tile * ROWS + row] = make_pair(inverse[i], reading[i]);
                     }
                 }
-                tell(READ);
 #pragma unroll
                 for (int j = 0; j < BUCKETS_UP / 8; j++) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        float2 x = psi[j][i];
+                        float2 x = queries.get(row0 + (lane >> 2) + i * 8, j * 8 + (lane & 3) * 2);
                         value[j][2 * i] = inverse[i] * (value[j][2 * i] + reading[i] * mass[j][2 * i]) * (x.x + centre);
                         value[j][2 * i + 1] = inverse[i] * (value[j][2 * i + 1] + reading[i] * mass[j][2 * i + 1]) * (x.y + centre);
                     }
                 }
-                float t[BITS_UP / 8][4];
-                load_bits(t, bits, row0, ROWS);
                 through_hash(value, t, corners, du, of_beta, row0, beta);
+                // Over D from here on, rounded but once.
+                warp_barrier();
+                store_rows(queries, bits, beta, centre, row0, here, [&](int row) { return inverses[row]; }, true);
             }
             barrier();
             if (!SPARE && centre != 0.0f && threadIdx.x == THREADS - 1) {

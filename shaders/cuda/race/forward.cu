@@ -87,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
         for (int s = 0; s < BUCKETS_UP; s += 16) {
 #pragma unroll
             for (int o = 0; o < ROWS / 16; o++) {
-                if (o * 16 <= row0) multiply(products[o][0], products[o][1], psi[s / 16], right(keys, o * 16, s));
+                if (o * 16 <= row0) multiply(products[o][0], products[o][1], psi[s / 16], right(keys, row0 - o * 16, s));
             }
         }
         float divisor[2] = {0.0f, 0.0f};
@@ -100,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     int column = j * 8 + (lane & 3) * 2 + (i & 1), row = (lane >> 2) + (i >> 1) * 8;
-                    if (o * 16 == row0 && column > row) products[o][j][i] = 0.0f;
+                    if (o == 0 && column > row) products[o][j][i] = 0.0f;
                     divisor[i >> 1] += products[o][j][i];
                 }
             }
@@ -123,13 +123,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
             }
         }
 #pragma unroll
-        for (int other = 0; other < ROWS; other += 16) {
-            if (other > row0) continue;
-            auto ones = seen(centre * BUCKETS, other == row0);
+        for (int back = 0; back < ROWS / 16; back++) {
+            int other = row0 - back * 16;
+            if (other < 0) continue;
+            auto ones = seen(centre * BUCKETS, back == 0);
 #pragma unroll
             for (int c = 0; c < HALF; c += 16) {
                 auto x = right_turned(values, other, role * HALF + c);
-                multiply(o[c / 8], o[c / 8 + 1], seen_products[other / 16], x);
+                multiply(o[c / 8], o[c / 8 + 1], seen_products[back], x);
                 if (centre != 0.0f) multiply(o[c / 8], o[c / 8 + 1], ones, x);
             }
         }

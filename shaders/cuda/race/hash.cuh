@@ -94,9 +94,9 @@ __device__ __forceinline__ void load_table(float (&t)[PLANES], const float *from
         for (int plane = 0; plane < PLANES; plane++) t[plane] = from[plane];
     }
 }
-// α of them; nothing where the row is padding.
-__device__ __forceinline__ void expand(float (&weights)[RADIX], const float (&t)[PLANES], float beta, float centre, bool real) {
-    weights[0] = 1.0f;
+// α of them, times `factor`.
+__device__ __forceinline__ void expand(float (&weights)[RADIX], const float (&t)[PLANES], float beta, float centre, float factor) {
+    weights[0] = factor;
 #pragma unroll
     for (int plane = 0; plane < PLANES; plane++) {
         // Twice σ(−z) and σ(z) of z = 2βt, both to their own relative precision.
@@ -110,8 +110,9 @@ __device__ __forceinline__ void expand(float (&weights)[RADIX], const float (&t)
             weights[2 * i] = weights[i] * of_zero;
         }
     }
+    if (centre == 0.0f) return;
 #pragma unroll
-    for (int r = 0; r < RADIX; r++) weights[r] = real ? weights[r] - centre : 0.0f;
+    for (int r = 0; r < RADIX; r++) weights[r] -= centre * factor;
 }
 
 // Whether tiles of weights have room for two columns more: with a centred hash they weigh the matrix's last row, in two
@@ -120,10 +121,11 @@ constexpr bool SPARE = BUCKETS + 2 <= BUCKETS_UP;
 
 // Weights of one table of one row, times `factor`; with the first one's, of a real row, `last` in the spare column.
 __device__ __forceinline__ void store_table(const Weights &to, const float (&t)[PLANES], float beta, float centre, int row, int table, bool real, float factor, float last) {
-    float weights[RADIX];
-    expand(weights, t, beta, centre, real);
+    // Padding weighs nothing, whatever its t.
+    float weights[RADIX], known[PLANES];
 #pragma unroll
-    for (int r = 0; r < RADIX; r++) weights[r] *= factor;
+    for (int plane = 0; plane < PLANES; plane++) known[plane] = real ? t[plane] : 0.0f;
+    expand(weights, known, beta, centre, real ? factor : 0.0f);
     if constexpr (RADIX >= 8) {
 #pragma unroll
         for (int r = 0; r < RADIX; r += 8) to.set_eight(row, table * RADIX + r, weights + r);
@@ -243,6 +245,25 @@ template <int WARPS> struct Carried {
         if (!has_mass() || (threadIdx.x & 3) != 0) return;
         masses[row_of(0)] = mass[0];
         masses[row_of(2)] = mass[2];
+    }
+    // What the last row's parts leave of it, as a row of its own of what products take.
+    __device__ __forceinline__ void show_last(const Entry &to) const {
+        if (!active || bucket != BUCKETS / 16 * 16) return;
+        constexpr int at = BUCKETS % 16 / 8 * 2;
+        if (row_of(at) != BUCKETS) return;
+#pragma unroll
+        for (int j = 0; j < PART / 8; j++) {
+            u32 parts[TERMS];
+            split(parts, sums[j][at], sums[j][at + 1]);
+            float2 rest = make_pair(sums[j][at], sums[j][at + 1]);
+#pragma unroll
+            for (int t = 0; t < TERMS; t++) {
+                float2 part = bf16_floats(parts[t]);
+                rest.x -= part.x;
+                rest.y -= part.y;
+            }
+            to.set(BUCKETS + 1, column_of(j, 0), rest.x, rest.y);
+        }
     }
     __device__ __forceinline__ void scale_last(float scale) {
 #pragma unroll

@@ -50,9 +50,6 @@ __device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;
 __device__ __forceinline__ void prefetch(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 __device__ __forceinline__ void barrier() { __syncthreads(); }
-// Half of a block's 256 threads tell the other half of something; the tellers do not wait.
-__device__ __forceinline__ void tell(int what) { asm volatile("bar.arrive %0, 256;" ::"r"(what) : "memory"); }
-__device__ __forceinline__ void hear(int what) { asm volatile("bar.sync %0, 256;" ::"r"(what) : "memory"); }
 __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 __device__ __forceinline__ float from_lane(float x, u32 mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ __forceinline__ double from_lane(double x, u32 mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
