@@ -6,6 +6,9 @@
 // Channels of dv at a time: fewer registers, where nothing is kept from one head of the group to the next.
 constexpr int WIDTH = GROUP == 1 && VALUE_DIM > 64 && BACKWARD_BLOCKS > 1 ? 64 : VALUE_DIM;
 
+// Products of sixteen rows at a time.
+constexpr int AT_ONCE = BACKWARD_BLOCKS > 1 ? 2 : 4;
+
 extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_backward_key(const Walk p, const void *all_k, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_after, const float2 *all_readings, const float *all_query_bits, const float *all_bits, void *all_dk, void *all_dv, float *all_shares) {
     SHARED_BYTES;
     Carve carve = {shared_bytes};
@@ -234,15 +237,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                 if (in_group == 0) load_bits(t, key_bits + tile * ROWS * BITS, row0, here);
                 Values gradients = {g_at(tile, in_group)};
                 {
-                    float products[ROWS / 16][2][4];
-#pragma unroll
-                    for (int o = 0; o < ROWS / 16; o++) {
-#pragma unroll
-                        for (int j = 0; j < 2; j++) {
-#pragma unroll
-                            for (int i = 0; i < 4; i++) products[o][j][i] = factors[(row0 + o * 16) % ROWS + j * 8 + (lane & 3) * 2 + (i & 1)];
-                        }
-                    }
                     if (in_group == 0) {
 #pragma unroll
                         for (int j = 0; j < BUCKETS_UP / 8; j++) {
@@ -251,32 +245,47 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                         }
                     }
 #pragma unroll
-                    for (int c = 0; c < VALUE_DIM; c += 16) {
-                        auto value = left(values, row0, c);
-                        if (in_group == 0) {
+                    for (int from = 0; from < ROWS / 16; from += AT_ONCE) {
+                        if (row0 + from * 16 >= ROWS) continue;
+                        float products[AT_ONCE][2][4];
 #pragma unroll
-                            for (int s = 0; s < BUCKETS_UP; s += 16) multiply(dalpha[s / 8], dalpha[s / 8 + 1], value, right(entry, s, c));
-                        }
-#pragma unroll
-                        for (int o = 0; o < ROWS / 16; o++) {
-                            if (row0 + o * 16 < ROWS) multiply(products[o][0], products[o][1], value, right(gradients, row0 + o * 16, c));
-                        }
-                    }
-#pragma unroll
-                    for (int o = 0; o < ROWS / 16; o++) {
-                        if (row0 + o * 16 >= ROWS) continue;
-                        if (o == 0) {
+                        for (int o = 0; o < AT_ONCE; o++) {
 #pragma unroll
                             for (int j = 0; j < 2; j++) {
 #pragma unroll
-                                for (int i = 0; i < 4; i++) {
-                                    if (j * 8 + (int)(lane & 3) * 2 + (i & 1) < (lane >> 2) + (i >> 1) * 8) products[o][j][i] = 0.0f;
-                                }
+                                for (int i = 0; i < 4; i++) products[o][j][i] = factors[(row0 + (from + o) * 16) % ROWS + j * 8 + (lane & 3) * 2 + (i & 1)];
                             }
                         }
-                        auto z = as_left<TERMS>(products[o][0], products[o][1]);
 #pragma unroll
-                        for (int s = 0; s < BUCKETS_UP; s += 16) multiply(dalpha[s / 8], dalpha[s / 8 + 1], z, right_turned(queries, row0 + o * 16, s));
+                        for (int c = 0; c < VALUE_DIM; c += 16) {
+                            auto value = left(values, row0, c);
+                            if (from == 0 && in_group == 0) {
+#pragma unroll
+                                for (int s = 0; s < BUCKETS_UP; s += 16) multiply(dalpha[s / 8], dalpha[s / 8 + 1], value, right(entry, s, c));
+                            }
+#pragma unroll
+                            for (int o = 0; o < AT_ONCE; o++) {
+                                int other = row0 + (from + o) * 16;
+                                if (other < ROWS) multiply(products[o][0], products[o][1], value, right(gradients, other, c));
+                            }
+                        }
+#pragma unroll
+                        for (int o = 0; o < AT_ONCE; o++) {
+                            int other = row0 + (from + o) * 16;
+                            if (other >= ROWS) continue;
+                            if (from + o == 0) {
+#pragma unroll
+                                for (int j = 0; j < 2; j++) {
+#pragma unroll
+                                    for (int i = 0; i < 4; i++) {
+                                        if (j * 8 + (int)(lane & 3) * 2 + (i & 1) < (lane >> 2) + (i >> 1) * 8) products[o][j][i] = 0.0f;
+                                    }
+                                }
+                            }
+                            auto z = as_left<TERMS>(products[o][0], products[o][1]);
+#pragma unroll
+                            for (int s = 0; s < BUCKETS_UP; s += 16) multiply(dalpha[s / 8], dalpha[s / 8 + 1], z, right_turned(queries, other, s));
+                        }
                     }
                     if (in_group + 1 == GROUP) {
 #pragma unroll

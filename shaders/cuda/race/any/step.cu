@@ -7,6 +7,10 @@
 // Query heads at a time.
 constexpr int HEADS = GROUP < 4 ? GROUP : 4;
 constexpr int WARPS = BLOCK / 32;
+// Where one read of the sums is all, and a thread has room for its part, they are on their way while tokens are hashed.
+constexpr bool EARLY = ENSEMBLES == 1 && GROUP <= HEADS && BUCKETS <= BLOCK / 2;
+constexpr int OF_BUCKETS = EARLY ? (BUCKETS + WARPS - 1) / WARPS : 1, OF_TOKENS = (PENDING + WARPS - 1) / WARPS;
+constexpr int OF_BITS = (PENDING * BITS + BLOCK - 1) / BLOCK;
 
 // The Rust twin is `Step` in src/race/cuda/params.rs.
 struct Step {
@@ -46,6 +50,25 @@ extern "C" __global__ void __launch_bounds__(BLOCK) any_step(const Step p, const
     float beta = heads[head].x;
     float value = inside && live ? load<IN_TYPE>(v, b * p.v_batch + head * p.v_head + channel) : 0.0f;
     float *record = records + (i64)unit * RECORD;
+    double early[OF_BUCKETS], early_mass = 0.0;
+    float early_values[OF_TOKENS], early_bits[OF_BITS];
+    if (EARLY && live) {
+        const double *of_unit = state + (i64)unit * BUCKETS * COLUMNS;
+#pragma unroll
+        for (int i = 0; i < OF_BUCKETS; i++) {
+            int s = warp + i * WARPS;
+            early[i] = s < BUCKETS && inside ? of_unit[s * COLUMNS + channel] : 0.0;
+        }
+        if (threadIdx.x < BUCKETS) early_mass = of_unit[threadIdx.x * COLUMNS + VALUE_DIM];
+        // Whether they wait is not known yet.
+#pragma unroll
+        for (int i = 0; i < OF_TOKENS; i++) early_values[i] = warp + i * WARPS < PENDING && inside ? waiting(record, warp + i * WARPS)[BITS + channel] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < OF_BITS; i++) {
+            int at = threadIdx.x + i * BLOCK;
+            early_bits[i] = at < PENDING * BITS ? waiting(record, at / BITS)[at % BITS] : 0.0f;
+        }
+    }
     // Tokens that wait before this one, which takes its place after them.
     int count = live ? (int)bits_of(record[0]) : 0;
 
@@ -64,7 +87,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK) any_step(const Step p, const
             for (int h = 0; h < HEADS; h++) sums[h] = found[h] = 0.0;
             barrier();
             hash_rows(hashes, rows, 0, HEADS + 1, planes + head * p.planes_step + ensemble * BITS * HEAD_DIM, beta);
-            for (int i = threadIdx.x; i < count * BITS; i += BLOCK) late[i] = odds_of(waiting(record, i / BITS)[ensemble * BITS + i % BITS]);
+            if (EARLY) {
+#pragma unroll
+                for (int i = 0; i < OF_BITS; i++) {
+                    if ((int)threadIdx.x + i * BLOCK < count * BITS) late[threadIdx.x + i * BLOCK] = odds_of(early_bits[i]);
+                }
+            } else {
+                for (int i = threadIdx.x; i < count * BITS; i += BLOCK) late[i] = odds_of(waiting(record, i / BITS)[ensemble * BITS + i % BITS]);
+            }
             for (int i = threadIdx.x; i < HEADS * PENDING; i += BLOCK) shares[i] = 0.0f;
             barrier();
             for (int i = threadIdx.x; i < (HEADS + 1) * BITS; i += BLOCK) {
@@ -74,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) any_step(const Step p, const
             }
             for (int base = 0; base < BUCKETS; base += BLOCK) {
                 int bucket = base + threadIdx.x, end = BUCKETS - base < BLOCK ? BUCKETS - base : BLOCK;
-                double mass = bucket < BUCKETS ? of_unit[bucket * COLUMNS + VALUE_DIM] : 0.0;
+                double mass = EARLY ? early_mass : bucket < BUCKETS ? of_unit[bucket * COLUMNS + VALUE_DIM] : 0.0;
                 barrier();
                 if (bucket < BUCKETS) {
 #ifndef RATIO
@@ -91,7 +121,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK) any_step(const Step p, const
                     }
                 }
                 barrier();
-                for (int s = warp; s < end && inside; s += WARPS) {
+                if (EARLY) {
+#pragma unroll
+                    for (int i = 0; i < OF_BUCKETS; i++) {
+                        int s = warp + i * WARPS;
+                        for (int h = 0; s < BUCKETS && h < HEADS; h++) sums[h] += weights[h * BLOCK + s] * early[i];
+                    }
+                } else for (int s = warp; s < end && inside; s += WARPS) {
                     double x = of_unit[(base + s) * COLUMNS + channel];
                     for (int h = 0; h < HEADS; h++) sums[h] += weights[h * BLOCK + s] * x;
                 }
@@ -110,8 +146,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK) any_step(const Step p, const
             }
             barrier();
             // Each warp has some of the tokens that wait.
-            for (int i = warp; i <= count; i += WARPS) {
-                float x = i == count ? value : inside ? waiting(record, i)[ENSEMBLES * BITS + channel] : 0.0f;
+#pragma unroll
+            for (int n = 0; n < OF_TOKENS; n++) {
+                int i = warp + n * WARPS;
+                if (i > count) continue;
+                float x = i == count ? value : EARLY ? early_values[n] : inside ? waiting(record, i)[ENSEMBLES * BITS + channel] : 0.0f;
                 for (int h = 0; h < HEADS; h++) sums[h] += (double)shares[h * PENDING + i] * x;
             }
             for (int h = 0; h < HEADS; h++) parts[h * BLOCK + threadIdx.x] = sums[h];
