@@ -31,7 +31,7 @@ __device__ __forceinline__ void hash_rows(float *to, const float *x, int first, 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK) any_step(const Step p, const void *q, const void *k, const void *v, const float *planes, const float2 *heads,
+extern "C" __global__ void __launch_bounds__(BLOCK, EARLY ? 4 : 2) any_step(const Step p, const void *q, const void *k, const void *v, const float *planes, const float2 *heads,
                                     const u32 *lengths, double *state, float *records, u32 *counters, void *out) {
     // Row 0 is the key, then come the queries.
     __shared__ float rows[(HEADS + 1) * HEAD_DIM];
