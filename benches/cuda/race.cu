@@ -159,9 +159,8 @@ struct Run {
     }
     // All tokens one by one.
     void steps() {
-        u32 *counters = make<u32>(batch * kv_heads), *ones = make<u32>(batch);
+        u32 *ones = make<u32>(batch);
         float *records = make<float>((size_t)batch * kv_heads * RECORD);
-        zero(counters, batch * kv_heads);
         zero(records, (size_t)batch * kv_heads * RECORD);
         put(ones, std::vector<u32>(batch, 1));
         size_t row = (size_t)q_heads() * VALUE_DIM;
@@ -171,7 +170,7 @@ struct Run {
 #ifdef RATIO
             s.scale = 1;
 #endif
-            LAUNCH(any_step, batch * kv_heads * CHANNEL_BLOCKS, BLOCK, 0, s, (u16 *)w.q + i * w.q_token, (u16 *)w.k + i * w.k_token, (u16 *)w.v + i * w.v_token, w.planes, heads, ones, state, records, counters, o);
+            LAUNCH(any_step, batch * kv_heads * CHANNEL_BLOCKS, BLOCK, 0, s, (u16 *)w.q + i * w.q_token, (u16 *)w.k + i * w.k_token, (u16 *)w.v + i * w.v_token, w.planes, heads, ones, state, records, o);
             std::vector<float> got(batch * row);
             get(got, o);
             for (int b = 0; b < batch; b++) put((float *)w.o + ((size_t)b * tokens + i) * row, std::vector<float>(&got[b * row], &got[b * row] + row));
@@ -368,9 +367,7 @@ static void bench_step(int batch, int kv_heads) {
     for (auto x : {std::make_pair(r.w.q, rows * HEAD_DIM), std::make_pair(r.w.k, rows / GROUP * HEAD_DIM), std::make_pair(r.w.v, rows / GROUP * VALUE_DIM)})
         noise<<<256, 256>>>((u32 *)x.first, x.second / 2, 77);
     put((float *)r.w.planes, std::vector<float>(BITS * HEAD_DIM, 0.5f));
-    u32 *counters = make<u32>(batch * kv_heads);
     float *records = make<float>((size_t)batch * kv_heads * RECORD);
-    zero(counters, batch * kv_heads);
     zero(records, (size_t)batch * kv_heads * RECORD);
     Step s = {r.w.q_batch, HEAD_DIM, r.w.k_batch, HEAD_DIM, r.w.v_batch, VALUE_DIM, 0, (u32)kv_heads, 1.0f};
     cudaStream_t stream;
@@ -378,7 +375,7 @@ static void bench_step(int batch, int kv_heads) {
     CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
     // As many as wait, and are added at once.
     for (int i = 0; i < PENDING; i++)
-        any_step<<<batch * kv_heads * CHANNEL_BLOCKS, BLOCK, 0, stream>>>(s, r.w.q, r.w.k, r.w.v, r.w.planes, r.heads, nullptr, r.state, records, counters, r.w.o);
+        any_step<<<batch * kv_heads * CHANNEL_BLOCKS, BLOCK, 0, stream>>>(s, r.w.q, r.w.k, r.w.v, r.w.planes, r.heads, nullptr, r.state, records, r.w.o);
     cudaGraph_t graph;
     cudaGraphExec_t exec;
     CHECK(cudaStreamEndCapture(stream, &graph));

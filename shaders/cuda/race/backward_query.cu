@@ -154,7 +154,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
 #pragma unroll
                     for (int i = 0; i < 2; i++) gain[i] = value[BUCKETS / 8][2 * i] + value[BUCKETS / 8][2 * i + 1];
                 }
-                Left<TERMS> z[ROWS / 16];
+                // In two parts: the gradient of A is a sum of what they make, with either sign.
+                Left<PLANE_TERMS> z[ROWS / 16];
 #pragma unroll
                 for (int o = 0; o < ROWS / 16; o++) {
                     if (o * 16 > row0) continue;
@@ -167,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                             gain[i >> 1] += products[o][j][i];
                         }
                     }
-                    z[o] = as_left<TERMS>(products[o][0], products[o][1]);
+                    z[o] = as_left<PLANE_TERMS>(products[o][0], products[o][1]);
                 }
                 float mass[BUCKETS_UP / 8][4];
 #pragma unroll

@@ -250,6 +250,8 @@ template <int WARPS> struct Carried {
     __device__ __forceinline__ void show_last(const Entry &to) const {
         if (!active || bucket != BUCKETS / 16 * 16) return;
         constexpr int at = BUCKETS % 16 / 8 * 2;
+        // Another lane has shown that row as it is.
+        warp_barrier();
         if (row_of(at) != BUCKETS) return;
 #pragma unroll
         for (int j = 0; j < PART / 8; j++) {

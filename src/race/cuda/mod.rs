@@ -47,8 +47,6 @@ struct Workspace {
     shares: Scratch,
     /// Of passes for any shape.
     any: [Scratch; 12],
-    /// Zeros, which steps count in.
-    counters: Option<Buffer>,
 }
 
 /// The CUDA executor.

@@ -76,7 +76,7 @@ pub(super) fn forward(g: &Geometry, terms: usize, most: usize) -> Option<Fit> {
 /// Of both backward kernels.
 pub(super) fn backward(g: &Geometry, terms: usize, most: usize) -> Option<Fit> {
     let p = parts(g, terms);
-    fit(most, p.buckets_up <= 32, |stages| {
+    fit(most, p.buckets_up * terms <= 32, |stages| {
         let tiles = stages * p.keys + 2 * stages * p.values + p.planes + 2 * p.weights + p.entry;
         let small = p.corners + p.hash_gradient + p.bits + p.buckets_up * 4 + g.value_dim * 4 + 3 * ROWS * 4;
         tiles + small + 4 * p.bits_up * 4 + 512

@@ -67,7 +67,7 @@ impl CudaRace {
     /// Zeros, in the room for the tokens that wait: where nothing can be stepped there is none.
     fn none_pending(&self, op: &'static str, batch: usize) -> Result<Buffer> {
         let g = &self.geometry;
-        let record = 1 + pending(g.bits()) * (g.ensembles * g.bits() + g.value_dim);
+        let record = 2 + pending(g.bits()) * (g.ensembles * g.bits() + g.value_dim);
         let units = if self.causal { batch.saturating_mul(g.num_kv_heads) } else { 0 };
         self.ctx.buffer(op, (units as u64).saturating_mul(record as u64 * 4).max(4))
     }

@@ -61,7 +61,8 @@ fn walking(geometry: Geometry, terms: usize, output: DType, gradients: DType) ->
     let mut kernels = vec![Kernel::Sums { terms }];
     kernels.extend(shared::forward(&geometry, terms, MOST).map(|fit| Kernel::Forward { terms, fit, output }));
     if let Some(fit) = shared::backward(&geometry, terms, MOST) {
-        kernels.extend([Kernel::BackwardQuery { terms, fit, gradients }, Kernel::BackwardKey { terms, fit, gradients }]);
+        kernels
+            .extend([Kernel::BackwardQuery { terms, fit, gradients }, Kernel::BackwardKey { terms, fit, gradients }]);
     }
     kernels.into_iter().map(|kernel| Key { kernel, geometry }).collect()
 }

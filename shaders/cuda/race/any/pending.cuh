@@ -1,6 +1,6 @@
 // The last tokens of a state: a step keeps its token's hash and value beside the sums, which it then only reads, and every
-// PENDING-th step adds them all to the sums. Of each (sequence, kv head) there is a record of floats: how many wait, as an
-// integer; then of each token 2βt of all bits, and v.
+// PENDING-th step adds them all to the sums. Of each (sequence, kv head) there is a record of floats: how many wait, and
+// how many blocks of a step have come, both integers; then of each token 2βt of all bits, and v.
 #pragma once
 #include "any.cuh"
 
@@ -9,7 +9,8 @@
 constexpr int PENDING = BITS <= 64 ? 16 : BITS <= 128 ? 8 : BITS <= 256 ? 4 : 1;
 constexpr int CHANNEL_BLOCKS = (VALUE_DIM + CHANNELS - 1) / CHANNELS;
 constexpr int TOKEN = ENSEMBLES * BITS + VALUE_DIM;
-constexpr int RECORD = 1 + PENDING * TOKEN;
+constexpr int HEADER = 2;
+constexpr int RECORD = HEADER + PENDING * TOKEN;
 
 // The odds of one bit, (σ(−z), σ(z)), each to its own relative precision.
 __device__ __forceinline__ float2 odds_of(float z) {
@@ -28,7 +29,7 @@ __device__ __forceinline__ float phi_of(const float2 *odds, int bucket) {
     return weight;
 }
 
-__device__ __forceinline__ const float *waiting(const float *record, int token) { return record + 1 + token * TOKEN; }
+__device__ __forceinline__ const float *waiting(const float *record, int token) { return record + HEADER + token * TOKEN; }
 
 // Adds `count` tokens, whose odds are given, to B of one ensemble in 32 channels: by the whole block, each lane having a
 // channel; `values` are those of its channel.

@@ -32,7 +32,7 @@ __device__ __forceinline__ void hash_rows(float *to, const float *x, int first, 
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, EARLY ? 4 : 2) any_step(const Step p, const void *q, const void *k, const void *v, const float *planes, const float2 *heads,
-                                    const u32 *lengths, double *state, float *records, u32 *counters, void *out) {
+                                    const u32 *lengths, double *state, float *records, void *out) {
     // Row 0 is the key, then come the queries.
     __shared__ float rows[(HEADS + 1) * HEAD_DIM];
     __shared__ float hashes[(HEADS + 1) * BITS];
@@ -176,10 +176,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, EARLY ? 4 : 2) any_step(cons
     }
     if (!live) return;
     bool full = count + 1 == PENDING;
-    if (!full && warp == 0 && inside) record[1 + count * TOKEN + ENSEMBLES * BITS + channel] = value;
+    if (!full && warp == 0 && inside) record[HEADER + count * TOKEN + ENSEMBLES * BITS + channel] = value;
     // All reads of A and of the count are done when all blocks have been counted.
     barrier();
-    if (threadIdx.x == 0) turn = count_up(counters + unit);
+    if (threadIdx.x == 0) turn = count_up((u32 *)record + 1);
     barrier();
     bool last = turn == CHANNEL_BLOCKS - 1;
     if (!full && !last) return;
@@ -201,10 +201,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, EARLY ? 4 : 2) any_step(cons
         double *of_unit = state + (i64)(unit * ENSEMBLES + ensemble) * BUCKETS * COLUMNS;
         if (full) fold_values(of_unit, late, values, PENDING, channel);
         if (full && last) fold_masses(of_unit, late, PENDING);
-        for (int i = threadIdx.x; !full && i < BITS; i += BLOCK) record[1 + count * TOKEN + ensemble * BITS + i] = hashes[i];
+        for (int i = threadIdx.x; !full && i < BITS; i += BLOCK) record[HEADER + count * TOKEN + ensemble * BITS + i] = hashes[i];
     }
     if (last && threadIdx.x == 0) {
-        counters[unit] = 0;
+        record[1] = float_of(0u);
         record[0] = float_of(full ? 0u : (u32)(count + 1));
     }
 }
