@@ -172,7 +172,11 @@ fn buffers_are_read_in_place() {
                 TensorView::buffer(buffer, 6, dtype, [2, tokens, *heads, *dim]).with_strides(strides(*heads, *dim))
             });
             let mut race = Race::new(&lent, config.clone(), shape).unwrap();
-            let options = RaceOptions { output: Some(DType::F32), lengths: Some(vec![tokens, tokens - 1]) };
+            let options = RaceOptions {
+                output: Some(DType::F32),
+                lengths: Some(vec![tokens, tokens - 1]),
+                ..RaceOptions::default()
+            };
             let out = race.forward_with(&q, &k, &v, None, &options).unwrap();
             let ends = race.read_state(&out.state).unwrap();
             results.push((values(&out.o), ends.window_k, ends.window_v));
@@ -192,7 +196,8 @@ fn buffers_are_read_in_place() {
             };
             view.with_strides(strides(*heads, *dim))
         });
-        let options = RaceOptions { output: Some(DType::F32), lengths: Some(vec![tokens, tokens - 1]) };
+        let options =
+            RaceOptions { output: Some(DType::F32), lengths: Some(vec![tokens, tokens - 1]), ..RaceOptions::default() };
         let out = cpu.forward_with(&q, &k, &v, None, &options).unwrap();
         close(&results[0].0, &values(&out.o));
         let ends = cpu.read_state(&out.state).unwrap();

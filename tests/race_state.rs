@@ -267,6 +267,28 @@ fn wrong_tensors_are_refused_and_change_nothing() {
     assert!(matches!(error, Error::Limit { what: "tokens of a sequence", .. }), "{error}");
 }
 
+/// Gradients of inputs in the inputs' type are those in f32, rounded; another type is refused.
+#[test]
+fn gradients_are_of_the_type_asked_for() {
+    let shape = RaceShape { dtype: DType::Bf16, ..SHAPE };
+    let mut race = Race::new(&Device::cpu(), small(), shape).unwrap();
+    let halves: Vec<half::bf16> = numbers(2 * 4 * 2 * 8).into_iter().map(half::bf16::from_f32).collect();
+    let (x, v) = (TensorView::bf16(&halves, [2, 4, 2, 8]), TensorView::bf16(&halves[..96], [2, 4, 2, 6]));
+    let mut backward = |gradients| {
+        let options = RaceOptions { gradients, ..RaceOptions::default() };
+        race.backward(&x, &x, &v, &v, None, None, &options)
+    };
+    let (wide, narrow) = (backward(None).unwrap(), backward(Some(DType::Bf16)).unwrap());
+    for (wide, narrow) in [(wide.dq, narrow.dq), (wide.dk, narrow.dk), (wide.dv, narrow.dv)] {
+        assert_eq!((wide.dtype(), narrow.dtype()), (DType::F32, DType::Bf16));
+        let rounded = wide.read_blocking().unwrap().to_f32().into_iter().map(|x| half::bf16::from_f32(x).to_f32());
+        assert!(rounded.eq(narrow.read_blocking().unwrap().to_f32()));
+    }
+    assert_eq!(narrow.d_planes.dtype(), DType::F32);
+    let error = backward(Some(DType::F16)).unwrap_err();
+    assert!(matches!(error, Error::DType { tensor: "gradients", .. }), "{error}");
+}
+
 #[test]
 fn nothing_to_do_is_done() {
     let mut race = race(small());

@@ -45,4 +45,5 @@
 #include "../../shaders/cuda/race/any/key.cu"
 #include "../../shaders/cuda/race/any/value.cu"
 #include "../../shaders/cuda/race/any/step.cu"
+#include "../../shaders/cuda/race/any/fold.cu"
 #include "../../shaders/cuda/race/any/finish_parameters.cu"

@@ -167,10 +167,18 @@ static void copy_16(void *to, const void *from, unsigned bytes) {
 static void copies_done() {}
 static void copies_commit() {}
 template <int LEFT> static void copies_wait() {}
+static void prefetch(const void *) {}
 template <class T> static T from_lane(T x, unsigned mask) {
     T out;
     collective({&out, &x, nullptr, nullptr}, [mask](Lane *l) {
         for (unsigned lane = 0; lane < 32; lane++) memcpy(l[lane].out, l[lane ^ mask].a, sizeof(T));
+    });
+    return out;
+}
+static float of_lane(float x, unsigned from) {
+    float out;
+    collective({&out, &x, nullptr, nullptr}, [from](Lane *l) {
+        for (unsigned lane = 0; lane < 32; lane++) memcpy(l[lane].out, l[from].a, sizeof(float));
     });
     return out;
 }

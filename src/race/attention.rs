@@ -57,6 +57,9 @@ pub struct RaceOptions {
     /// Element type of o; that of the inputs by default. F32 keeps what low precision would round away: with a flat
     /// hash the part of o that depends on the query is small.
     pub output: Option<DType>,
+    /// Element type of dq, dk and dv: F32 by default, or that of the inputs, which is half the bytes where that is of 16
+    /// bits. The CPU and the tensor cores of a CUDA device give both, wherever no exact window is mixed in.
+    pub gradients: Option<DType>,
     /// Tokens of each sequence where they differ; the rows after them are padding, which nobody reads and which is zero
     /// in results.
     pub lengths: Option<Vec<usize>>,
@@ -71,7 +74,7 @@ pub struct RaceOutput {
     pub state: RaceState,
 }
 
-/// Result of [`Race::backward`], all f32.
+/// Result of [`Race::backward`]; dq, dk and dv as [`RaceOptions::gradients`] says, the others f32.
 #[derive(Debug)]
 pub struct RaceGradients {
     /// `[batch, token, num_q_heads, head_dim]`.
@@ -493,12 +496,17 @@ impl Race {
             let expected = "F32, F16 or Bf16".into();
             return Err(Error::DType { op, tensor: "o", got: output, expected });
         }
+        let gradients = options.gradients.unwrap_or(DType::F32);
+        if gradients != DType::F32 && gradients != s.dtype {
+            let expected = format!("F32 or {:?}, as the inputs", s.dtype);
+            return Err(Error::DType { op, tensor: "gradients", got: gradients, expected });
+        }
         let lengths = options.lengths.clone().unwrap_or_else(|| vec![tokens; batch]);
         if lengths.len() != batch || lengths.iter().any(|&n| n > tokens) {
             let expected = format!("{batch} values of at most {tokens}");
             return Err(Error::Shape { op, tensor: "lengths", got: lengths, expected });
         }
-        Ok(Call { op, pass, lengths, tokens, output, into: None })
+        Ok(Call { op, pass, lengths, tokens, output, gradients, into: None })
     }
 }
 
@@ -585,7 +593,7 @@ impl Race {
         self.check_gradient(op, gradient, call.batch())?;
         if call.tokens == 0 || call.batch() == 0 {
             let empty = |view: Option<TensorView<'_>>| {
-                view.map(|view| Tensor::host(DType::F32, view.shape().to_vec(), Vec::new()))
+                view.map(|view| Tensor::host(call.gradients, view.shape().to_vec(), Vec::new()))
             };
             let gates = self.config.gate.values().len();
             let d_gate = self.window.is_some().then(|| Tensor::host_f32(vec![gates], vec![0.0; gates]));

@@ -51,6 +51,8 @@ pub(crate) struct Call {
     pub tokens: usize,
     /// Element type of o.
     pub output: DType,
+    /// Element type of a backward's dq, dk and dv: f32, or that of the inputs.
+    pub gradients: DType,
     /// Zeros that a device may put o into instead of memory of its own, so that nothing is left to fail after the pass.
     #[cfg_attr(not(feature = "wgpu"), allow(dead_code))]
     pub into: Option<Tensor>,
@@ -59,6 +61,16 @@ pub(crate) struct Call {
 impl Call {
     pub fn batch(&self) -> usize {
         self.lengths.len()
+    }
+
+    /// For what gives gradients in f32 alone, as `who`.
+    #[cfg_attr(not(any(feature = "wgpu", feature = "cuda")), allow(dead_code))]
+    pub fn wide_gradients(&self, who: &str) -> Result<()> {
+        if self.gradients == DType::F32 {
+            return Ok(());
+        }
+        let why = format!("{who} gives gradients in F32, not in {:?}", self.gradients);
+        Err(Error::Unsupported { op: self.op, why })
     }
 }
 
@@ -71,7 +83,7 @@ pub(crate) struct Inputs<'a> {
     pub grad_o: Option<TensorView<'a>>,
 }
 
-/// Gradients that one backward pass gives, f32, in the shapes of the inputs.
+/// Gradients that one backward pass gives, in the shapes of the inputs.
 #[derive(Debug, Default)]
 pub(crate) struct InputGradients {
     pub dq: Option<Tensor>,

@@ -332,7 +332,7 @@ impl Race {
         let total = source.tokens();
         let ranges = options.segments(op, options.from..total)?;
         let wanted = wanted(pass, false);
-        let race_options = RaceOptions { output: options.output, lengths: None };
+        let race_options = RaceOptions { output: options.output, ..RaceOptions::default() };
         sweep(
             op,
             source,

@@ -271,6 +271,7 @@ impl Race {
             let gradients = executor.backward(call, inputs, &state.storage, &mut gradient.storage, sums)?;
             return Ok((gradients, None));
         };
+        call.wide_gradients("RACE with an exact window")?;
         let (ring, grad_ring) = state.ring.as_ref().zip(gradient.ring.as_mut()).ok_or_else(|| missing(op))?;
         let of_window = WindowCall { call, seen: &state.tokens };
         let of_race = Call { output: window.race_dtype(call, inputs), ..call.clone() };

@@ -77,6 +77,8 @@ pub struct Case {
     pub dtype: DType,
     /// Of o in a forward, of its gradient in a backward.
     pub output: DType,
+    /// Of dq, dk and dv.
+    pub gradients: DType,
     pub tokens: usize,
     pub lengths: Vec<usize>,
     pub initial: bool,
@@ -104,6 +106,7 @@ impl Default for Case {
             causal: true,
             dtype: DType::F32,
             output: DType::F32,
+            gradients: DType::F32,
             tokens: 65,
             lengths: vec![65],
             initial: false,
@@ -220,7 +223,7 @@ impl Case {
     }
 
     pub fn options(&self) -> RaceOptions {
-        RaceOptions { output: Some(self.output), lengths: Some(self.lengths.clone()) }
+        RaceOptions { output: Some(self.output), gradients: Some(self.gradients), lengths: Some(self.lengths.clone()) }
     }
 
     /// Tokens of one head and sequence.

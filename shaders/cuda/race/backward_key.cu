@@ -4,12 +4,14 @@
 #include "hash.cuh"
 
 // Channels of dv at a time: fewer registers, where nothing is kept from one head of the group to the next.
-constexpr int WIDTH = GROUP == 1 && VALUE_DIM > 64 ? 64 : VALUE_DIM;
+constexpr int WIDTH = GROUP == 1 && VALUE_DIM > 64 && BACKWARD_BLOCKS > 1 ? 64 : VALUE_DIM;
 
-extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_backward_key(const Walk p, const void *all_q, const void *all_k, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_after, const float2 *all_readings, void *all_dk, void *all_dv, float *all_shares) {
+// Products of sixteen rows at a time.
+constexpr int AT_ONCE = BACKWARD_BLOCKS > 1 ? 2 : 4;
+
+extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_backward_key(const Walk p, const void *all_k, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_after, const float2 *all_readings, const float *all_query_bits, const float *all_bits, void *all_dk, void *all_dv, float *all_shares) {
     SHARED_BYTES;
     Carve carve = {shared_bytes};
-    u16 *q_tile = carve.take<u16>(ROWS * (HEAD_DIM + 8) * 2);
     u16 *k_tiles = carve.take<u16>(STAGES * ROWS * (HEAD_DIM + 8) * 2);
     u16 *v_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
     u16 *g_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
@@ -20,8 +22,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     Entry entry = {carve.take<u16>(Entry::bytes)};
     Corners corners = {carve.take<u16>(Corners::bytes)};
     HashGradient du = {carve.take<u16>(HashGradient::bytes)};
-    float *q_logits = carve.take<float>(ROWS * BITS * 4);
-    float *k_logits = carve.take<float>(ROWS * BITS * 4);
     float *masses = carve.take<float>(BUCKETS_UP * 4);
     float *later = carve.take<float>(VALUE_DIM * 4);
     float *inverses = carve.take<float>(ROWS * 4);
@@ -33,7 +33,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     int count = (int)all_lengths[b] - first;
     count = count < 0 ? 0 : count > (int)p.span ? (int)p.span : count;
     int rows = (int)p.tokens - first < (int)p.span ? (int)p.tokens - first : (int)p.span;
-    const u16 *q = (const u16 *)all_q + b * p.q_batch + first * p.q_token + head * GROUP * p.q_head;
+    const float *query_bits = all_query_bits + bits_at(p, b, p.q_heads, head * GROUP, first);
+    const float *key_bits = all_bits + bits_at(p, b, p.kv_heads, head, first);
+    i64 bits_head = bits_at(p, 0, 1, 1, 0);
     const u16 *k = (const u16 *)all_k + b * p.k_batch + first * p.k_token + head * p.k_head;
     const u16 *v = (const u16 *)all_v + b * p.v_batch + first * p.v_token + head * p.v_head;
     const u16 *g = (const u16 *)all_grad_o + b * p.g_batch + first * p.g_token + head * GROUP * p.g_head;
@@ -50,10 +52,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     auto k_at = [&](int tile) { return k_tiles + (last - tile) % STAGES * ROWS * (HEAD_DIM + 8); };
     auto v_at = [&](int tile) { return v_tiles + (last - tile) % STAGES * ROWS * (VALUE_DIM + 8); };
     auto g_at = [&](int tile, int in_group) { return g_tiles + ((last - tile) * GROUP + in_group) % STAGES * ROWS * (VALUE_DIM + 8); };
-    auto fetch_q = [&](int tile, int in_group) {
-        i64 at = tile * ROWS;
-        fetch<HEAD_DIM>(q_tile, q + in_group * p.q_head + at * p.q_token, p.q_token, count - (int)at);
-    };
     auto fetch_late = [&](int tile, int in_group) {
         i64 at = tile * ROWS;
         fetch<VALUE_DIM>(g_at(tile, in_group), g + in_group * p.g_head + at * p.g_token, p.g_token, count - (int)at);
@@ -61,7 +59,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
         fetch<HEAD_DIM>(k_at(tile), k + at * p.k_token, p.k_token, count - (int)at);
         fetch<VALUE_DIM>(v_at(tile), v + at * p.v_token, p.v_token, count - (int)at);
     };
-    fetch_q(last, 0);
     fetch_late(last, 0);
     load_planes(planes, all_planes + head * p.planes_stride);
     load_corners(corners);
@@ -70,72 +67,105 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     clear_tile(du);
     if (threadIdx.x < VALUE_DIM) later[threadIdx.x] = centre != 0.0f ? matrix[BUCKETS * COLUMNS + threadIdx.x] : 0.0f;
 
+    // What weights of a head of a tile are made of.
+    TileBits<THREADS> of_keys, of_queries;
+    float2 reading_of[TileBits<THREADS>::items];
+    auto load_hashes = [&](int tile, int in_group) {
+        const float2 *of_rows = readings + (i64)in_group * p.tokens + tile * ROWS;
+#pragma unroll
+        for (int n = 0; n < TileBits<THREADS>::items; n++) {
+            int row = (threadIdx.x + n * THREADS) / TABLES;
+            reading_of[n] = make_pair(0.0f, 0.0f);
+            if (row < ROWS && row < count - tile * ROWS) reading_of[n] = of_rows[row];
+        }
+        of_queries.load(query_bits + in_group * bits_head + tile * ROWS * BITS);
+        if (in_group == 0) of_keys.load(key_bits + tile * ROWS * BITS);
+    };
+    load_hashes(last, 0);
+    // Weights of a head of a tile, its rows, and the next one's on their way.
     auto arrive = [&](int tile, int in_group) {
+        int here = count - tile * ROWS;
+        of_queries.store(queries, beta, centre, here, [&](int, int n) { return reading_of[n].x; }, true);
+        if (in_group == 0) of_keys.store_keys(keys, beta, centre, here, false);
+#pragma unroll
+        for (int n = 0; n < TileBits<THREADS>::items; n++) {
+            int i = threadIdx.x + n * THREADS;
+            if (i >= ROWS * TABLES || i % TABLES != 0) continue;
+            inverses[i / TABLES] = reading_of[n].x;
+            factors[i / TABLES] = reading_of[n].y;
+        }
         copies_done();
-        clean<HEAD_DIM>(q_tile);
         clean<VALUE_DIM>(g_at(tile, in_group));
         if (in_group == 0) {
             clean<HEAD_DIM>(k_at(tile));
             clean<VALUE_DIM>(v_at(tile));
         }
         barrier();
-    };
-    // Once a head of a tile is hashed: the next one's way here, and weights.
-    auto weigh = [&](int tile, int in_group) {
-        barrier();
         bool same = in_group + 1 < GROUP;
-        if (same || tile > 0) {
-            fetch_q(same ? tile : tile - 1, same ? in_group + 1 : 0);
-            if (STAGES > 1) fetch_late(same ? tile : tile - 1, same ? in_group + 1 : 0);
-        }
-        store_weights(queries, q_logits, count - tile * ROWS, centre, inverses);
-        if (in_group == 0) store_weights(keys, k_logits, count - tile * ROWS, centre, nullptr);
-        barrier();
+        if (!same && tile == 0) return;
+        int next = same ? tile : tile - 1, next_head = same ? in_group + 1 : 0;
+        if (STAGES > 1) fetch_late(next, next_head);
+        prefetch_bits(query_bits + next_head * bits_head + next * ROWS * BITS);
+        if (!same) prefetch_bits(key_bits + next * ROWS * BITS);
+        if (threadIdx.x < ROWS / 16) prefetch(readings + (i64)next_head * p.tokens + next * ROWS + threadIdx.x * 16);
     };
     auto finish = [&](int tile, int in_group) {
-        if (in_group + 1 < GROUP) {
-            if (STAGES == 1) {
-                barrier();
-                fetch_late(tile, in_group + 1);
-            }
-            return;
-        }
-        store_hash_inputs(dk + tile * ROWS * dk_token, dk_token, du, planes, row0, rows - tile * ROWS, warp >> 2);
-        if (STAGES == 1 && tile > 0) {
+        bool same = in_group + 1 < GROUP;
+        // Past the last it is the last again: what is always loaded need not be kept.
+        load_hashes(same || tile == 0 ? tile : tile - 1, same ? in_group + 1 : 0);
+        if (STAGES == 1 && (same || tile > 0)) {
             barrier();
-            fetch_late(tile - 1, 0);
+            fetch_late(same ? tile : tile - 1, same ? in_group + 1 : 0);
         }
+        if (!same) store_hash_inputs(dk + tile * ROWS * dk_token, dk_token, du, planes, row0, rows - tile * ROWS, warp >> 2);
     };
 
+    barrier();
     if (warp < CARRIERS) {
         Carried<CARRIERS> carried;
-        carried.place();
+        carried.place(centre != 0.0f);
         carried.read(matrix);
+        if (SPARE && centre != 0.0f) carried.scale_last(1.0f / (centre * BUCKETS));
         for (int tile = last; tile >= 0; tile--) {
             int here = count - tile * ROWS;
             float dvalue[WIDTH / 8][4];
             float added = 0.0f;
             for (int in_group = 0; in_group < GROUP; in_group++) {
+                if (in_group == 0) {
+                    carried.show(entry, masses);
+                    if (SPARE && centre != 0.0f) carried.show_last(later, nullptr, centre * BUCKETS);
+                }
                 arrive(tile, in_group);
-                {
-                    float t[BITS_UP / 8][4];
-                    project(t, Keys{q_tile}, planes, row0);
-                    store_logits(q_logits, t, row0, beta);
-                }
-                if (in_group == 0) carried.show(entry, masses);
-                if (threadIdx.x < ROWS) {
-                    int row = threadIdx.x;
-                    float2 reading = make_pair(0.0f, 0.0f);
-                    if (row < here) reading = readings[(i64)in_group * p.tokens + tile * ROWS + row];
-                    inverses[row] = reading.x;
-                    factors[row] = reading.y;
-                }
-                weigh(tile, in_group);
                 Values gradients = {g_at(tile, in_group)};
                 {
                     Left<TERMS> alpha[BUCKETS_UP / 16];
 #pragma unroll
                     for (int s = 0; s < BUCKETS_UP; s += 16) alpha[s / 16] = left(keys, row0, s);
+                    // α·Ψᵀ over D of the tile's own queries: all at once, so that sums do not wait for each other.
+                    float products[ROWS / 16][2][4];
+#pragma unroll
+                    for (int o = 0; o < ROWS / 16; o++) clear(products[o]);
+#pragma unroll
+                    for (int s = 0; s < BUCKETS_UP; s += 16) {
+#pragma unroll
+                        for (int o = 0; o < ROWS / 16; o++) {
+                            if (row0 + o * 16 < ROWS) multiply(products[o][0], products[o][1], alpha[s / 16], right(queries, row0 + o * 16, s));
+                        }
+                    }
+                    Left<TERMS> seeing[ROWS / 16];
+#pragma unroll
+                    for (int o = 0; o < ROWS / 16; o++) {
+                        if (row0 + o * 16 >= ROWS) continue;
+#pragma unroll
+                        for (int j = 0; j < 2; j++) {
+#pragma unroll
+                            for (int i = 0; i < 4; i++) {
+                                int column = j * 8 + (lane & 3) * 2 + (i & 1), row = (lane >> 2) + (i >> 1) * 8;
+                                if (o == 0 && column < row) products[o][j][i] = 0.0f;
+                            }
+                        }
+                        seeing[o] = as_left<TERMS>(products[o][0], products[o][1]);
+                    }
 #pragma unroll 1
                     for (int channel = 0; channel < VALUE_DIM; channel += WIDTH) {
                         if (in_group == 0) {
@@ -146,29 +176,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                                 for (int c = 0; c < WIDTH; c += 16) multiply(dvalue[c / 8], dvalue[c / 8 + 1], alpha[s / 16], right_turned(entry, s, channel + c));
                             }
                         }
-                        for (int other = row0; other < ROWS; other += 16) {
-                            float product[2][4];
-                            clear(product);
 #pragma unroll
-                            for (int s = 0; s < BUCKETS_UP; s += 16) multiply(product[0], product[1], alpha[s / 16], right(queries, other, s));
-                            bool diagonal = other == row0;
-                            float all[2][4];
+                        for (int o = 0; o < ROWS / 16; o++) {
+                            int other = row0 + o * 16;
+                            if (other >= ROWS) continue;
+                            Left<PLANE_TERMS> of_all;
+                            if (centre != 0.0f) {
+                                float all[2][4];
 #pragma unroll
-                            for (int j = 0; j < 2; j++) {
+                                for (int j = 0; j < 2; j++) {
 #pragma unroll
-                                for (int i = 0; i < 4; i++) {
-                                    int column = j * 8 + (lane & 3) * 2 + (i & 1), row = (lane >> 2) + (i >> 1) * 8;
-                                    bool sees = !diagonal || column >= row;
-                                    if (!sees) product[j][i] = 0.0f;
-                                    all[j][i] = sees ? centre * BUCKETS * inverses[other + column] : 0.0f;
+                                    for (int i = 0; i < 4; i++) {
+                                        int column = j * 8 + (lane & 3) * 2 + (i & 1), row = (lane >> 2) + (i >> 1) * 8;
+                                        bool sees = o > 0 || column >= row;
+                                        all[j][i] = sees ? centre * BUCKETS * inverses[other + column] : 0.0f;
+                                    }
                                 }
+                                of_all = as_left<PLANE_TERMS>(all[0], all[1]);
                             }
-                            auto a = as_left<TERMS>(product[0], product[1]);
-                            auto of_all = as_left<PLANE_TERMS>(all[0], all[1]);
 #pragma unroll
                             for (int c = 0; c < WIDTH; c += 16) {
                                 auto x = right_turned(gradients, other, channel + c);
-                                multiply(dvalue[c / 8], dvalue[c / 8 + 1], a, x);
+                                multiply(dvalue[c / 8], dvalue[c / 8 + 1], seeing[o], x);
                                 if (centre != 0.0f) multiply(dvalue[c / 8], dvalue[c / 8 + 1], of_all, x);
                             }
                         }
@@ -185,11 +214,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                     }
                 }
                 carried.add_scaled(queries, gradients, factors);
-                if (centre != 0.0f && threadIdx.x < VALUE_DIM) {
+                if (!SPARE && centre != 0.0f && threadIdx.x < VALUE_DIM) {
                     for (int r = 0; r < ROWS; r++) added += inverses[r] * input_at(gradients.at, VALUE_DIM + 8, r, threadIdx.x);
                 }
                 barrier();
-                if (in_group + 1 == GROUP && centre != 0.0f && threadIdx.x < VALUE_DIM) later[threadIdx.x] += centre * BUCKETS * added;
+                if (!SPARE && in_group + 1 == GROUP && centre != 0.0f && threadIdx.x < VALUE_DIM) later[threadIdx.x] += centre * BUCKETS * added;
                 finish(tile, in_group);
             }
         }
@@ -205,11 +234,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
             float t[BITS_UP / 8][4], dalpha[BUCKETS_UP / 8][4];
             for (int in_group = 0; in_group < GROUP; in_group++) {
                 arrive(tile, in_group);
-                if (in_group == 0) {
-                    project(t, Keys{k_at(tile)}, planes, row0);
-                    store_logits(k_logits, t, row0, beta);
-                }
-                weigh(tile, in_group);
+                if (in_group == 0) load_bits(t, key_bits + tile * ROWS * BITS, row0, here);
                 Values gradients = {g_at(tile, in_group)};
                 {
                     if (in_group == 0) {
@@ -218,34 +243,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
 #pragma unroll
                             for (int i = 0; i < 4; i++) dalpha[j][i] = masses[j * 8 + (lane & 3) * 2 + (i & 1)];
                         }
-#pragma unroll
-                        for (int c = 0; c < VALUE_DIM; c += 16) {
-                            auto value = left(values, row0, c);
-#pragma unroll
-                            for (int s = 0; s < BUCKETS_UP; s += 16) multiply(dalpha[s / 8], dalpha[s / 8 + 1], value, right(entry, s, c));
-                        }
                     }
-                    for (int other = row0; other < ROWS; other += 16) {
-                        float z[2][4];
 #pragma unroll
-                        for (int j = 0; j < 2; j++) {
+                    for (int from = 0; from < ROWS / 16; from += AT_ONCE) {
+                        if (row0 + from * 16 >= ROWS) continue;
+                        float products[AT_ONCE][2][4];
 #pragma unroll
-                            for (int i = 0; i < 4; i++) z[j][i] = factors[other + j * 8 + (lane & 3) * 2 + (i & 1)];
-                        }
-#pragma unroll
-                        for (int c = 0; c < VALUE_DIM; c += 16) multiply(z[0], z[1], left(values, row0, c), right(gradients, other, c));
-                        if (other == row0) {
+                        for (int o = 0; o < AT_ONCE; o++) {
 #pragma unroll
                             for (int j = 0; j < 2; j++) {
 #pragma unroll
-                                for (int i = 0; i < 4; i++) {
-                                    if (j * 8 + (int)(lane & 3) * 2 + (i & 1) < (lane >> 2) + (i >> 1) * 8) z[j][i] = 0.0f;
-                                }
+                                for (int i = 0; i < 4; i++) products[o][j][i] = factors[(row0 + (from + o) * 16) % ROWS + j * 8 + (lane & 3) * 2 + (i & 1)];
                             }
                         }
-                        auto a = as_left<TERMS>(z[0], z[1]);
 #pragma unroll
-                        for (int s = 0; s < BUCKETS_UP; s += 16) multiply(dalpha[s / 8], dalpha[s / 8 + 1], a, right_turned(queries, other, s));
+                        for (int c = 0; c < VALUE_DIM; c += 16) {
+                            auto value = left(values, row0, c);
+                            if (from == 0 && in_group == 0) {
+#pragma unroll
+                                for (int s = 0; s < BUCKETS_UP; s += 16) multiply(dalpha[s / 8], dalpha[s / 8 + 1], value, right(entry, s, c));
+                            }
+#pragma unroll
+                            for (int o = 0; o < AT_ONCE; o++) {
+                                int other = row0 + (from + o) * 16;
+                                if (other < ROWS) multiply(products[o][0], products[o][1], value, right(gradients, other, c));
+                            }
+                        }
+#pragma unroll
+                        for (int o = 0; o < AT_ONCE; o++) {
+                            int other = row0 + (from + o) * 16;
+                            if (other >= ROWS) continue;
+                            if (from + o == 0) {
+#pragma unroll
+                                for (int j = 0; j < 2; j++) {
+#pragma unroll
+                                    for (int i = 0; i < 4; i++) {
+                                        if (j * 8 + (int)(lane & 3) * 2 + (i & 1) < (lane >> 2) + (i >> 1) * 8) products[o][j][i] = 0.0f;
+                                    }
+                                }
+                            }
+                            auto z = as_left<TERMS>(products[o][0], products[o][1]);
+#pragma unroll
+                            for (int s = 0; s < BUCKETS_UP; s += 16) multiply(dalpha[s / 8], dalpha[s / 8 + 1], z, right_turned(queries, other, s));
+                        }
                     }
                     if (in_group + 1 == GROUP) {
 #pragma unroll

@@ -6,11 +6,10 @@
 // dα = (values − G·o·masses) / D.
 #include "hash.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_backward_query(const Walk p, const void *all_q, const void *all_k, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_matrices, void *all_dq, float *all_of_queries, float2 *all_readings, float *all_shares) {
+extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_backward_query(const Walk p, const void *all_q, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_matrices, const float *all_bits, void *all_dq, float *all_of_queries, float2 *all_readings, float *all_query_bits, float *all_shares) {
     SHARED_BYTES;
     Carve carve = {shared_bytes};
     u16 *q_tiles = carve.take<u16>(STAGES * ROWS * (HEAD_DIM + 8) * 2);
-    u16 *k_tile = carve.take<u16>(ROWS * (HEAD_DIM + 8) * 2);
     u16 *v_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
     u16 *g_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
     Planes planes = {carve.take<u16>(Planes::bytes)};
@@ -19,11 +18,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     Entry entry = {carve.take<u16>(Entry::bytes)};
     Corners corners = {carve.take<u16>(Corners::bytes)};
     HashGradient du = {carve.take<u16>(HashGradient::bytes)};
-    float *q_logits = carve.take<float>(ROWS * BITS * 4);
-    float *k_logits = carve.take<float>(ROWS * BITS * 4);
+    float *bits = carve.take<float>(ROWS * BITS * 4);
     float *masses = carve.take<float>(BUCKETS_UP * 4);
     float *means = carve.take<float>(VALUE_DIM * 4);
-    float *gains = carve.take<float>(ROWS * 4);
     float *inverses = carve.take<float>(ROWS * 4);
     float *factors = carve.take<float>(ROWS * 4);
     float *room = carve.take<float>(4 * BITS_UP * 4);
@@ -35,7 +32,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     count = count < 0 ? 0 : count > (int)p.span ? (int)p.span : count;
     int rows = (int)p.tokens - first < (int)p.span ? (int)p.tokens - first : (int)p.span;
     const u16 *q = (const u16 *)all_q + b * p.q_batch + first * p.q_token + q_head * p.q_head;
-    const u16 *k = (const u16 *)all_k + b * p.k_batch + first * p.k_token + head * p.k_head;
+    const float *key_bits = all_bits + bits_at(p, b, p.kv_heads, head, first);
+    float *query_bits = all_query_bits + bits_at(p, b, p.q_heads, q_head, first);
     const u16 *v = (const u16 *)all_v + b * p.v_batch + first * p.v_token + head * p.v_head;
     const u16 *g = (const u16 *)all_grad_o + b * p.g_batch + first * p.g_token + q_head * p.g_head;
     i64 dq_token = (i64)p.q_heads * HEAD_DIM;
@@ -47,7 +45,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     int row0 = (warp & 3) * 16;
 
     fetch<HEAD_DIM>(q_tiles, q, p.q_token, count);
-    fetch<HEAD_DIM>(k_tile, k, p.k_token, count);
     fetch<VALUE_DIM>(v_tiles, v, p.v_token, count);
     fetch<VALUE_DIM>(g_tiles, g, p.g_token, count);
     load_planes(planes, all_planes + head * p.planes_stride);
@@ -56,10 +53,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     clear_tile(keys);
     clear_tile(du);
     Carried<8> of_queries;
-    of_queries.place();
+    of_queries.place(false);
     float before = matrix[BUCKETS * COLUMNS + VALUE_DIM], sums_row = 0.0f;
     if (threadIdx.x < VALUE_DIM) means[threadIdx.x] = centre != 0.0f ? matrix[BUCKETS * COLUMNS + threadIdx.x] : 0.0f;
-    if (threadIdx.x < ROWS) gains[threadIdx.x] = 0.0f;
 
     auto q_at = [&](int tile) { return q_tiles + tile % STAGES * ROWS * (HEAD_DIM + 8); };
     auto v_at = [&](int tile) { return v_tiles + tile % STAGES * ROWS * (VALUE_DIM + 8); };
@@ -70,65 +66,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
         fetch<VALUE_DIM>(v_at(tile), v + next * p.v_token, p.v_token, count - (int)next);
         fetch<VALUE_DIM>(g_at(tile), g + next * p.g_token, p.g_token, count - (int)next);
     };
+    TileBits<THREADS> tile_bits;
+    tile_bits.load(key_bits);
+    // Weights of the tile's keys, the rows themselves, and the next tile's on their way.
     auto arrive = [&](int tile) {
+        tile_bits.store_keys(keys, beta, centre, count - tile * ROWS, true);
         copies_done();
         clean<HEAD_DIM>(q_at(tile));
-        clean<HEAD_DIM>(k_tile);
         clean<VALUE_DIM>(v_at(tile));
         clean<VALUE_DIM>(g_at(tile));
         barrier();
-    };
-    // Once a tile is hashed: the next one's way here, and weights.
-    auto weigh = [&](int tile) {
-        barrier();
-        int next = (tile + 1) * ROWS;
-        if (next < rows) {
-            fetch<HEAD_DIM>(k_tile, k + next * p.k_token, p.k_token, count - next);
-            if (STAGES > 1) fetch_late(tile + 1);
-        }
-        store_weights(queries, q_logits, count - tile * ROWS, centre, nullptr);
-        store_weights(keys, k_logits, count - tile * ROWS, centre, nullptr);
-        barrier();
+        if ((tile + 1) * ROWS >= rows) return;
+        if (STAGES > 1) fetch_late(tile + 1);
+        prefetch_bits(key_bits + (tile + 1) * ROWS * BITS);
     };
     auto finish = [&](int tile) {
+        // Past the last it is the last again: what is always loaded need not be kept.
+        tile_bits.load(key_bits + ((tile + 1) * ROWS < rows ? tile + 1 : tile) * ROWS * BITS);
         of_queries.add_scaled(queries, Values{g_at(tile)}, factors);
-        store_hash_inputs(dq + tile * ROWS * dq_token, dq_token, du, planes, row0, rows - tile * ROWS, warp >> 2);
         if (STAGES == 1 && (tile + 1) * ROWS < rows) {
             barrier();
             fetch_late(tile + 1);
         }
+        store_hash_inputs(dq + tile * ROWS * dq_token, dq_token, du, planes, row0, rows - tile * ROWS, warp >> 2);
     };
 
+    barrier();
     if (warp < CARRIERS) {
         Carried<CARRIERS> carried;
-        carried.place();
+        carried.place(centre != 0.0f);
         carried.read(matrix);
         PlaneSums plane_sums;
         plane_sums.place(warp);
         for (int tile = 0; tile * ROWS < rows; tile++) {
-            arrive(tile);
-            {
-                float t[BITS_UP / 8][4];
-                project(t, Keys{k_tile}, planes, row0);
-                store_logits(k_logits, t, row0, beta);
-            }
             carried.show(entry, masses);
-            if (centre != 0.0f) {
-                for (int i = threadIdx.x; i < 4 * ROWS; i += CARRIERS * 32) {
-                    float sum = 0.0f;
-                    for (int c = i & 3; c < VALUE_DIM; c += 4) sum += input_at(g_at(tile), VALUE_DIM + 8, i >> 2, c) * means[c];
-                    sum = row_sum(sum);
-                    if ((i & 3) == 0) gains[i >> 2] = sum;
-                }
-            }
-            weigh(tile);
+            if (SPARE && centre != 0.0f) carried.show_last(entry);
+            arrive(tile);
             carried.add(keys, Values{v_at(tile)});
             float of_mean = 0.0f;
-            if (centre != 0.0f && threadIdx.x < VALUE_DIM) {
+            if (!SPARE && centre != 0.0f && threadIdx.x < VALUE_DIM) {
                 for (int r = 0; r < ROWS; r++) of_mean += input_at(v_at(tile), VALUE_DIM + 8, r, threadIdx.x);
             }
             barrier();
-            if (centre != 0.0f && threadIdx.x < VALUE_DIM) {
+            if (!SPARE && centre != 0.0f && threadIdx.x < VALUE_DIM) {
                 means[threadIdx.x] += of_mean;
                 for (int r = 0; r < ROWS; r++) sums_row += inverses[r] * input_at(g_at(tile), VALUE_DIM + 8, r, threadIdx.x);
             }
@@ -145,48 +125,69 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
             arrive(tile);
             float t[BITS_UP / 8][4];
             project(t, Keys{q_at(tile)}, planes, row0);
-            store_logits(q_logits, t, row0, beta);
-            weigh(tile);
+            // Each warp's own rows.
+            store_bits(bits, t, row0);
+            store_bits(query_bits + tile * ROWS * BITS, t, row0);
+            warp_barrier();
+            store_rows(queries, bits, beta, centre, row0, here, one_of, false);
             {
                 Values values = {v_at(tile)}, gradients = {g_at(tile)};
-                float value[BUCKETS_UP / 8][4], mass[BUCKETS_UP / 8][4];
+                float value[BUCKETS_UP / 8][4], products[ROWS / 16][2][4];
+                float gain[2] = {0.0f, 0.0f};
                 clear(value);
+#pragma unroll
+                for (int o = 0; o < ROWS / 16; o++) clear(products[o]);
+                // Sixteen of the values at a time, from the row's own back: all at once, so that sums do not wait for each other.
+#pragma unroll
+                for (int c = 0; c < VALUE_DIM; c += 16) {
+                    auto grad = left(gradients, row0, c);
+#pragma unroll
+                    for (int s = 0; s < BUCKETS_UP; s += 16) multiply(value[s / 8], value[s / 8 + 1], grad, right(entry, s, c));
+#pragma unroll
+                    for (int o = 0; o < ROWS / 16; o++) {
+                        if (o * 16 <= row0) multiply(products[o][0], products[o][1], grad, right(values, row0 - o * 16, c));
+                    }
+                    if (!SPARE && centre != 0.0f) add_gains(gain, grad, means + c);
+                }
+                if (SPARE && (lane & 3) == BUCKETS % 8 / 2) {
+                    // G·Σv is the product with the last row and what its parts leave.
+#pragma unroll
+                    for (int i = 0; i < 2; i++) gain[i] = value[BUCKETS / 8][2 * i] + value[BUCKETS / 8][2 * i + 1];
+                }
+                // In two parts: the gradient of A is a sum of what they make, with either sign.
+                Left<PLANE_TERMS> z[ROWS / 16];
+#pragma unroll
+                for (int o = 0; o < ROWS / 16; o++) {
+                    if (o * 16 > row0) continue;
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            int column = j * 8 + (lane & 3) * 2 + (i & 1), row = (lane >> 2) + (i >> 1) * 8;
+                            if (o == 0 && column > row) products[o][j][i] = 0.0f;
+                            gain[i >> 1] += products[o][j][i];
+                        }
+                    }
+                    z[o] = as_left<PLANE_TERMS>(products[o][0], products[o][1]);
+                }
+                float mass[BUCKETS_UP / 8][4];
 #pragma unroll
                 for (int j = 0; j < BUCKETS_UP / 8; j++) {
 #pragma unroll
                     for (int i = 0; i < 4; i++) mass[j][i] = masses[j * 8 + (lane & 3) * 2 + (i & 1)];
                 }
 #pragma unroll
-                for (int c = 0; c < VALUE_DIM; c += 16) {
-                    auto grad = left(gradients, row0, c);
-#pragma unroll
-                    for (int s = 0; s < BUCKETS_UP; s += 16) multiply(value[s / 8], value[s / 8 + 1], grad, right(entry, s, c));
-                }
-                float gain[2] = {0.0f, 0.0f};
-                for (int other = 0; other <= row0; other += 16) {
-                    float z[2][4];
-                    clear(z);
-#pragma unroll
-                    for (int c = 0; c < VALUE_DIM; c += 16) multiply(z[0], z[1], left(gradients, row0, c), right(values, other, c));
-                    bool diagonal = other == row0;
-#pragma unroll
-                    for (int j = 0; j < 2; j++) {
-#pragma unroll
-                        for (int i = 0; i < 4; i++) {
-                            int column = j * 8 + (lane & 3) * 2 + (i & 1), row = (lane >> 2) + (i >> 1) * 8;
-                            if (diagonal && column > row) z[j][i] = 0.0f;
-                            gain[i >> 1] += z[j][i];
-                        }
-                    }
-                    auto a = as_left<TERMS>(z[0], z[1]);
-                    auto ones = seen(1.0f, diagonal);
+                for (int o = 0; o < ROWS / 16; o++) {
+                    if (o * 16 > row0) continue;
+                    auto ones = seen(1.0f, o == 0);
 #pragma unroll
                     for (int s = 0; s < BUCKETS_UP; s += 16) {
-                        auto x = right_turned(keys, other, s);
-                        multiply(value[s / 8], value[s / 8 + 1], a, x);
+                        auto x = right_turned(keys, row0 - o * 16, s);
+                        multiply(value[s / 8], value[s / 8 + 1], z[o], x);
                         multiply(mass[s / 8], mass[s / 8 + 1], ones, x);
                     }
                 }
+                warp_barrier();
                 float divisor[2] = {0.0f, 0.0f}, output[2] = {0.0f, 0.0f};
 #pragma unroll
                 for (int j = 0; j < BUCKETS_UP / 8; j++) {
@@ -208,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                     int row = row0 + (lane >> 2) + i * 8;
                     float all = centre * BUCKETS;
                     float d = divisor[i] + all * (before + (float)(tile * ROWS + row + 1));
-                    float n = output[i] + all * (row_sum(gain[i]) + gains[row]);
+                    float n = output[i] + all * row_sum(gain[i]);
                     inverse[i] = d > 0.0f && row < here ? 1.0f / d : 0.0f;
                     reading[i] = -n * inverse[i];
                     if ((lane & 3) == 0) {
@@ -221,17 +222,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                 for (int j = 0; j < BUCKETS_UP / 8; j++) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        int row = row0 + (lane >> 2) + i * 8, bucket = j * 8 + (lane & 3) * 2;
-                        float2 x = queries.get(row, bucket);
-                        queries.set(row, bucket, x.x * inverse[i], x.y * inverse[i]);
+                        float2 x = queries.get(row0 + (lane >> 2) + i * 8, j * 8 + (lane & 3) * 2);
                         value[j][2 * i] = inverse[i] * (value[j][2 * i] + reading[i] * mass[j][2 * i]) * (x.x + centre);
                         value[j][2 * i + 1] = inverse[i] * (value[j][2 * i + 1] + reading[i] * mass[j][2 * i + 1]) * (x.y + centre);
                     }
                 }
                 through_hash(value, t, corners, du, of_beta, row0, beta);
+                // Over D from here on, rounded but once.
+                warp_barrier();
+                store_rows(queries, bits, beta, centre, row0, here, [&](int row) { return inverses[row]; }, true);
             }
             barrier();
-            if (centre != 0.0f && threadIdx.x == THREADS - 1) {
+            if (!SPARE && centre != 0.0f && threadIdx.x == THREADS - 1) {
                 for (int r = 0; r < ROWS; r++) sums_row += inverses[r] * factors[r];
             }
             finish(tile);
@@ -241,7 +243,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     barrier();
     float *out = all_of_queries + ((i64)(b * p.q_heads + q_head) * p.spans + span) * MATRIX;
     of_queries.write(out);
-    if (threadIdx.x < VALUE_DIM) out[BUCKETS * COLUMNS + threadIdx.x] = centre * BUCKETS * sums_row;
-    if (threadIdx.x == THREADS - 1) out[BUCKETS * COLUMNS + VALUE_DIM] = centre * BUCKETS * sums_row;
+    float *last = out + BUCKETS * COLUMNS;
+    if (SPARE && centre != 0.0f) {
+        of_queries.show_last(last, last + VALUE_DIM, centre * BUCKETS);
+    } else {
+        if (threadIdx.x < VALUE_DIM) last[threadIdx.x] = centre * BUCKETS * sums_row;
+        if (threadIdx.x == THREADS - 1) last[VALUE_DIM] = centre * BUCKETS * sums_row;
+    }
     write_of_beta(all_shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1), room);
 }

@@ -3,21 +3,19 @@
 // o = (Ψ·M + tril(Ψ·αᵀ + c·S)·V + c·S·m) / D over the sums M before the tile, and the tile's own keys.
 #include "hash.cuh"
 
-[[maybe_unused]] constexpr int FORWARD_SHARED = 2 * ROWS * (HEAD_DIM + 8) * 2 + FORWARD_STAGES * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes + 2 * Weights::bytes +
-                               Entry::bytes + 2 * ROWS * BITS * 4 + BUCKETS_UP * 4 + VALUE_DIM * 4 + ROWS * 4 + 1024;
+[[maybe_unused]] constexpr int FORWARD_SHARED = ROWS * (HEAD_DIM + 8) * 2 + FORWARD_STAGES * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes + 2 * Weights::bytes +
+                               Entry::bytes + ROWS * BITS * 4 + BUCKETS_UP * 4 + VALUE_DIM * 4 + ROWS * 4 + 1024;
 
-extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forward(const Walk p, const void *all_q, const void *all_k, const void *all_v, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_matrices, void *all_o) {
+extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forward(const Walk p, const void *all_q, const void *all_v, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_matrices, const float *all_bits, void *all_o) {
     SHARED_BYTES;
     Carve carve = {shared_bytes};
     u16 *q_tile = carve.take<u16>(ROWS * (HEAD_DIM + 8) * 2);
-    u16 *k_tile = carve.take<u16>(ROWS * (HEAD_DIM + 8) * 2);
     u16 *v_tiles = carve.take<u16>(FORWARD_STAGES * ROWS * (VALUE_DIM + 8) * 2);
     Planes planes = {carve.take<u16>(Planes::bytes)};
     Weights queries = {carve.take<u16>(Weights::bytes)};
     Weights keys = {carve.take<u16>(Weights::bytes)};
     Entry entry = {carve.take<u16>(Entry::bytes)};
-    float *q_logits = carve.take<float>(ROWS * BITS * 4);
-    float *k_logits = carve.take<float>(ROWS * BITS * 4);
+    float *bits = carve.take<float>(ROWS * BITS * 4);
     float *masses = carve.take<float>(BUCKETS_UP * 4);
     float *means = carve.take<float>(VALUE_DIM * 4);
     float *divisors = carve.take<float>(ROWS * 4);
@@ -29,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
     count = count < 0 ? 0 : count > (int)p.span ? (int)p.span : count;
     int rows = (int)p.tokens - first < (int)p.span ? (int)p.tokens - first : (int)p.span;
     const u16 *q = (const u16 *)all_q + b * p.q_batch + first * p.q_token + q_head * p.q_head;
-    const u16 *k = (const u16 *)all_k + b * p.k_batch + first * p.k_token + head * p.k_head;
+    const float *key_bits = all_bits + bits_at(p, b, p.kv_heads, head, first);
     const u16 *v = (const u16 *)all_v + b * p.v_batch + first * p.v_token + head * p.v_head;
     i64 o_token = (i64)p.q_heads * VALUE_DIM;
     i64 o_at = ((i64)b * p.tokens + first) * o_token + q_head * VALUE_DIM;
@@ -40,45 +38,74 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
     constexpr int HALF = VALUE_DIM / 2;
 
     fetch<HEAD_DIM>(q_tile, q, p.q_token, count);
-    fetch<HEAD_DIM>(k_tile, k, p.k_token, count);
     fetch<VALUE_DIM>(v_tiles, v, p.v_token, count);
     load_planes(planes, all_planes + head * p.planes_stride);
     clear_tile(queries);
     clear_tile(keys);
     Carried<8> carried;
-    carried.place();
+    carried.place(centre != 0.0f);
     carried.read(matrix);
     float before = matrix[BUCKETS * COLUMNS + VALUE_DIM];
     if (threadIdx.x < VALUE_DIM) means[threadIdx.x] = centre != 0.0f ? matrix[BUCKETS * COLUMNS + threadIdx.x] : 0.0f;
 
+    TileBits<128> tile_bits;
+    if (role == 1) tile_bits.load(key_bits);
     for (int tile = 0; tile * ROWS < rows; tile++) {
         int here = count - tile * ROWS;
         copies_done();
         clean<HEAD_DIM>(q_tile);
-        clean<HEAD_DIM>(k_tile);
         clean<VALUE_DIM>(v_tiles + tile % FORWARD_STAGES * ROWS * (VALUE_DIM + 8));
         barrier();
-        Keys queries_in = {q_tile}, keys_in = {k_tile};
         Values values = {v_tiles + tile % FORWARD_STAGES * ROWS * (VALUE_DIM + 8)};
-        {
-            float t[BITS_UP / 8][4];
-            project(t, role == 0 ? queries_in : keys_in, planes, row0);
-            store_logits(role == 0 ? q_logits : k_logits, t, row0, beta);
-        }
         carried.show(entry, masses);
+        if (SPARE && centre != 0.0f) carried.show_last(means, nullptr, 1.0f);
+        if (role == 0) {
+            // Each warp's own rows.
+            float t[BITS_UP / 8][4];
+            project(t, Keys{q_tile}, planes, row0);
+            store_bits(bits, t, row0);
+            warp_barrier();
+            store_rows(queries, bits, beta, centre, row0, here, one_of, false);
+        } else {
+            tile_bits.store_keys(keys, beta, centre, here, true);
+        }
         barrier();
         if ((tile + 1) * ROWS < rows) {
             fetch<HEAD_DIM>(q_tile, q + (tile + 1) * ROWS * p.q_token, p.q_token, here - ROWS);
-            fetch<HEAD_DIM>(k_tile, k + (tile + 1) * ROWS * p.k_token, p.k_token, here - ROWS);
             if (FORWARD_STAGES > 1) fetch<VALUE_DIM>(v_tiles + (tile + 1) % FORWARD_STAGES * ROWS * (VALUE_DIM + 8), v + (tile + 1) * ROWS * p.v_token, p.v_token, here - ROWS);
+            prefetch_bits(key_bits + (tile + 1) * ROWS * BITS);
         }
-        store_weights(queries, q_logits, here, centre, nullptr);
-        store_weights(keys, k_logits, here, centre, nullptr);
-        barrier();
 
         Left<TERMS> psi[BUCKETS_UP / 16];
 #pragma unroll
         for (int s = 0; s < BUCKETS_UP; s += 16) psi[s / 16] = left(queries, row0, s);
+        // Ψ·αᵀ of the tile's own keys: all at once, so that sums do not wait for each other.
+        float products[ROWS / 16][2][4];
+#pragma unroll
+        for (int o = 0; o < ROWS / 16; o++) clear(products[o]);
+#pragma unroll
+        for (int s = 0; s < BUCKETS_UP; s += 16) {
+#pragma unroll
+            for (int o = 0; o < ROWS / 16; o++) {
+                if (o * 16 <= row0) multiply(products[o][0], products[o][1], psi[s / 16], right(keys, row0 - o * 16, s));
+            }
+        }
+        float divisor[2] = {0.0f, 0.0f};
+        Left<TERMS> seen_products[ROWS / 16];
+#pragma unroll
+        for (int o = 0; o < ROWS / 16; o++) {
+            if (o * 16 > row0) continue;
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int column = j * 8 + (lane & 3) * 2 + (i & 1), row = (lane >> 2) + (i >> 1) * 8;
+                    if (o == 0 && column > row) products[o][j][i] = 0.0f;
+                    divisor[i >> 1] += products[o][j][i];
+                }
+            }
+            seen_products[o] = as_left<TERMS>(products[o][0], products[o][1]);
+        }
         float o[HALF / 8][4];
         clear(o);
 #pragma unroll
@@ -86,38 +113,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
 #pragma unroll
             for (int c = 0; c < HALF; c += 16) multiply(o[c / 8], o[c / 8 + 1], psi[s / 16], right_turned(entry, s, role * HALF + c));
         }
-        // Mass that the queries' weights find: in the state, four lanes a row.
-        float divisor[2];
+        // Mass that the queries' weights find in the state, four lanes a row.
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            float sum = 0.0f;
+#pragma unroll
             for (int s = (lane & 3) * 2; s < BUCKETS_UP; s += 8) {
                 float2 x = queries.get(row0 + (lane >> 2) + i * 8, s);
-                sum += x.x * masses[s] + x.y * masses[s + 1];
+                divisor[i] += x.x * masses[s] + x.y * masses[s + 1];
             }
-            divisor[i] = sum;
         }
-        for (int other = 0; other <= row0; other += 16) {
-            float product[2][4];
-            clear(product);
 #pragma unroll
-            for (int s = 0; s < BUCKETS_UP; s += 16) multiply(product[0], product[1], psi[s / 16], right(keys, other, s));
-            bool diagonal = other == row0;
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    int column = j * 8 + (lane & 3) * 2 + (i & 1), row = (lane >> 2) + (i >> 1) * 8;
-                    if (diagonal && column > row) product[j][i] = 0.0f;
-                    divisor[i >> 1] += product[j][i];
-                }
-            }
-            auto a = as_left<TERMS>(product[0], product[1]);
-            auto ones = seen(centre * BUCKETS, diagonal);
+        for (int back = 0; back < ROWS / 16; back++) {
+            int other = row0 - back * 16;
+            if (other < 0) continue;
+            auto ones = seen(centre * BUCKETS, back == 0);
 #pragma unroll
             for (int c = 0; c < HALF; c += 16) {
                 auto x = right_turned(values, other, role * HALF + c);
-                multiply(o[c / 8], o[c / 8 + 1], a, x);
+                multiply(o[c / 8], o[c / 8 + 1], seen_products[back], x);
                 if (centre != 0.0f) multiply(o[c / 8], o[c / 8 + 1], ones, x);
             }
         }
@@ -142,8 +155,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
         u16 *to = (u16 *)all_o + o_at + tile * ROWS * o_token;
 #endif
         store_tile<OUT_TYPE, HALF / 8>(to, o_token, o, row0, role * HALF, rows - tile * ROWS);
+        // Past the last it is the last again: what is always loaded need not be kept.
+        if (role == 1) tile_bits.load(key_bits + ((tile + 1) * ROWS < rows ? tile + 1 : tile) * ROWS * BITS);
         carried.add(keys, values);
-        if (centre != 0.0f) {
+        if (!SPARE && centre != 0.0f) {
             float sum = 0.0f;
             if (threadIdx.x < VALUE_DIM) {
                 for (int r = 0; r < ROWS; r++) sum += input_at(values.at, VALUE_DIM + 8, r, threadIdx.x);

@@ -11,6 +11,11 @@ typedef Parts<HEAD_DIM + 8, BITS_UP, PLANE_TERMS> Planes;
 constexpr int BIT_TILES = (BITS + 7) / 8;
 typedef Parts<VALUE_DIM + 8, BUCKETS_UP, TERMS> Entry;
 
+__device__ __forceinline__ float2 make_pair(float x, float y) {
+    float2 pair = {x, y};
+    return pair;
+}
+
 __device__ __forceinline__ void load_planes(const Planes &to, const float *planes) {
     for (int i = threadIdx.x; i < BITS_UP * HEAD_DIM / 2; i += THREADS) {
         int bit = i / (HEAD_DIM / 2), c = i % (HEAD_DIM / 2) * 2;
@@ -45,27 +50,57 @@ __device__ __forceinline__ void project(float (&t)[BITS_UP / 8][4], const Keys &
     }
 }
 
-// 2βt of each bit, as `[row, bits]`.
-__device__ __forceinline__ void store_logits(float *logits, const float (&t)[BITS_UP / 8][4], int row, float beta) {
+// t of a warp's sixteen rows, as `[row, bits]`.
+__device__ __forceinline__ void store_bits(float *to, const float (&t)[BITS_UP / 8][4], int row) {
     u32 lane = threadIdx.x & 31;
-    float *to = logits + (row + (lane >> 2)) * BITS + (lane & 3) * 2;
+    to += (row + (lane >> 2)) * BITS + (lane & 3) * 2;
+#pragma unroll
+    for (int j = 0; j < BIT_TILES; j++) {
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+            float *at = to + (i >> 1) * 8 * BITS + j * 8;
+            int bit = j * 8 + (lane & 3) * 2;
+            if (BITS % 2 == 0) {
+                if (BITS % 8 == 0 || bit < BITS) *(float2 *)at = make_pair(t[j][i], t[j][i + 1]);
+            } else {
+                if (bit < BITS) at[0] = t[j][i];
+                if (bit + 1 < BITS) at[1] = t[j][i + 1];
+            }
+        }
+    }
+}
+// The same of sixteen rows, `real` of which there are; the others' are zero.
+__device__ __forceinline__ void load_bits(float (&t)[BITS_UP / 8][4], const float *from, int row, int real) {
+    u32 lane = threadIdx.x & 31;
+    clear(t);
+    from += (row + (lane >> 2)) * BITS + (lane & 3) * 2;
 #pragma unroll
     for (int j = 0; j < BIT_TILES; j++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            bool real = BITS % 8 == 0 || j * 8 + (lane & 3) * 2 + (i & 1) < BITS;
-            if (real) to[(i >> 1) * 8 * BITS + j * 8 + (i & 1)] = 2.0f * beta * t[j][i];
+            bool is = row + (int)(lane >> 2) + (i >> 1) * 8 < real && j * 8 + (int)(lane & 3) * 2 + (i & 1) < BITS;
+            if (is) t[j][i] = from[(i >> 1) * 8 * BITS + j * 8 + (i & 1)];
         }
     }
 }
 
-// α of one table of one row; nothing where the row is padding.
-__device__ __forceinline__ void expand(float (&weights)[RADIX], const float *logits, float centre, bool real) {
-    weights[0] = 1.0f;
+// t of one table of one row.
+__device__ __forceinline__ void load_table(float (&t)[PLANES], const float *from) {
+    if constexpr (PLANES == 4) {
+        uint4 four = *(const uint4 *)from;
+        t[0] = float_of(four.x), t[1] = float_of(four.y), t[2] = float_of(four.z), t[3] = float_of(four.w);
+    } else {
+#pragma unroll
+        for (int plane = 0; plane < PLANES; plane++) t[plane] = from[plane];
+    }
+}
+// α of them, times `factor`.
+__device__ __forceinline__ void expand(float (&weights)[RADIX], const float (&t)[PLANES], float beta, float centre, float factor) {
+    weights[0] = factor;
 #pragma unroll
     for (int plane = 0; plane < PLANES; plane++) {
-        // Twice σ(−z) and σ(z), both to their own relative precision.
-        float z = logits[plane], e = exp2_fast(-1.442695041f * fabsf(z));
+        // Twice σ(−z) and σ(z) of z = 2βt, both to their own relative precision.
+        float z = beta * t[plane], e = exp2_fast(-2.885390082f * fabsf(z));
         float large = quotient(2.0f, 1.0f + e), small = e * large;
         float of_zero = z > 0.0f ? small : large, of_one = z > 0.0f ? large : small;
 #pragma unroll
@@ -75,29 +110,75 @@ __device__ __forceinline__ void expand(float (&weights)[RADIX], const float *log
             weights[2 * i] = weights[i] * of_zero;
         }
     }
+    if (centre == 0.0f) return;
 #pragma unroll
-    for (int r = 0; r < RADIX; r++) weights[r] = real ? weights[r] - centre : 0.0f;
+    for (int r = 0; r < RADIX; r++) weights[r] -= centre * factor;
 }
 
-// Weights of a tile, times `factors` of its rows where there are: each thread makes whole tables of one row.
-__device__ __forceinline__ void store_weights(const Weights &to, const float *logits, int count, float centre, const float *factors) {
+// Whether tiles of weights have room for two columns more: with a centred hash they weigh the matrix's last row, in two
+// parts, which is then a product like the others.
+constexpr bool SPARE = BUCKETS + 2 <= BUCKETS_UP;
+
+// Weights of one table of one row, times `factor`; with the first one's, of a real row, `last` in the spare column.
+__device__ __forceinline__ void store_table(const Weights &to, const float (&t)[PLANES], float beta, float centre, int row, int table, bool real, float factor, float last) {
+    // Padding weighs nothing, whatever its t.
+    float weights[RADIX], known[PLANES];
 #pragma unroll
-    for (int i = threadIdx.x; i < ROWS * TABLES; i += THREADS) {
-        int row = i % ROWS, table = i / ROWS;
-        float weights[RADIX];
-        expand(weights, logits + row * BITS + table * PLANES, centre, row < count);
-        if (factors) {
+    for (int plane = 0; plane < PLANES; plane++) known[plane] = real ? t[plane] : 0.0f;
+    expand(weights, known, beta, centre, real ? factor : 0.0f);
+    if constexpr (RADIX >= 8) {
 #pragma unroll
-            for (int r = 0; r < RADIX; r++) weights[r] *= factors[row];
-        }
-        if constexpr (RADIX >= 8) {
+        for (int r = 0; r < RADIX; r += 8) to.set_eight(row, table * RADIX + r, weights + r);
+    } else {
 #pragma unroll
-            for (int r = 0; r < RADIX; r += 8) to.set_eight(row, table * RADIX + r, weights + r);
-        } else {
+        for (int r = 0; r < RADIX; r += 2) to.set(row, table * RADIX + r, weights[r], weights[r + 1]);
+    }
+    if (SPARE && centre != 0.0f && table == 0) {
+        float x = real ? last : 0.0f, high = bf16_floats(bf16_pair(x, x)).x;
+        to.set(row, BUCKETS, high, x - high);
+    }
+}
+// Of a warp's sixteen rows from `first` on.
+template <class F>
+__device__ __forceinline__ void store_rows(const Weights &to, const float *bits, float beta, float centre, int first, int count, F factor, bool with_last) {
 #pragma unroll
-            for (int r = 0; r < RADIX; r += 2) to.set(row, table * RADIX + r, weights[r], weights[r + 1]);
+    for (int i = threadIdx.x & 31; i < 16 * TABLES; i += 32) {
+        int row = first + i / TABLES;
+        float t[PLANES], of_row = factor(row);
+        load_table(t, bits + first * BITS + i * PLANES);
+        store_table(to, t, beta, centre, row, i % TABLES, row < count, of_row, with_last ? of_row : 0.0f);
+    }
+}
+__device__ __forceinline__ float one_of(int) { return 1.0f; }
+
+// t of a tile's rows, of which each of N threads has some tables.
+template <int N> struct TileBits {
+    static constexpr int items = (ROWS * TABLES + N - 1) / N;
+    float t[items][PLANES];
+    __device__ __forceinline__ void load(const float *bits) {
+#pragma unroll
+        for (int n = 0; n < items; n++) {
+            int i = threadIdx.x % N + n * N;
+            if (i < ROWS * TABLES) load_table(t[n], bits + i * PLANES);
         }
     }
+    template <class F>
+    __device__ __forceinline__ void store(const Weights &to, float beta, float centre, int count, F factor, bool with_last) const {
+#pragma unroll
+        for (int n = 0; n < items; n++) {
+            int i = threadIdx.x % N + n * N, row = i / TABLES;
+            if (i >= ROWS * TABLES) continue;
+            float of_row = factor(row, n);
+            store_table(to, t[n], beta, centre, row, i % TABLES, row < count, of_row, with_last ? of_row : 0.0f);
+        }
+    }
+    // Of keys, each of which counts once.
+    __device__ __forceinline__ void store_keys(const Weights &to, float beta, float centre, int count, bool with_last) const {
+        store(to, beta, centre, count, [](int, int) { return 1.0f; }, with_last);
+    }
+};
+__device__ __forceinline__ void prefetch_bits(const float *bits) {
+    if (threadIdx.x * 32 < ROWS * BITS) prefetch(bits + threadIdx.x * 32);
 }
 
 // Columns past the last bucket or bit are never written again.
@@ -105,7 +186,7 @@ template <class X> __device__ __forceinline__ void clear_tile(const X &x) {
     for (int i = threadIdx.x; i < X::bytes / 4; i += THREADS) ((u32 *)x.at)[i] = 0;
 }
 
-// The matrix that a block carries, [S + 1, Dv + 1]: each of its first WARPS warps has sixteen buckets of some channels,
+// The matrix that a block carries, [S, Dv + 1], with the last row where weights have a column for it: each of its first WARPS warps has sixteen buckets of some channels,
 // and those of the first channels their mass.
 constexpr int BUCKET_TILES = BUCKETS_UP / 16;
 template <int WARPS> struct Carried {
@@ -113,10 +194,11 @@ template <int WARPS> struct Carried {
     static constexpr int PART = VALUE_DIM / CHANNEL_PARTS;
     float sums[PART / 8][4];
     float mass[4];
-    int bucket, channel;
+    int bucket, channel, rows;
     bool active;
 
-    __device__ __forceinline__ void place() {
+    __device__ __forceinline__ void place(bool last_row) {
+        rows = BUCKETS + (SPARE && last_row);
         int warp = threadIdx.x >> 5;
         bucket = warp % BUCKET_TILES * 16;
         channel = warp / BUCKET_TILES * PART;
@@ -132,10 +214,10 @@ template <int WARPS> struct Carried {
 #pragma unroll
         for (int j = 0; j < PART / 8; j++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) sums[j][i] = row_of(i) < BUCKETS ? matrix[row_of(i) * COLUMNS + column_of(j, i)] : 0.0f;
+            for (int i = 0; i < 4; i++) sums[j][i] = row_of(i) < rows ? matrix[row_of(i) * COLUMNS + column_of(j, i)] : 0.0f;
         }
 #pragma unroll
-        for (int i = 0; i < 4; i++) mass[i] = row_of(i) < BUCKETS ? matrix[row_of(i) * COLUMNS + VALUE_DIM] : 0.0f;
+        for (int i = 0; i < 4; i++) mass[i] = row_of(i) < rows ? matrix[row_of(i) * COLUMNS + VALUE_DIM] : 0.0f;
     }
     __device__ __forceinline__ void write(float *matrix) const {
         if (!active) return;
@@ -143,13 +225,13 @@ template <int WARPS> struct Carried {
         for (int j = 0; j < PART / 8; j++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                if (row_of(i) < BUCKETS) matrix[row_of(i) * COLUMNS + column_of(j, i)] = sums[j][i];
+                if (row_of(i) < rows) matrix[row_of(i) * COLUMNS + column_of(j, i)] = sums[j][i];
             }
         }
         if (!has_mass() || (threadIdx.x & 3) != 0) return;
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
-            if (row_of(i) < BUCKETS) matrix[row_of(i) * COLUMNS + VALUE_DIM] = mass[i];
+            if (row_of(i) < rows) matrix[row_of(i) * COLUMNS + VALUE_DIM] = mass[i];
         }
     }
     // Where products can take it from.
@@ -163,6 +245,50 @@ template <int WARPS> struct Carried {
         if (!has_mass() || (threadIdx.x & 3) != 0) return;
         masses[row_of(0)] = mass[0];
         masses[row_of(2)] = mass[2];
+    }
+    // What the last row's parts leave of it, as a row of its own of what products take.
+    __device__ __forceinline__ void show_last(const Entry &to) const {
+        if (!active || bucket != BUCKETS / 16 * 16) return;
+        constexpr int at = BUCKETS % 16 / 8 * 2;
+        // Another lane has shown that row as it is.
+        warp_barrier();
+        if (row_of(at) != BUCKETS) return;
+#pragma unroll
+        for (int j = 0; j < PART / 8; j++) {
+            u32 parts[TERMS];
+            split(parts, sums[j][at], sums[j][at + 1]);
+            float2 rest = make_pair(sums[j][at], sums[j][at + 1]);
+#pragma unroll
+            for (int t = 0; t < TERMS; t++) {
+                float2 part = bf16_floats(parts[t]);
+                rest.x -= part.x;
+                rest.y -= part.y;
+            }
+            to.set(BUCKETS + 1, column_of(j, 0), rest.x, rest.y);
+        }
+    }
+    __device__ __forceinline__ void scale_last(float scale) {
+#pragma unroll
+        for (int j = 0; j < PART / 8; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[j][i] *= row_of(i) == BUCKETS ? scale : 1.0f;
+        }
+    }
+    // The last row, of two parts, times `scale`: its sums, and its mass.
+    __device__ __forceinline__ void show_last(float *to, float *to_mass, float scale) const {
+        if (!active || bucket != BUCKETS / 16 * 16) return;
+        constexpr int at = BUCKETS % 16 / 8 * 2;
+        bool mine = row_of(at) == BUCKETS;
+#pragma unroll
+        for (int j = 0; j < PART / 8; j++) {
+#pragma unroll
+            for (int i = at; i < at + 2; i++) {
+                float sum = sums[j][i] + from_lane(sums[j][i], 4);
+                if (mine) to[column_of(j, i)] = sum * scale;
+            }
+        }
+        float all = mass[at] + from_lane(mass[at], 4);
+        if (mine && has_mass() && (threadIdx.x & 3) == 0 && to_mass) *to_mass = all * scale;
     }
     // Adds weightsᵀ·[x, 1] over a tile's rows.
     __device__ __forceinline__ void add(const Weights &weights, const Values &x) {
@@ -276,11 +402,6 @@ typedef float Gradient;
 typedef u16 Gradient;
 #endif
 
-__device__ __forceinline__ float2 make_pair(float x, float y) {
-    float2 pair = {x, y};
-    return pair;
-}
-
 // Results of sixteen rows and eight columns; rows past `rows` do not exist.
 template <int TYPE> __device__ __forceinline__ void store_run(void *to, i64 row_step, const float (&x)[4], int row, int column, int rows) {
     u32 lane = threadIdx.x & 31;
@@ -368,6 +489,20 @@ __device__ __forceinline__ void store_hash_inputs(void *to, i64 row_step, const 
     }
 }
 
+// Adds rows·means of sixteen channels to what two rows of a lane have so far, of a quarter of the channels.
+__device__ __forceinline__ void add_gains(float (&gain)[2], const Left<Keys::terms> &rows, const float *means) {
+    u32 lane = threadIdx.x & 31;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float2 mean = *(const float2 *)(means + (lane & 3) * 2 + (i >> 1) * 8);
+#pragma unroll
+        for (int t = 0; t < Keys::terms; t++) {
+            float2 x = bf16_floats(rows.r[t][i]);
+            gain[i & 1] += x.x * mean.x + x.y * mean.y;
+        }
+    }
+}
+
 // Both backward kernels: four of their warps carry sums, four read.
 constexpr int CARRIERS = 4;
 
@@ -452,6 +587,6 @@ __device__ __forceinline__ Left<1> seen(float value, bool diagonal) {
 }
 
 // Shared memory of both backward kernels.
-[[maybe_unused]] constexpr int BACKWARD_SHARED = (2 + (STAGES > 1)) * ROWS * (HEAD_DIM + 8) * 2 + 2 * STAGES * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes +
-                                2 * Weights::bytes + Entry::bytes + Corners::bytes + HashGradient::bytes + 2 * ROWS * BITS * 4 +
+[[maybe_unused]] constexpr int BACKWARD_SHARED = STAGES * ROWS * (HEAD_DIM + 8) * 2 + 2 * STAGES * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes +
+                                2 * Weights::bytes + Entry::bytes + Corners::bytes + HashGradient::bytes + ROWS * BITS * 4 +
                                 BUCKETS_UP * 4 + VALUE_DIM * 4 + 3 * ROWS * 4 + 4 * BITS_UP * 4 + 512;

@@ -49,9 +49,14 @@ __device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 
+// Asks for a line of memory to come nearer.
+__device__ __forceinline__ void prefetch(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 __device__ __forceinline__ void barrier() { __syncthreads(); }
 __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 __device__ __forceinline__ float from_lane(float x, u32 mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+__device__ __forceinline__ double from_lane(double x, u32 mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+__device__ __forceinline__ float of_lane(float x, u32 lane) { return __shfl_sync(0xffffffffu, x, lane); }
 __device__ __forceinline__ u32 from_lane(u32 x, u32 mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 // Of two pairs of 16-bit floats the larger sizes; NaN where either is.

@@ -169,9 +169,9 @@ impl RaceExecutor for CpuRace {
         let (state, gradient, sums) = (state.cpu(op)?, grad_state.cpu_mut(op)?, sums.cpu_mut(op)?);
         let tensors = self.tensors(call, inputs, true)?;
         let (s, reads, absorbs) = (&self.shape, call.pass.reads(), call.pass.absorbs());
-        let mut dq = self.room(call, DType::F32, s.num_q_heads, s.head_dim, reads)?;
-        let mut dk = self.room(call, DType::F32, s.num_kv_heads, s.head_dim, absorbs)?;
-        let mut dv = self.room(call, DType::F32, s.num_kv_heads, s.value_dim, absorbs)?;
+        let mut dq = self.room(call, call.gradients, s.num_q_heads, s.head_dim, reads)?;
+        let mut dk = self.room(call, call.gradients, s.num_kv_heads, s.head_dim, absorbs)?;
+        let mut dv = self.room(call, call.gradients, s.num_kv_heads, s.value_dim, absorbs)?;
         let rows = [dq.as_mut().map(Room::rows), dk.as_mut().map(Room::rows), dv.as_mut().map(Room::rows)];
         let out = Outputs { dq: rows[0].as_ref(), dk: rows[1].as_ref(), dv: rows[2].as_ref() };
         Job::new(&self.plan, &self.hashes, tensors, call, true)?.backward(state, gradient, sums, out)?;

@@ -32,7 +32,15 @@ fn results(level: Level, config: &RaceConfig, shape: &RaceShape) -> Vec<Vec<f32>
         v: Some(TensorView::f32(&v, of(hkv, dv))),
         grad_o: Some(TensorView::f32(&g, of(hq, dv))),
     };
-    let call = Call { op: "test", pass: Pass::Causal, lengths: vec![t], tokens: t, output: DType::F32, into: None };
+    let call = Call {
+        op: "test",
+        pass: Pass::Causal,
+        lengths: vec![t],
+        tokens: t,
+        output: DType::F32,
+        gradients: DType::F32,
+        into: None,
+    };
     let mut state = race.new_state("test", 1).unwrap();
     let o = race.forward(Recording::Run, &call, &inputs, &mut state).unwrap().unwrap();
     let (start, mut gradient) = (race.new_state("test", 1).unwrap(), race.new_state("test", 1).unwrap());

@@ -12,13 +12,14 @@ pub(super) enum Kernel {
     // Walking through spans, on the tensor cores.
     Sums { terms: usize },
     Forward { terms: usize, fit: Fit, output: DType },
-    BackwardQuery { terms: usize, fit: Fit },
-    BackwardKey { terms: usize, fit: Fit },
+    BackwardQuery { terms: usize, fit: Fit, gradients: DType },
+    BackwardKey { terms: usize, fit: Fit, gradients: DType },
     // For both.
     Scan { reverse: bool },
     AddParameters,
     FinishParameters,
     Step { output: DType },
+    Fold,
     // For any shape.
     Project { queries: bool },
     Weights { queries: bool },
@@ -61,6 +62,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("tiles.cuh", include_str!("../../../shaders/cuda/race/tiles.cuh")),
     ("hash.cuh", include_str!("../../../shaders/cuda/race/hash.cuh")),
     ("any.cuh", include_str!("../../../shaders/cuda/race/any/any.cuh")),
+    ("pending.cuh", include_str!("../../../shaders/cuda/race/any/pending.cuh")),
 ];
 
 impl Kernel {
@@ -76,6 +78,7 @@ impl Kernel {
             Self::AddParameters => kernel!("", "add_parameters", "race_add_parameters"),
             Self::FinishParameters => kernel!("any/", "finish_parameters", "any_finish_parameters"),
             Self::Step { .. } => kernel!("any/", "step", "any_step"),
+            Self::Fold => kernel!("any/", "fold", "any_fold"),
             Self::Project { .. } => kernel!("any/", "project", "any_project"),
             Self::Weights { .. } => kernel!("any/", "weights", "any_weights"),
             Self::ChunkSums => kernel!("any/", "chunk_sums", "any_chunk_sums"),
@@ -103,10 +106,11 @@ impl Kernel {
         let flag = |name, on: bool| if on { vec![(name, "1".to_string())] } else { Vec::new() };
         let mut defines = match self {
             Self::Sums { terms } => vec![("TERMS", terms.to_string())],
-            Self::BackwardQuery { terms, fit } | Self::BackwardKey { terms, fit } => vec![
+            Self::BackwardQuery { terms, fit, gradients } | Self::BackwardKey { terms, fit, gradients } => vec![
                 ("TERMS", terms.to_string()),
                 ("BACKWARD_BLOCKS", fit.blocks.to_string()),
                 ("STAGES", fit.stages.to_string()),
+                ("GRADIENT_TYPE", code(gradients)),
             ],
             Self::Forward { terms, fit, output } => vec![
                 ("TERMS", terms.to_string()),
@@ -127,14 +131,14 @@ impl Kernel {
             | Self::ThroughHash { queries }
             | Self::HashInputs { queries }
             | Self::HashParameters { queries } => per_head(queries),
-            Self::AddParameters | Self::FinishParameters | Self::ChunkSums | Self::Products => Vec::new(),
+            Self::AddParameters | Self::FinishParameters | Self::Fold | Self::ChunkSums | Self::Products => Vec::new(),
         };
         // Headers speak of both kinds of kernels that walk.
-        if !defines.iter().any(|(name, _)| *name == "STAGES") {
-            defines.push(("STAGES", "1".into()));
+        for (name, value) in [("STAGES", "1".into()), ("GRADIENT_TYPE", code(DType::F32))] {
+            if !defines.iter().any(|(given, _)| *given == name) {
+                defines.push((name, value));
+            }
         }
-        // Of all gradients of inputs.
-        defines.push(("GRADIENT_TYPE", code(DType::F32)));
         defines
     }
 }

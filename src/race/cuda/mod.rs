@@ -44,12 +44,13 @@ struct Workspace {
     matrices: Scratch,
     of_queries: Scratch,
     readings: Scratch,
+    /// Hashes of keys and of queries.
+    key_bits: Scratch,
+    query_bits: Scratch,
     /// Shares of the parameters' gradients.
     shares: Scratch,
     /// Of passes for any shape.
     any: [Scratch; 12],
-    /// Zeros, which steps count in.
-    counters: Option<Buffer>,
 }
 
 /// The CUDA executor.
@@ -148,6 +149,7 @@ impl RaceExecutor for CudaRace {
         if call.pass == Pass::Causal && call.tokens == 1 {
             return self.step(call, inputs, state).map(Some);
         }
+        self.fold(op, state)?;
         if let Some(gait) = self.walks(call, inputs, false) {
             let staged = self.staged(call, inputs, false)?;
             if self.walkable(&staged) {
@@ -171,12 +173,14 @@ impl RaceExecutor for CudaRace {
         let gradient = self.own_state(op, grad_state.cuda_mut(op)?)?;
         let sums = &*sums.cuda_mut(op)?;
         self.own_sums(op, sums)?;
+        self.fold(op, state)?;
         if let Some(gait) = self.walks(call, inputs, true) {
             let staged = self.staged(call, inputs, true)?;
             if self.walkable(&staged) {
                 return self.walk_backward(call, &staged, state, gradient, sums, gait);
             }
         }
+        call.wide_gradients("a shape or type that the tensor cores do not take")?;
         self.any_backward(call, inputs, state, gradient, sums)
     }
 
@@ -194,7 +198,7 @@ impl RaceExecutor for CudaRace {
 
     fn warm_up(&self, output: DType) -> WarmUp {
         let pass = if self.causal { Pass::Causal } else { Pass::Absorb };
-        let call = Call { op: "warm_up", pass, lengths: vec![2], tokens: 2, output, into: None };
+        let call = Call { op: "warm_up", pass, lengths: vec![2], tokens: 2, output, gradients: DType::F32, into: None };
         let mut kernels = vec![Kernel::Scan { reverse: false }];
         match self.walks(&call, &Inputs::default(), false) {
             Some(walk::Gait { terms, fit }) => {
@@ -212,7 +216,7 @@ impl RaceExecutor for CudaRace {
             kernels.extend([Kernel::ReadWeights { read }, Kernel::Products, Kernel::Output { output, read }]);
         }
         if self.causal {
-            kernels.push(Kernel::Step { output });
+            kernels.extend([Kernel::Step { output }, Kernel::Fold]);
         }
         let boxed = |kernel| Box::new(self.key(kernel)) as Box<dyn KernelKey>;
         WarmUp::cuda(self.ctx.clone(), kernels.into_iter().map(boxed).collect())

@@ -14,7 +14,7 @@ struct Parts {
     entry: usize,
     corners: usize,
     hash_gradient: usize,
-    logits: usize,
+    bits: usize,
     buckets_up: usize,
     bits_up: usize,
 }
@@ -31,7 +31,7 @@ fn parts(g: &Geometry, terms: usize) -> Parts {
         entry: (g.value_dim + 8) * buckets_up * terms * 2,
         corners: (buckets_up + 8) * bits_up * 2 * 2,
         hash_gradient: (bits_up + 8) * ROWS * plane_terms * 2,
-        logits: ROWS * g.bits() * 4,
+        bits: ROWS * g.bits() * 4,
         buckets_up,
         bits_up,
     }
@@ -40,7 +40,7 @@ fn parts(g: &Geometry, terms: usize) -> Parts {
 /// Of the kernel that sums keys.
 pub(super) fn sums(g: &Geometry, terms: usize) -> usize {
     let p = parts(g, terms);
-    2 * p.keys + 2 * p.values + p.planes + p.weights + p.logits + 1024
+    2 * p.keys + 2 * p.values + p.planes + p.weights + p.bits + 1024
 }
 
 /// How a kernel is laid out on a device.
@@ -55,9 +55,9 @@ pub(super) struct Fit {
 }
 
 /// Two blocks where they have room, then two tiles of each input. `most` is what a block may have; a multiprocessor has a
-/// kibibyte more, and keeps one for each block.
-fn fit(most: usize, bytes: impl Fn(usize) -> usize) -> Option<Fit> {
-    let half = (most + 1024) / 2 - 1024;
+/// kibibyte more, and keeps one for each block. Without `two` a thread needs more than half of its registers.
+fn fit(most: usize, two: bool, bytes: impl Fn(usize) -> usize) -> Option<Fit> {
+    let half = if two { (most + 1024) / 2 - 1024 } else { 0 };
     let choices = [(2, 2, half), (2, 1, half), (1, 2, most), (1, 1, most)];
     let mut fits =
         choices.into_iter().map(|(blocks, stages, limit)| (Fit { blocks, stages, bytes: bytes(stages) }, limit));
@@ -67,8 +67,8 @@ fn fit(most: usize, bytes: impl Fn(usize) -> usize) -> Option<Fit> {
 /// Of the forward kernel.
 pub(super) fn forward(g: &Geometry, terms: usize, most: usize) -> Option<Fit> {
     let p = parts(g, terms);
-    fit(most, |stages| {
-        let tiles = 2 * p.keys + stages * p.values + p.planes + 2 * p.weights + p.entry + 2 * p.logits;
+    fit(most, true, |stages| {
+        let tiles = p.keys + stages * p.values + p.planes + 2 * p.weights + p.entry + p.bits;
         tiles + p.buckets_up * 4 + g.value_dim * 4 + ROWS * 4 + 1024
     })
 }
@@ -76,9 +76,9 @@ pub(super) fn forward(g: &Geometry, terms: usize, most: usize) -> Option<Fit> {
 /// Of both backward kernels.
 pub(super) fn backward(g: &Geometry, terms: usize, most: usize) -> Option<Fit> {
     let p = parts(g, terms);
-    fit(most, |stages| {
-        let tiles = (1 + stages) * p.keys + 2 * stages * p.values + p.planes + 2 * p.weights + p.entry;
-        let small = p.corners + p.hash_gradient + 2 * p.logits + p.buckets_up * 4 + g.value_dim * 4 + 3 * ROWS * 4;
+    fit(most, p.buckets_up * terms <= 32, |stages| {
+        let tiles = stages * p.keys + 2 * stages * p.values + p.planes + 2 * p.weights + p.entry;
+        let small = p.corners + p.hash_gradient + p.bits + p.buckets_up * 4 + g.value_dim * 4 + 3 * ROWS * 4;
         tiles + small + 4 * p.bits_up * 4 + 512
     })
 }

@@ -9,15 +9,29 @@ use crate::race::executor::{StateData, StateStorage};
 use crate::tensor::{DType, Tensor};
 use std::sync::Arc;
 
-/// A and B, or gradients of them: `[batch, kv head, ensemble, bucket, value_dim + 1]` in doubles, the last column A.
+/// A and B, or gradients of them: `[batch, kv head, ensemble, bucket, value_dim + 1]` in doubles, the last column A. A
+/// step leaves its token in `pending`, which is added when there are some (see shaders/cuda/race/any/pending.cuh): how
+/// many wait is known to the device alone, since steps may be replays of a graph.
 #[derive(Debug)]
 pub(crate) struct CudaState {
     pub buffer: Buffer,
+    /// Records, `[batch, kv head]`.
+    pub pending: Buffer,
 }
 
 impl CudaState {
     pub fn bytes(&self) -> u64 {
-        self.buffer.size()
+        self.buffer.size() + self.pending.size()
+    }
+}
+
+/// Tokens that may wait: as many hashes as a block has room for.
+fn pending(bits: usize) -> usize {
+    match bits {
+        0..=64 => 16,
+        65..=128 => 8,
+        129..=256 => 4,
+        _ => 1,
     }
 }
 
@@ -50,20 +64,45 @@ impl CudaRace {
         Ok(state)
     }
 
+    /// Zeros, in the room for the tokens that wait: where nothing can be stepped there is none.
+    fn none_pending(&self, op: &'static str, batch: usize) -> Result<Buffer> {
+        let g = &self.geometry;
+        let record = 2 + pending(g.bits()) * (g.ensembles * g.bits() + g.value_dim);
+        let units = if self.causal { batch.saturating_mul(g.num_kv_heads) } else { 0 };
+        self.ctx.buffer(op, (units as u64).saturating_mul(record as u64 * 4).max(4))
+    }
+
+    /// Adds the tokens that wait to the sums, which all but a step take.
+    pub(super) fn fold(&self, op: &'static str, state: &CudaState) -> Result<()> {
+        if !self.causal {
+            return Ok(());
+        }
+        let g = &self.geometry;
+        let units = state.buffer.size() / (g.ensembles * g.state_unit() * 8) as u64;
+        let mut passes = Passes::new(&self.ctx, op);
+        let binds = vec![Bind::from(&state.buffer), Bind::from(&state.pending)];
+        passes.dispatch(self.key(Kernel::Fold), (), Grid::new(units, 256), binds)?;
+        passes.ready()?.run(&self.ctx, op)
+    }
+
     pub(super) fn zero_state(&self, op: &'static str, batch: usize) -> Result<CudaState> {
         let bytes = (batch as u64).saturating_mul(self.geometry.state_bytes());
-        Ok(CudaState { buffer: self.ctx.buffer(op, bytes)? })
+        Ok(CudaState { buffer: self.ctx.buffer(op, bytes)?, pending: self.none_pending(op, batch)? })
     }
 
     pub(super) fn copy_state(&self, op: &'static str, state: &CudaState) -> Result<CudaState> {
-        let from = &self.own_state(op, state)?.buffer;
-        let buffer = self.ctx.uninit(op, from.size())?;
-        self.ctx.copy(op, (from, 0), (&buffer, 0), from.size())?;
-        Ok(CudaState { buffer })
+        let state = self.own_state(op, state)?;
+        let copy = |from: &Buffer| -> Result<Buffer> {
+            let to = self.ctx.uninit(op, from.size())?;
+            self.ctx.copy(op, (from, 0), (&to, 0), from.size())?;
+            Ok(to)
+        };
+        Ok(CudaState { buffer: copy(&state.buffer)?, pending: copy(&state.pending)? })
     }
 
     pub(super) fn export_state(&self, op: &'static str, state: &CudaState) -> Result<StateData> {
         let buffer = &self.own_state(op, state)?.buffer;
+        self.fold(op, state)?;
         let bytes = self.ctx.read_buffer_blocking(op, buffer, 0, buffer.size())?;
         let (dim, columns) = (self.geometry.value_dim, self.geometry.columns());
         let rows = bytes.len() / 8 / columns;
@@ -81,7 +120,10 @@ impl CudaRace {
             values.extend_from_slice(row);
             values.push(*a);
         }
-        Ok(StateStorage::Cuda(CudaState { buffer: self.ctx.buffer_with(op, bytemuck::cast_slice(&values))? }))
+        let buffer = self.ctx.buffer_with(op, bytemuck::cast_slice(&values))?;
+        let g = &self.geometry;
+        let batch = values.len() / (g.num_kv_heads * g.ensembles * g.state_unit()).max(1);
+        Ok(StateStorage::Cuda(CudaState { buffer, pending: self.none_pending(op, batch)? }))
     }
 
     pub(super) fn zero_sums(&self, op: &'static str) -> Result<CudaParameterSums> {

@@ -3,7 +3,7 @@
 use super::CudaRace;
 use super::kernels::Kernel;
 use super::params::Step;
-use crate::engine::cuda::{Bind, Buffer, Grid, Passes};
+use crate::engine::cuda::{Bind, Grid, Passes};
 use crate::error::{Error, Result};
 use crate::race::cuda::state::CudaState;
 use crate::race::executor::{Call, Inputs};
@@ -13,27 +13,13 @@ use crate::tensor::Tensor;
 const CHANNELS: usize = 32;
 
 impl CudaRace {
-    /// A zero for each of `units`, which every step leaves so.
-    fn counters(&mut self, op: &'static str, units: usize) -> Result<Buffer> {
-        let bytes = (units * 4) as u64;
-        match &self.workspace.counters {
-            Some(buffer) if buffer.size() >= bytes => Ok(buffer.clone()),
-            _ => {
-                let buffer = self.ctx.buffer(op, bytes)?;
-                self.workspace.counters = Some(buffer.clone());
-                Ok(buffer)
-            }
-        }
-    }
-
-    pub(super) fn step(&mut self, call: &Call, inputs: &Inputs<'_>, state: &CudaState) -> Result<Tensor> {
+    pub(super) fn step(&self, call: &Call, inputs: &Inputs<'_>, state: &CudaState) -> Result<Tensor> {
         let (op, g, ctx) = (call.op, self.geometry, self.ctx.clone());
         let staged = self.staged(call, inputs, false)?;
         let (Some(q), Some(k), Some(v)) = (&staged.q, &staged.k, &staged.v) else {
             return Err(Error::Unsupported { op, why: "a step takes q, k and v".into() });
         };
         let units = call.batch() * g.num_kv_heads;
-        let counters = self.counters(op, units)?;
         let elements = call.batch() * g.num_q_heads * g.value_dim;
         let o = ctx.uninit(op, (elements * call.output.size()) as u64)?;
         let mut passes = Passes::new(&ctx, op);
@@ -55,7 +41,7 @@ impl CudaRace {
         let mut binds = vec![q.bind.clone(), k.bind.clone(), v.bind.clone()];
         binds.extend([&self.planes, &self.heads].map(Bind::from));
         binds.push(lengths);
-        binds.extend([&state.buffer, &counters, &o].map(Bind::from));
+        binds.extend([&state.buffer, &state.pending, &o].map(Bind::from));
         let grid = Grid::new((units * g.value_dim.div_ceil(CHANNELS)) as u64, 256);
         passes.dispatch(self.key(Kernel::Step { output: call.output }), params, grid, binds)?;
         passes.ready()?.run(&ctx, op)?;

@@ -3,7 +3,8 @@
 //! Forward: the keys of each span are summed, a scan adds the spans up (in doubles, from and back to the state), then
 //! each span's queries read. Backward: the same sums without moving the state; queries in the order of time, which also
 //! sum what they give to the gradient of the sums; a scan from the end; keys against the order of time. Beside inputs
-//! and results there are (S + 1)·(Dv + 1) floats for each span and head, and 8 bytes a query.
+//! and results there are (S + 1)·(Dv + 1) floats for each span and head, 8 bytes a query, and t of each key and query: a
+//! call hashes each of them once.
 //!
 //! Computed operands of products are rounded to bf16 in as many parts as the call's output needs: with an output of 16
 //! bits that is one part, or two where the inputs are f16, so gradients (and states) have the relative error of bf16,
@@ -116,11 +117,12 @@ impl CudaRace {
 
     fn walk(&self, call: &Call, staged: &Staged) -> Walk {
         let g = &self.geometry;
-        // Some blocks for each multiprocessor.
-        let wanted = 8 * self.ctx.caps().multiprocessors.max(1) as usize;
+        // Two blocks a multiprocessor at a time, four times or more; whole times, so that none waits for the last.
+        let at_once = 2 * self.ctx.caps().multiprocessors.max(1) as usize;
         let heads = call.batch() * g.num_kv_heads;
-        let span = (call.tokens * heads).div_ceil(wanted).next_multiple_of(TILE).clamp(TILE, SPAN);
-        let span = span.min(call.tokens.next_multiple_of(TILE));
+        let times = (call.tokens * heads).div_ceil(SPAN * at_once).max(4);
+        let spans = (times * at_once / heads).max(1);
+        let span = call.tokens.div_ceil(spans).next_multiple_of(TILE).clamp(TILE, SPAN);
         Walk {
             q: strides(staged.q.as_ref()),
             k: strides(staged.k.as_ref()),
@@ -146,7 +148,13 @@ impl CudaRace {
         u64::from(walk.batch) * u64::from(walk.spans) * (heads * self.geometry.matrix() * 4) as u64
     }
 
-    /// Sums of each span's keys, then of all before it; the state moves on but with `keep`.
+    /// Bytes of t of each token of `heads` heads.
+    fn bits_bytes(&self, walk: &Walk, heads: usize) -> u64 {
+        u64::from(walk.batch) * u64::from(walk.spans) * u64::from(walk.span) * (heads * self.geometry.bits() * 4) as u64
+    }
+
+    /// Sums of each span's keys, then of all before it; the state moves on but with `keep`. The keys' t goes to
+    /// `key_bits`, if anywhere.
     #[allow(clippy::too_many_arguments, reason = "one launch's arguments, all different")]
     fn walk_sums(
         &mut self,
@@ -157,6 +165,7 @@ impl CudaRace {
         state: &CudaState,
         terms: usize,
         keep: bool,
+        key_bits: Bind,
     ) -> Result<Buffer> {
         let g = self.geometry;
         let bytes = self.matrices_bytes(walk, g.num_kv_heads);
@@ -168,6 +177,7 @@ impl CudaRace {
             Bind::from(&self.heads),
             lengths.clone(),
             Bind::from(&matrices),
+            key_bits,
         ];
         let grid = Self::walk_grid(walk, walk.kv_heads, shared::sums(&g, terms));
         passes.dispatch(self.key(Kernel::Sums { terms }), *walk, grid, binds)?;
@@ -216,19 +226,24 @@ impl CudaRace {
         let walk = self.walk(call, staged);
         let mut passes = Passes::new(&ctx, op);
         let lengths = lengths(&mut passes, call);
-        let matrices = self.walk_sums(&mut passes, &walk, staged, &lengths, state, terms, false)?;
+        let mut key_bits = Bind::null();
+        if call.pass.reads() {
+            let bytes = self.bits_bytes(&walk, g.num_kv_heads);
+            key_bits = Bind::from(&self.workspace.key_bits.get(&ctx, op, bytes)?);
+        }
+        let matrices = self.walk_sums(&mut passes, &walk, staged, &lengths, state, terms, false, key_bits.clone())?;
         let mut o = None;
         if call.pass.reads() {
             let rows = call.batch() * call.tokens * g.num_q_heads;
             let buffer = ctx.uninit(op, (rows * g.value_dim) as u64 * call.output.size() as u64)?;
             let binds = vec![
                 bind(staged.q.as_ref()),
-                bind(staged.k.as_ref()),
                 bind(staged.v.as_ref()),
                 Bind::from(&self.planes),
                 Bind::from(&self.heads),
                 lengths,
                 Bind::from(&matrices),
+                key_bits,
                 Bind::from(&buffer),
             ];
             let grid = Self::walk_grid(&walk, walk.q_heads, fit.bytes);
@@ -255,11 +270,16 @@ impl CudaRace {
         let walk = self.walk(call, staged);
         let mut passes = Passes::new(&ctx, op);
         let lengths = lengths(&mut passes, call);
-        let matrices = self.walk_sums(&mut passes, &walk, staged, &lengths, state, terms, true)?;
+        let gradients = call.gradients;
+        let [key_bytes, query_bytes] = [g.num_kv_heads, g.num_q_heads].map(|heads| self.bits_bytes(&walk, heads));
+        let key_bits = self.workspace.key_bits.get(&ctx, op, key_bytes)?;
+        let query_bits = self.workspace.query_bits.get(&ctx, op, query_bytes)?;
+        let of_keys = Bind::from(&key_bits);
+        let matrices = self.walk_sums(&mut passes, &walk, staged, &lengths, state, terms, true, of_keys)?;
         let result = |heads: usize, width: usize| -> Result<(Buffer, Tensor)> {
-            let buffer = ctx.uninit(op, (call.batch() * call.tokens * heads * width * 4) as u64)?;
+            let buffer = ctx.uninit(op, (call.batch() * call.tokens * heads * width * gradients.size()) as u64)?;
             let shape = vec![call.batch(), call.tokens, heads, width];
-            Ok((buffer.clone(), Tensor::cuda(DType::F32, shape, buffer)))
+            Ok((buffer.clone(), Tensor::cuda(gradients, shape, buffer)))
         };
         let (dq, dq_tensor) = result(g.num_q_heads, g.head_dim)?;
         let (dk, dk_tensor) = result(g.num_kv_heads, g.head_dim)?;
@@ -272,24 +292,23 @@ impl CudaRace {
         let one = g.bits() * (g.head_dim + 1);
         let parts = u64::from(walk.batch) * u64::from(walk.spans);
         let shares = w.shares.get(&ctx, op, parts * (g.num_q_heads * one * 4) as u64)?;
-        let inputs = |with: [Bind; 6]| {
+        let inputs = |of: &Option<Input>, with: [&Buffer; 6]| {
             let mut binds = vec![
-                bind(staged.q.as_ref()),
-                bind(staged.k.as_ref()),
+                bind(of.as_ref()),
                 bind(staged.v.as_ref()),
                 bind(staged.grad_o.as_ref()),
                 Bind::from(&self.planes),
                 Bind::from(&self.heads),
                 lengths.clone(),
+                Bind::from(&matrices),
             ];
-            binds.extend(with.into_iter().take(6));
+            binds.extend(with.map(Bind::from));
             binds
         };
 
-        let mut binds = inputs([&matrices, &dq, &of_queries, &readings, &shares, &shares].map(Bind::from));
-        binds.truncate(12);
+        let binds = inputs(&staged.q, [&key_bits, &dq, &of_queries, &readings, &query_bits, &shares]);
         let grid = Self::walk_grid(&walk, walk.q_heads, fit.bytes);
-        passes.dispatch(self.key(Kernel::BackwardQuery { terms, fit }), walk, grid, binds)?;
+        passes.dispatch(self.key(Kernel::BackwardQuery { terms, fit, gradients }), walk, grid, binds)?;
         self.add_shares(&mut passes, &shares, parts as usize, g.num_q_heads, g.group, 0, 0, sums)?;
         let scan = Scan {
             state_batch: (g.num_kv_heads * g.state_unit()) as u64,
@@ -303,10 +322,9 @@ impl CudaRace {
         };
         let moving = Bind::from(&gradient.buffer);
         self.scan(&mut passes, scan, call_units(&walk), [&of_queries, &matrices], 0, moving, true)?;
-        let mut binds = inputs([&matrices, &readings, &dk, &dv, &shares, &shares].map(Bind::from));
-        binds.truncate(12);
+        let binds = inputs(&staged.k, [&readings, &query_bits, &key_bits, &dk, &dv, &shares]);
         let grid = Self::walk_grid(&walk, walk.kv_heads, fit.bytes);
-        passes.dispatch(self.key(Kernel::BackwardKey { terms, fit }), walk, grid, binds)?;
+        passes.dispatch(self.key(Kernel::BackwardKey { terms, fit, gradients }), walk, grid, binds)?;
         self.add_shares(&mut passes, &shares, parts as usize, g.num_kv_heads, 1, 0, 0, sums)?;
         passes.ready()?.run(&ctx, op)?;
         Ok(InputGradients { dq: Some(dq_tensor), dk: Some(dk_tensor), dv: Some(dv_tensor) })

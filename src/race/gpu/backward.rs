@@ -189,6 +189,7 @@ impl GpuRace {
         let op = call.op;
         self.ctx.check_alive(op)?;
         self.own(op, state)?;
+        call.wide_gradients("the path through wgpu")?;
         let budget = self.backward_budget();
         let all = pieces(&self.geometry, &budget, call.batch(), call.tokens)
             .map_err(|value| too_large(op, value, budget.binding))?;

@@ -53,8 +53,15 @@ fn pieces_add_up_to_the_whole_backwards() {
             let mut state = race.import("test", &initial).unwrap();
             let mut gradient = race.import("test", &arriving).unwrap();
             let mut sums = race.new_sums("test").unwrap();
-            let call =
-                |pass| Call { op: "test", pass, lengths: lengths.clone(), tokens, output: DType::F32, into: None };
+            let call = |pass| Call {
+                op: "test",
+                pass,
+                lengths: lengths.clone(),
+                tokens,
+                output: DType::F32,
+                gradients: DType::F32,
+                into: None,
+            };
             let found = if causal {
                 vec![race.backward(&call(Pass::Causal), &all, &state, &mut gradient, &mut sums).unwrap()]
             } else {
@@ -105,7 +112,15 @@ fn empty_sequences_give_zeros() {
     let mut gradient = race.import("test", &arriving).unwrap();
     let before = race.export("test", &gradient).unwrap();
     let mut sums = race.new_sums("test").unwrap();
-    let call = Call { op: "test", pass: Pass::Causal, lengths: vec![0, 0], tokens: 5, output: DType::F32, into: None };
+    let call = Call {
+        op: "test",
+        pass: Pass::Causal,
+        lengths: vec![0, 0],
+        tokens: 5,
+        output: DType::F32,
+        gradients: DType::F32,
+        into: None,
+    };
     let found = race.backward(&call, &inputs, &state, &mut gradient, &mut sums).unwrap();
     assert_eq!(race.export("test", &gradient).unwrap(), before);
     let (dbeta, dplanes) = race.finish_sums("test", sums).unwrap();

@@ -224,7 +224,15 @@ fn pieces_add_up_to_the_whole() {
             let mut state = race.new_state("test", batch).unwrap();
             let mut o = None;
             for pass in passes {
-                let call = Call { op: "test", pass, lengths: lengths.clone(), tokens, output: DType::F32, into: None };
+                let call = Call {
+                    op: "test",
+                    pass,
+                    lengths: lengths.clone(),
+                    tokens,
+                    output: DType::F32,
+                    gradients: DType::F32,
+                    into: None,
+                };
                 let inputs = Inputs { q: Some(q), k: Some(k), v: Some(v), grad_o: None };
                 o = race.forward(Recording::Run, &call, &inputs, &mut state).unwrap();
             }

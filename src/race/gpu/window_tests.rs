@@ -38,8 +38,15 @@ fn pieces_add_up_to_the_whole_window() {
             v: Some(TensorView::f32(&v, of(3, 10))),
             grad_o: Some(TensorView::f32(&g, of(6, 10))),
         };
-        let call =
-            Call { op: "test", pass: Pass::Causal, lengths: lengths.clone(), tokens, output: DType::F32, into: None };
+        let call = Call {
+            op: "test",
+            pass: Pass::Causal,
+            lengths: lengths.clone(),
+            tokens,
+            output: DType::F32,
+            gradients: DType::F32,
+            into: None,
+        };
         let rows = batch * window * 3;
         let of_ring = |step| RingData { k: wave(rows * 8, step), v: wave(rows * 10, step * 0.7) };
         let mut run = |pairs: usize| -> Vec<Vec<f32>> {
