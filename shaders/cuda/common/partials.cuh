@@ -14,6 +14,8 @@ __device__ __forceinline__ void store_lse(const Call& p, u64 index, float peak, 
 // Lanes share the parts' weights, then the channels.
 template <int THREADS> __device__ void merge_parts(const Call& p, const Row& row, u32 row_index, u32 first_head, u32 heads) {
     const u32 vectors = (VALUE_DIM + 3) / 4, own = (vectors + 31) / 32;
+    // Loads under way together, as small blocks have registers.
+    const u32 together = THREADS > 128 ? 8 : 16;
     u32 lane = threadIdx.x & 31;
     for (u32 h = threadIdx.x >> 5; h < heads; h += THREADS / 32) {
         u32 head = first_head + h;
@@ -34,7 +36,7 @@ template <int THREADS> __device__ void merge_parts(const Call& p, const Row& row
                 sum += state.y * weight;
             }
             u32 count = min_u32(32, row.part_count - base);
-#pragma unroll 16
+#pragma unroll together
             for (u32 j = 0; j < count; j++) {
                 float of_part = __shfl_sync(FULL_WARP, weight, j);
                 const float4* at = (const float4*)&parts[(u64)(base + j) * PART_STRIDE + 4];
