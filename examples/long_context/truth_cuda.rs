@@ -15,6 +15,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 const TEXT: &str = include_str!("truth.cu");
+/// `TILE` of that text, and bytes of shared memory that a block may have.
+const TILE: usize = 16;
+const SHARED: usize = 48 << 10;
 /// Pieces that are summed at once.
 const PIECES: usize = 4096;
 /// Pieces that the host sums too.
@@ -41,7 +44,10 @@ unsafe impl DeviceRepr for Tensors {}
 pub fn kernels(truth: &Truth) -> Result<Option<Ptx>> {
     let (channels, planes) = (truth.counter.channels, truth.planes_per_table);
     let tables = truth.planes.len() / channels / planes;
-    if !channels.is_power_of_two() || !(32..=512).contains(&channels) || tables << planes > channels {
+    let buckets = tables << planes;
+    let shared = TILE * 8 * (channels + 1 + tables * planes + 3 * buckets + 2);
+    let fits = channels.is_power_of_two() && (32..=512).contains(&channels) && buckets <= channels;
+    if !fits || shared > SHARED {
         return Ok(None);
     }
     let defines = [("HEAD", truth.head), ("PLANES", planes), ("TABLES", tables)];

@@ -555,3 +555,7 @@ fn no_such_adapter() {
 /// What only a GPU can do wrong.
 #[cfg(feature = "wgpu")]
 mod buffers;
+
+/// What only CUDA can do wrong.
+#[cfg(feature = "cuda")]
+mod cuda;
