@@ -236,6 +236,22 @@ fn in_memory(args: &Args, race: &mut Race, source: &Source, checked: &mut Checke
     Ok(times)
 }
 
+/// Runs a short stream and throws it away, so that no time has a compiler's in it.
+fn warm_up(args: &Args, race: &mut Race, counter: Counter) -> Result<()> {
+    race.warm_up(args.dtype())?;
+    let tokens = u64::from(args.tokens).min(256);
+    let mut source = Source::new(race.device(), counter, tokens)?;
+    let mut boundaries = Boundaries::new(BOUNDARIES);
+    let mut state = race.new_state(1)?;
+    let mut options = StreamOptions { boundaries: Some(&mut boundaries), ..Default::default() };
+    race.forward_stream(&mut state, &mut source, &mut |_, _| Ok(()), &mut options)?;
+    if args.direction == Direction::Both {
+        let mut stream = race.begin_backward_stream(1, tokens, None, None, Some(boundaries))?;
+        race.backward_stream(&mut stream, &mut source, &mut |_, _| Ok(()), &mut StreamOptions::default())?;
+    }
+    Ok(())
+}
+
 /// Shows a stream's progress and samples memory.
 fn watch<'a>(bar: &'a ProgressBar, peak: &'a mut Peak) -> impl FnMut(StreamProgress) -> ControlFlow<()> + 'a {
     |progress| {
@@ -289,6 +305,17 @@ fn streamed(
     Ok(times)
 }
 
+/// The truth at the checked tokens, from sums over all of them: the device's where it makes such, else the host's.
+#[cfg_attr(not(feature = "cuda"), allow(unused_variables, reason = "only CUDA devices have doubles"))]
+fn truths(args: &Args, device: &Device, truth: &Truth, wanted: &[u64], bar: &ProgressBar) -> Result<Vec<At>> {
+    let (tokens, backward) = (u64::from(args.tokens), args.direction == Direction::Both);
+    #[cfg(feature = "cuda")]
+    if let Some(truths) = truth_cuda::at(device, truth, tokens, wanted, backward, |n| bar.inc(n))? {
+        return Ok(truths);
+    }
+    Ok(truth.at(tokens, wanted, backward, |n| bar.inc(n)))
+}
+
 /// Largest error of each result, and whether all are within the tolerance.
 fn compare(args: &Args, race: &Race, counter: Counter, checked: &Checked) -> Result<bool> {
     let truth = Truth {
@@ -303,11 +330,7 @@ fn compare(args: &Args, race: &Race, counter: Counter, checked: &Checked) -> Res
     let bar = progress::bar(tokens * if backward { 2 } else { 1 });
     bar.set_message("checking in f64");
     let start = Instant::now();
-    #[cfg(feature = "cuda")]
-    let on_device = truth_cuda::at(race.device(), &truth, tokens, &checked.tokens, backward, |n| bar.inc(n))?;
-    #[cfg(not(feature = "cuda"))]
-    let on_device = None;
-    let truths = on_device.unwrap_or_else(|| truth.at(tokens, &checked.tokens, backward, |n| bar.inc(n)));
+    let truths = truths(args, race.device(), &truth, &checked.tokens, &bar)?;
     bar.finish_and_clear();
     let names = if backward { &["o", "dq", "dk", "dv"][..] } else { &["o"] };
     let mut worst = 0f64;
@@ -342,7 +365,6 @@ fn run(args: &Args) -> Result<bool> {
     let config =
         RaceConfig { planes: args.planes, tables: args.tables, beta: Beta::Shared(BETA), ..RaceConfig::default() };
     let mut race = Race::new(&device, config, shape)?;
-    race.warm_up(args.dtype())?;
     println!(
         "{} tokens, {} heads of {} channels, {:?}, P = {}, L = {}, {:?}",
         args.tokens,
@@ -364,6 +386,7 @@ fn run(args: &Args) -> Result<bool> {
     if !source.check()? {
         return Err("the device makes other tensors than the host".into());
     }
+    warm_up(args, &mut race, counter)?;
     let mut checked = Checked::new(args, &device);
     let mut peak = Peak::new(&device);
     let times = match args.mode {
