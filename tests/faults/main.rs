@@ -559,3 +559,5 @@ mod buffers;
 /// What only CUDA can do wrong.
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(all(feature = "cuda", target_os = "linux"))]
+mod drivers;
