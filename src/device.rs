@@ -437,14 +437,16 @@ impl Device {
         report
     }
 
-    /// Gives back memory that is kept for results to come: on a GPU, a few of the last large ones that were let go.
+    /// Gives back memory that is kept for results to come: on a GPU, a few of the last large ones that were let go; with
+    /// CUDA, all that its pool keeps, once the work submitted so far is done.
     pub fn trim(&self) {
         match &self.kind {
             Kind::Cpu => {}
             #[cfg(feature = "wgpu")]
             Kind::Gpu(context) => drop(context.results().release()),
+            // A lost device has nothing to give back.
             #[cfg(feature = "cuda")]
-            Kind::Cuda(_) => {}
+            Kind::Cuda(context) => drop(context.trim("trim")),
         }
     }
 

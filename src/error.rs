@@ -114,12 +114,14 @@ pub enum Error {
         reason: String,
     },
     /// An allocation failed; what was held before is unchanged.
-    #[error("{op}: out of memory asking for {bytes} bytes")]
+    #[error("{op}: out of memory asking for {bytes} bytes{}", of_memory(*.limit))]
     OutOfMemory {
         /// The operation under way.
         op: &'static str,
         /// Bytes asked for.
         bytes: u64,
+        /// Bytes that the device has in all, where it says so.
+        limit: Option<u64>,
     },
     /// The GPU runtime refused something that the plan held to be right.
     #[error("{op}: {message}")]
@@ -178,7 +180,16 @@ pub enum Error {
     },
 }
 
+fn of_memory(limit: Option<u64>) -> String {
+    limit.map_or_else(String::new, |limit| format!(", where the device has {limit} in all"))
+}
+
 impl Error {
+    /// An allocation that failed on a device that does not say how much it has.
+    pub(crate) fn out_of_memory(op: &'static str, bytes: u64) -> Self {
+        Self::OutOfMemory { op, bytes, limit: None }
+    }
+
     /// Shorthand for [`Error::Config`].
     pub(crate) fn config(field: &'static str, value: impl ToString, limit: impl ToString) -> Self {
         Self::Config { field, value: value.to_string(), limit: limit.to_string() }

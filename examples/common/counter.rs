@@ -141,8 +141,8 @@ impl Counter {
         }
     }
 
-    /// What the shader takes: base, first token, heads, channels, period, bits of the scale, whether bf16.
-    #[cfg(feature = "wgpu")]
+    /// What shaders take: base, first token, heads, channels, period, bits of the scale, whether bf16.
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
     pub fn shader_words(&self, part: Part, first: u64) -> [u32; 7] {
         let (heads, channels) = (self.heads as u32, self.channels as u32);
         let period = u32::try_from(self.period).unwrap_or(u32::MAX);

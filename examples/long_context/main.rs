@@ -8,9 +8,14 @@
 
 #[path = "../common/counter.rs"]
 mod counter;
+#[cfg(feature = "cuda")]
+#[path = "../common/counter_cuda.rs"]
+mod counter_cuda;
 #[cfg(feature = "wgpu")]
 #[path = "../common/counter_gpu.rs"]
 mod counter_gpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[path = "../common/device.rs"]
 mod device;
 mod memory;
@@ -23,6 +28,8 @@ mod source;
 mod table;
 #[cfg(test)]
 mod tests;
+#[cfg(feature = "cuda")]
+mod truth_cuda;
 
 use clap::{Parser, ValueEnum};
 use counter::Counter;
@@ -32,7 +39,7 @@ use race_truth::{At, Truth};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use softhash::{
-    Beta, Boundaries, DType, Race, RaceConfig, RaceShape, ResidentSource, SegmentGradients, SegmentSource,
+    Beta, Boundaries, DType, Device, Race, RaceConfig, RaceShape, ResidentSource, SegmentGradients, SegmentSource,
     StreamFailure, StreamOptions, StreamProgress, Tensor, Wanted,
 };
 use source::Source;
@@ -74,7 +81,8 @@ struct Args {
     mode: Mode,
     #[arg(long, value_enum, default_value = "both")]
     direction: Direction,
-    /// Tokens of a segment; of a stream 4096 on the CPU and 65536 on a GPU by default, in memory 1048576.
+    /// Tokens of a segment; of a stream 4096 on the CPU, 65536 on a GPU and 262144 with CUDA by default, in memory
+    /// 1048576.
     #[arg(long)]
     segment: Option<usize>,
     #[arg(long, value_enum, default_value = "f32")]
@@ -89,8 +97,8 @@ struct Args {
     /// Hash tables, L.
     #[arg(long, default_value_t = 2)]
     tables: usize,
-    /// Tokens compared with sums in f64 over all of the context, of one head; 0 leaves that out. On 2 cores it takes
-    /// about as long as the CPU path itself.
+    /// Tokens compared with sums in f64 over all of the context, of one head; 0 leaves that out. With CUDA the device
+    /// makes the sums, elsewhere the host: on 2 cores that takes about as long as the CPU path itself.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(..=1000))]
     check: u32,
     /// Seed of the tensors and of what is checked.
@@ -108,18 +116,21 @@ impl Args {
 }
 
 const BETA: f32 = 1.0;
-/// States that a stream keeps on its way for the backward.
-const BOUNDARIES: usize = 512;
+/// States that a stream keeps on its way for the backward; with CUDA one for each segment of a billion tokens.
+const BOUNDARIES: usize = 4096;
 
 /// Checked tokens, and what the library gave for them.
 struct Checked {
+    #[cfg(feature = "cuda")]
+    device: Device,
     head: usize,
     tokens: Vec<u64>,
     found: Vec<At>,
 }
 
 impl Checked {
-    fn new(args: &Args) -> Self {
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables, reason = "only CUDA's rows are read one by one"))]
+    fn new(args: &Args, device: &Device) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(u64::from(args.seed));
         let mut draw = |below: u64| rng.next_u64() % below;
         let mut tokens: Vec<u64> = (1..args.check).map(|_| draw(u64::from(args.tokens))).collect();
@@ -128,11 +139,21 @@ impl Checked {
         tokens.sort_unstable();
         tokens.dedup();
         let found = tokens.iter().map(|&token| At { token, ..At::default() }).collect();
-        Self { head: draw(args.heads as u64) as usize, tokens, found }
+        Self {
+            #[cfg(feature = "cuda")]
+            device: device.clone(),
+            head: draw(args.heads as u64) as usize,
+            tokens,
+            found,
+        }
     }
 
     /// Notes the checked tokens of a result over `range`.
     fn note(&mut self, range: &Range<u64>, tensor: &Tensor, of: impl Fn(&mut At) -> &mut Vec<f64>) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if cuda::note(&self.device, &mut self.found, self.head, range, tensor, &of)? {
+            return Ok(());
+        }
         Ok(race_truth::note(&mut self.found, self.head, range, tensor, of)?)
     }
 
@@ -167,7 +188,7 @@ fn in_memory(args: &Args, race: &mut Race, source: &Source, checked: &mut Checke
         let range = first..(first + step as u64).min(tokens);
         let wanted = Wanted { q: true, k: true, v: true, grad_o: backward };
         // A maker of its own for each: one reuses its buffers.
-        segments.push(source.another(race.device()).read(range.clone(), wanted)?);
+        segments.push(source.another(race.device())?.read(range.clone(), wanted)?);
         bar.inc(range.end - range.start);
     }
     let mut resident = ResidentSource::new(segments)?;
@@ -215,6 +236,22 @@ fn in_memory(args: &Args, race: &mut Race, source: &Source, checked: &mut Checke
     Ok(times)
 }
 
+/// Runs a short stream and throws it away, so that no time has a compiler's in it.
+fn warm_up(args: &Args, race: &mut Race, counter: Counter) -> Result<()> {
+    race.warm_up(args.dtype())?;
+    let tokens = u64::from(args.tokens).min(256);
+    let mut source = Source::new(race.device(), counter, tokens)?;
+    let mut boundaries = Boundaries::new(BOUNDARIES);
+    let mut state = race.new_state(1)?;
+    let mut options = StreamOptions { boundaries: Some(&mut boundaries), ..Default::default() };
+    race.forward_stream(&mut state, &mut source, &mut |_, _| Ok(()), &mut options)?;
+    if args.direction == Direction::Both {
+        let mut stream = race.begin_backward_stream(1, tokens, None, None, Some(boundaries))?;
+        race.backward_stream(&mut stream, &mut source, &mut |_, _| Ok(()), &mut StreamOptions::default())?;
+    }
+    Ok(())
+}
+
 /// Shows a stream's progress and samples memory.
 fn watch<'a>(bar: &'a ProgressBar, peak: &'a mut Peak) -> impl FnMut(StreamProgress) -> ControlFlow<()> + 'a {
     |progress| {
@@ -232,7 +269,11 @@ fn streamed(
     checked: &mut Checked,
     peak: &mut Peak,
 ) -> Result<Times> {
-    let segment_tokens = args.segment.unwrap_or(if race.device().is_cpu() { 1 << 12 } else { 1 << 16 });
+    let segment_tokens = args.segment.unwrap_or(match race.device().path_name() {
+        "cuda" => 1 << 18,
+        _ if race.device().is_cpu() => 1 << 12,
+        _ => 1 << 16,
+    });
     let bar = progress::bar(u64::from(args.tokens));
     let mut times = Times::default();
     let mut boundaries = Boundaries::new(BOUNDARIES);
@@ -242,7 +283,6 @@ fn streamed(
         let mut told = watch(&bar, peak);
         let mut options = StreamOptions {
             segment_tokens,
-            output: Some(DType::F32),
             progress: Some(&mut told),
             boundaries: (args.direction == Direction::Both).then_some(&mut boundaries),
             ..StreamOptions::default()
@@ -265,6 +305,17 @@ fn streamed(
     Ok(times)
 }
 
+/// The truth at the checked tokens, from sums over all of them: the device's where it makes such, else the host's.
+#[cfg_attr(not(feature = "cuda"), allow(unused_variables, reason = "only CUDA devices have doubles"))]
+fn truths(args: &Args, device: &Device, truth: &Truth, wanted: &[u64], bar: &ProgressBar) -> Result<Vec<At>> {
+    let (tokens, backward) = (u64::from(args.tokens), args.direction == Direction::Both);
+    #[cfg(feature = "cuda")]
+    if let Some(truths) = truth_cuda::at(device, truth, tokens, wanted, backward, |n| bar.inc(n))? {
+        return Ok(truths);
+    }
+    Ok(truth.at(tokens, wanted, backward, |n| bar.inc(n)))
+}
+
 /// Largest error of each result, and whether all are within the tolerance.
 fn compare(args: &Args, race: &Race, counter: Counter, checked: &Checked) -> Result<bool> {
     let truth = Truth {
@@ -279,7 +330,7 @@ fn compare(args: &Args, race: &Race, counter: Counter, checked: &Checked) -> Res
     let bar = progress::bar(tokens * if backward { 2 } else { 1 });
     bar.set_message("checking in f64");
     let start = Instant::now();
-    let truths = truth.at(tokens, &checked.tokens, backward, |n| bar.inc(n));
+    let truths = truths(args, race.device(), &truth, &checked.tokens, &bar)?;
     bar.finish_and_clear();
     let names = if backward { &["o", "dq", "dk", "dv"][..] } else { &["o"] };
     let mut worst = 0f64;
@@ -314,7 +365,6 @@ fn run(args: &Args) -> Result<bool> {
     let config =
         RaceConfig { planes: args.planes, tables: args.tables, beta: Beta::Shared(BETA), ..RaceConfig::default() };
     let mut race = Race::new(&device, config, shape)?;
-    race.warm_up(DType::F32)?;
     println!(
         "{} tokens, {} heads of {} channels, {:?}, P = {}, L = {}, {:?}",
         args.tokens,
@@ -332,11 +382,12 @@ fn run(args: &Args) -> Result<bool> {
         dtype: args.dtype(),
         period: u64::from(u32::MAX),
     };
-    let mut source = Source::new(&device, counter, u64::from(args.tokens));
+    let mut source = Source::new(&device, counter, u64::from(args.tokens))?;
     if !source.check()? {
         return Err("the device makes other tensors than the host".into());
     }
-    let mut checked = Checked::new(args);
+    warm_up(args, &mut race, counter)?;
+    let mut checked = Checked::new(args, &device);
     let mut peak = Peak::new(&device);
     let times = match args.mode {
         Mode::Memory => in_memory(args, &mut race, &source, &mut checked, &mut peak)?,

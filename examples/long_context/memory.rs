@@ -4,17 +4,21 @@ use softhash::Device;
 
 /// The most seen so far.
 pub struct Peak {
-    #[cfg(feature = "wgpu")]
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
     device: Device,
-    /// Bytes that wgpu holds on the device, where it keeps account of them.
+    /// Bytes that wgpu holds on the device, where it keeps account of them; with CUDA all that is taken there, the
+    /// context and other processes included.
     on_device: Option<u64>,
 }
 
 impl Peak {
-    #[cfg_attr(not(feature = "wgpu"), allow(unused_variables, reason = "only a GPU has memory of its own"))]
+    #[cfg_attr(
+        not(any(feature = "wgpu", feature = "cuda")),
+        allow(unused_variables, reason = "only a GPU has memory of its own")
+    )]
     pub fn new(device: &Device) -> Self {
         Self {
-            #[cfg(feature = "wgpu")]
+            #[cfg(any(feature = "wgpu", feature = "cuda"))]
             device: device.clone(),
             on_device: None,
         }
@@ -25,6 +29,10 @@ impl Peak {
         #[cfg(feature = "wgpu")]
         if let Some(report) = self.device.as_wgpu().and_then(|(gpu, _)| gpu.generate_allocator_report()) {
             self.on_device = self.on_device.max(Some(report.total_allocated_bytes));
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(bytes) = crate::cuda::memory_taken(&self.device) {
+            self.on_device = self.on_device.max(Some(bytes));
         }
     }
 

@@ -67,3 +67,22 @@ fn it_is_what_the_reference_says() {
     }
     assert!(truth.at(70, &[3], false, |_| ())[0].dq.is_empty());
 }
+
+/// No GPU is needed for it; a missing compiler fails only where the tests are told that it is there.
+#[cfg(feature = "cuda")]
+#[test]
+fn the_cuda_kernels_compile() {
+    // SAFETY: looks whether the library can be loaded.
+    if !unsafe { softhash::cudarc::nvrtc::sys::is_culib_present() } {
+        assert!(std::env::var_os("REQUIRE_NVRTC").is_none(), "NVRTC is missing");
+        return println!("left out: no NVRTC");
+    }
+    for (dtype, channels, planes, tables) in [(DType::Bf16, 128, 2, 2), (DType::F32, 64, 3, 3), (DType::F32, 40, 1, 2)]
+    {
+        let counter = Counter { seed: 1, heads: 3, channels, dtype, period: 1 << 20 };
+        crate::counter_cuda::fill(&counter).unwrap();
+        let rows = vec![0.0; planes * tables * channels];
+        let truth = Truth { counter, head: 2, planes: rows, planes_per_table: planes, beta: 1.0 };
+        assert_eq!(crate::truth_cuda::kernels(&truth).unwrap().is_some(), channels.is_power_of_two());
+    }
+}

@@ -24,7 +24,7 @@ impl Device {
     /// Runs on a host's own stream, in its context, which the host goes on using. All work is submitted to that stream
     /// and nothing waits for it but reads, so the host orders its own work by the stream as it does between its kernels;
     /// calls may be captured into a graph once their scratch memory is warm. This device and the results must be kept for
-    /// as long as such a graph is launched.
+    /// as long as such a graph is launched. A call leaves the context current on its thread.
     ///
     /// # Errors
     /// As [`Device::cuda`].
@@ -53,6 +53,10 @@ impl Device {
     /// graph keeps memory of this crate's; what the caller lent must stay. Views of `CudaSlice`s are made before; and
     /// while it lasts, no other thread uses the device, whose work would become part of the graph. What the host counts, as
     /// [`crate::RaceState::tokens`], it counts at the capture and not at replays.
+    ///
+    /// What calls keep account of on the host they do at once: an append counts its tokens when it is captured, also
+    /// where the capture fails later, and they hold anything until the graph is launched. A launch attends to, and
+    /// appends to, the pages that the cache had when it was captured.
     ///
     /// # Errors
     /// [`Error::WrongDevice`] on other paths; what `steps` returns; [`Error::Unsupported`] for steps that wait or read

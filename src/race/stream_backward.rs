@@ -71,6 +71,21 @@ pub struct StreamGradients {
 }
 
 impl BackwardStream {
+    /// The segments of at most `most` tokens before what is done whose states are kept, the last first, up to where one
+    /// is missing.
+    fn kept_segments(&self, most: u64) -> Vec<Range<u64>> {
+        let mut end = self.position;
+        let mut segments = Vec::new();
+        for (start, _) in self.boundaries.kept.iter().rev().filter(|(at, _)| *at < self.position) {
+            if end - start > most {
+                break;
+            }
+            segments.push(*start..end);
+            end = *start;
+        }
+        segments
+    }
+
     /// Whether nothing is left to do.
     pub fn is_done(&self) -> bool {
         self.phase == Phase::Done
@@ -218,7 +233,8 @@ impl Race {
         absorbed.map_err(|cause| Error::Stream { op, position, cause })
     }
 
-    /// Segments from the last to the first, block by block between kept states.
+    /// Segments from the last to the first: as long as the states before them are kept, one after the other; else block
+    /// by block between kept states, those between being found again.
     fn causal_phase(
         &mut self,
         stream: &mut BackwardStream,
@@ -227,35 +243,17 @@ impl Race {
         options: &mut StreamOptions<'_>,
     ) -> Result<()> {
         let op = "backward_stream";
+        let causal = wanted(Pass::Causal, true);
         while stream.position > 0 {
             // The kept state nearest before what is left.
             while stream.boundaries.kept.last().is_some_and(|(at, _)| *at >= stream.position) {
                 stream.boundaries.kept.pop();
             }
-            let Some((start, state)) = stream.boundaries.kept.last() else {
-                let cause = "no boundary state is left: the stream began with boundaries of other tokens".into();
-                return Err(Error::Stream { op, position: stream.position, cause });
-            };
-            let (start, mut state) = (*start, self.fork(state)?);
-            let ranges = options.segments(op, start..stream.position)?;
-            let mut entries = Vec::with_capacity(ranges.len());
-            if let Some((_, before_last)) = ranges.split_last() {
-                let absorb = wanted(Pass::Absorb, false);
-                sweep(
-                    op,
-                    source,
-                    before_last.to_vec(),
-                    absorb,
-                    |_| stream.position,
-                    |range, segment| {
-                        entries.push(self.fork(&state)?);
-                        self.absorb_segment(&segment, &range, &mut state, stream.position)
-                    },
-                )?;
+            let mut descending = stream.kept_segments(options.segment_tokens as u64);
+            let mut found = Vec::new();
+            if descending.is_empty() {
+                (descending, found) = self.block_states(stream, source, options)?;
             }
-            entries.push(state);
-            let descending = ranges.into_iter().rev().collect();
-            let causal = wanted(Pass::Causal, true);
             sweep(
                 op,
                 source,
@@ -263,14 +261,25 @@ impl Race {
                 causal,
                 |range| range.end,
                 |range, segment| {
-                    let state =
-                        entries.pop().ok_or(Error::Unsupported { op, why: "a segment without its state".into() })?;
-                    let inputs = inputs(&segment, &range, causal).map_err(|cause| Error::Stream {
-                        op,
-                        position: range.end,
-                        cause,
-                    })?;
-                    self.segment_backward(stream, Pass::Causal, &inputs, &state, range.clone(), range.end, sink)?;
+                    let kept = &mut stream.boundaries.kept;
+                    let (is_kept, state) = match found.pop() {
+                        Some(state) => (false, state),
+                        None => match kept.pop_if(|(at, _)| *at == range.start) {
+                            Some((_, state)) => (true, state),
+                            None => return Err(Error::Unsupported { op, why: "a segment without its state".into() }),
+                        },
+                    };
+                    let inputs = inputs(&segment, &range, causal);
+                    let inputs = inputs.map_err(|cause| Error::Stream { op, position: range.end, cause });
+                    let done = inputs.and_then(|inputs| {
+                        self.segment_backward(stream, Pass::Causal, &inputs, &state, range.clone(), range.end, sink)
+                    });
+                    if let Err(error) = done {
+                        if is_kept {
+                            stream.boundaries.kept.push((range.start, state));
+                        }
+                        return Err(error);
+                    }
                     stream.position = range.start;
                     let done = stream.tokens - range.start;
                     let progress = StreamProgress { sweep: "attend, backward", done, total: stream.tokens };
@@ -280,6 +289,40 @@ impl Race {
         }
         stream.phase = Phase::Done;
         Ok(())
+    }
+
+    /// The segments from the kept state nearest before what is left to there, the last first, and the states before
+    /// them, in order.
+    fn block_states(
+        &mut self,
+        stream: &BackwardStream,
+        source: &mut dyn SegmentSource,
+        options: &StreamOptions<'_>,
+    ) -> Result<(Vec<Range<u64>>, Vec<RaceState>)> {
+        let (op, position) = ("backward_stream", stream.position);
+        let Some((start, state)) = stream.boundaries.kept.last() else {
+            let cause = "no boundary state is left: the stream began with boundaries of other tokens".into();
+            return Err(Error::Stream { op, position, cause });
+        };
+        let mut state = self.fork(state)?;
+        let mut ranges = options.segments(op, *start..position)?;
+        let mut states = Vec::with_capacity(ranges.len());
+        if let Some((_, before_last)) = ranges.split_last() {
+            sweep(
+                op,
+                source,
+                before_last.to_vec(),
+                wanted(Pass::Absorb, false),
+                |_| position,
+                |range, segment| {
+                    states.push(self.fork(&state)?);
+                    self.absorb_segment(&segment, &range, &mut state, position)
+                },
+            )?;
+        }
+        states.push(state);
+        ranges.reverse();
+        Ok((ranges, states))
     }
 
     /// Not causal: dq of all segments, then dk and dv of all segments.

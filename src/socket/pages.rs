@@ -81,7 +81,7 @@ impl<S> Pool<S> {
 
     /// Takes a free page for one holder; [`Pool::grow`] has made sure of it.
     pub fn take(&mut self, op: &'static str) -> Result<Page> {
-        let page = self.free.pop().ok_or(Error::OutOfMemory { op, bytes: 0 })?;
+        let page = self.free.pop().ok_or(Error::out_of_memory(op, 0))?;
         self.holders[slab_of(page)][local_of(page) as usize] = 1;
         Ok(page)
     }

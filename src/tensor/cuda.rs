@@ -46,10 +46,15 @@ impl<'a> Memory<'a> {
     /// Elements from the view's first on.
     pub(super) fn elements(&self, op: &'static str, tensor: &'static str, view: &TensorView<'_>) -> Result<u64> {
         let size = view.dtype.size() as u64;
-        if self.pointer.is_multiple_of(size) {
+        let expected = if self.pointer == 0 && view.extent() > 0 {
+            "an address, got null".into()
+        } else if !self.pointer.is_multiple_of(size) {
+            format!("an address that is a multiple of {size}, got {:#x}", self.pointer)
+        } else if self.pointer.checked_add(self.bytes).is_none() {
+            format!("{} bytes below the end of the address space, got {:#x}", self.bytes, self.pointer)
+        } else {
             return Ok(self.bytes / size);
-        }
-        let expected = format!("an address that is a multiple of {size}, got {:#x}", self.pointer);
+        };
         Err(Error::Shape { op, tensor, got: view.shape.to_vec(), expected })
     }
 }

@@ -555,3 +555,9 @@ fn no_such_adapter() {
 /// What only a GPU can do wrong.
 #[cfg(feature = "wgpu")]
 mod buffers;
+
+/// What only CUDA can do wrong.
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(all(feature = "cuda", target_os = "linux"))]
+mod drivers;

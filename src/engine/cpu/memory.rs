@@ -18,7 +18,7 @@ impl Buffer {
     /// written costs address space alone; an aligned allocation would be written through at once.
     pub fn zeroed<T: Pod>(op: &'static str, elements: usize) -> Result<Self> {
         let bytes_asked = (elements as u64).saturating_mul(size_of::<T>() as u64);
-        let failed = || Error::OutOfMemory { op, bytes: bytes_asked };
+        let failed = || Error::out_of_memory(op, bytes_asked);
         let len = elements.checked_mul(size_of::<T>()).ok_or_else(failed)?;
         let room = len.checked_add(LINE).ok_or_else(failed)?;
         let bytes: Box<[u8]> = bytemuck::allocation::try_zeroed_slice_box(room).map_err(|()| failed())?;
@@ -43,7 +43,7 @@ impl Buffer {
 /// A vector of `len` zeros.
 pub(crate) fn zeros<T: Pod>(op: &'static str, len: usize) -> Result<Vec<T>> {
     let bytes = (len as u64).saturating_mul(size_of::<T>() as u64);
-    let mut zeros = bytemuck::allocation::try_zeroed_vec(len).map_err(|()| Error::OutOfMemory { op, bytes })?;
+    let mut zeros = bytemuck::allocation::try_zeroed_vec(len).map_err(|()| Error::out_of_memory(op, bytes))?;
     ask_for_large_pages(&mut zeros);
     Ok(zeros)
 }

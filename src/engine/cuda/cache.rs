@@ -9,6 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Environment variable: a folder, or `0`, `false` or `off` for none.
 const VARIABLE: &str = "SOFTHASH_KERNEL_CACHE";
 
+/// Bytes of the largest entry; kernels take some hundred KiB.
+const LARGEST: u64 = 64 << 20;
+
 /// Where compiled kernels are kept.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Place {
@@ -48,7 +51,10 @@ impl DiskCache {
     /// The code kept under `key`, if it is whole.
     pub fn load(&self, key: &str) -> Option<Vec<u8>> {
         let file = self.file(key)?;
-        let data = std::fs::read(&file).ok()?;
+        let found = std::fs::metadata(&file).ok()?;
+        // Anything else was put there by others, and reading it might not end.
+        let is_entry = found.is_file() && found.len() <= LARGEST;
+        let data = if is_entry { std::fs::read(&file).ok()? } else { Vec::new() };
         let code = unsealed(&data);
         if code.is_none() {
             tracing::warn!(file = %file.display(), "a damaged kernel cache entry is made anew");
@@ -116,6 +122,15 @@ mod tests {
             std::fs::write(&file, bytes).unwrap();
             assert_eq!(cache.load("a"), None);
         }
+        // Larger than memory, and no file at all.
+        std::fs::File::create(&file).unwrap().set_len(1 << 44).unwrap_or_default();
+        assert_eq!(cache.load("a"), None);
+        std::fs::remove_file(&file).unwrap();
+        std::fs::create_dir(&file).unwrap();
+        assert_eq!(cache.load("a"), None);
+        cache.store("a", b"code");
+        assert_eq!(cache.load("a"), None);
+        std::fs::remove_dir(&file).unwrap();
         cache.store("a", b"code");
         assert_eq!(cache.load("a").as_deref(), Some(&b"code"[..]));
         assert_eq!(std::fs::read_dir(file.parent().unwrap()).unwrap().count(), 1, "no parts are left");

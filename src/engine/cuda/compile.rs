@@ -160,8 +160,44 @@ fn try_compile(source: &KernelSource, arch: Arch, extra: &[&str]) -> Result<Comp
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::panic)]
 mod tests {
     use super::*;
+
+    fn source(text: &'static str) -> KernelSource {
+        let headers = &[("twice.cuh", "#pragma once\n__device__ int twice(int x) { return 2 * x; }\n")];
+        KernelSource { file: "bad.cu", text, headers, defines: vec![("N", "7".into())], options: &[], entry: "bad" }
+    }
+
+    /// No GPU is needed for it; a missing compiler fails only where the tests are told that it is there.
+    #[test]
+    fn what_does_not_compile_says_which_kernel_and_where() {
+        if super::super::driver::nvrtc().is_none() {
+            assert!(std::env::var_os("REQUIRE_NVRTC").is_none(), "NVRTC is missing");
+            return println!("left out: no NVRTC");
+        }
+        for (text, part) in [
+            ("extern \"C\" __global__ void bad(int* to) {\n  to[0] = nothing; }", "bad.cu(2): error"),
+            ("\n#include \"twice.cuh\"\nvoid bad() { twice(); }", "bad.cu(3): error"),
+            ("#include \"gone.cuh\"\n", "bad.cu, line 1: no header \"gone.cuh\""),
+            ("extern \"C\" __global__ void bad(int* to) { asm(\"no.such.instruction;\"); }", "ptxas"),
+            ("void bad() { \0 }", "a zero byte"),
+        ] {
+            let Err(error) = compile("test", "kernel's label", &source(text), Arch::real(90), &[]) else {
+                panic!("{text:?} compiles")
+            };
+            assert!(matches!(error, Error::Gpu { op: "test", .. }), "{error:?}");
+            let error = error.to_string();
+            assert!(error.contains("kernel kernel's label for sm_90a: ") && error.contains(part), "{error}");
+        }
+        let good = source("#include \"twice.cuh\"\nextern \"C\" __global__ void bad(int* to) { *to = twice(N); }");
+        assert!(!compile("test", "good", &good, Arch::real(90), &[]).unwrap().image.is_empty());
+        let error = compile("test", "good", &good, Arch::real(90), &["--no-such-option"]).map(drop).unwrap_err();
+        assert!(error.to_string().contains("no-such-option"), "{error}");
+        // Of a GPU that the compiler does not know.
+        let error = compile("test", "good", &good, Arch::real(12), &[]).map(drop).unwrap_err();
+        assert!(error.to_string().contains("sm_12"), "{error}");
+    }
 
     #[test]
     fn the_nearest_code_is_chosen() {

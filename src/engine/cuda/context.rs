@@ -39,7 +39,7 @@ impl Context {
             let names: Vec<_> = found.iter().map(|device| format!("cuda:{} {}", device.ordinal, device.name)).collect();
             return Err(Error::NoAdapter { wanted: format!("cuda:{ordinal}"), found: names.join(", ") });
         }
-        let failed = |error| Error::Gpu { op, message: format!("cuda:{ordinal}: {}", driver::words(error)) };
+        let failed = |error| unopened(op, &format!("cuda:{ordinal}: "), error);
         let stream = outside_capture(|| {
             let context = CudaContext::new(ordinal)?;
             // SAFETY: no slices are made between the two. With tracking on, the first stream would wait for all work of
@@ -59,12 +59,12 @@ impl Context {
         let op = "open device";
         let versions = driver::versions()?;
         let context = stream.context().clone();
-        let caps = Caps::new(&context, versions).map_err(|e| Error::Gpu { op, message: driver::words(e) })?;
+        let failed = |error| unopened(op, "", error);
+        let caps = Caps::new(&context, versions).map_err(failed)?;
         driver::check_capability(&caps.name, caps.capability)?;
         let arch = caps.arch()?;
-        bind(&context).map_err(|error| Error::Gpu { op, message: driver::words(error) })?;
-        let pool = outside_capture(|| Pool::new(context.ordinal(), caps.memory))
-            .map_err(|error| Error::Gpu { op, message: driver::words(error) })?;
+        bind(&context).map_err(failed)?;
+        let pool = outside_capture(|| Pool::new(context.ordinal(), caps.memory)).map_err(failed)?;
         let kernels = Kernels::new(arch, versions, place);
         let (lost, capture, waiter) = (Lost::default(), Capture::default(), Waiter::default());
         let context = Self { context, stream, caps, lost, kernels, pool, capture, waiter };
@@ -116,7 +116,7 @@ impl Context {
     pub(super) fn error(&self, op: &'static str, error: DriverError) -> Error {
         let message = driver::words(error);
         if driver::is_sticky(error.0) {
-            self.lost.set(message.clone());
+            self.lost.set(lost_words(&message));
         }
         match (self.lost.check(op), error.0) {
             (Err(lost), _) => lost,
@@ -133,7 +133,7 @@ impl Context {
     }
 
     /// Refuses what cannot be part of a graph, before the driver breaks the capture off.
-    pub(super) fn refuse_capture(&self, op: &'static str, what: &str) -> Result<()> {
+    pub fn refuse_capture(&self, op: &'static str, what: &str) -> Result<()> {
         if !self.is_capturing() {
             return Ok(());
         }
@@ -182,6 +182,20 @@ impl Context {
     /// Where compiled kernels are kept, if they are.
     pub fn cache_folder(&self) -> Option<&Path> {
         self.kernels.folder()
+    }
+}
+
+/// A lost device in words: a process cannot get its context back.
+fn lost_words(message: &str) -> String {
+    format!("{message}; nothing runs on it any more until this process ends")
+}
+
+/// Why a device cannot be opened: one that work of this process broke before stays broken.
+fn unopened(op: &'static str, prefix: &str, error: DriverError) -> Error {
+    let message = format!("{prefix}{}", driver::words(error));
+    match driver::is_sticky(error.0) {
+        true => Error::DeviceLost { op, reason: lost_words(&message) },
+        false => Error::Gpu { op, message },
     }
 }
 

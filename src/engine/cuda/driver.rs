@@ -11,6 +11,9 @@ const OLDEST_DRIVER: Version = Version(12, 0);
 /// The oldest GPUs that the kernels are written for: bf16, asynchronous copies.
 const OLDEST_GPU: (i32, i32) = (8, 0);
 
+/// What is called before the version is known.
+const FIRST_CALLS: [&str; 4] = ["cuInit", "cuDriverGetVersion", "cuDeviceGetCount", "cuGetErrorString"];
+
 /// Major and minor version of CUDA, as drivers and compilers count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Version(pub i32, pub i32);
@@ -52,6 +55,11 @@ fn load() -> std::result::Result<Version, Absent> {
     // SAFETY: loading a library runs its initialisers; this one is the system's own driver.
     if !unsafe { sys::is_culib_present() } {
         return Err(Absent::Driver);
+    }
+    // SAFETY: it is present, and the symbols are looked up, not called.
+    let has = |name: &&str| unsafe { sys::culib().get::<*const ()>(name.as_bytes()) }.is_ok();
+    if let Some(name) = FIRST_CALLS.iter().find(|name| !has(name)) {
+        return Err(Absent::Broken(format!("its library has no {name}")));
     }
     let broken = |error: DriverError| match error.0 {
         CUresult::CUDA_ERROR_NO_DEVICE => Absent::Device,

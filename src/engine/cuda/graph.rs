@@ -54,6 +54,13 @@ impl Drop for CudaGraph {
 }
 
 impl Context {
+    /// Keeps buffers that kernels find by addresses in memory, as [`Context::pin`].
+    pub fn pin_all(&self, buffers: &[Buffer]) {
+        if self.is_capturing() {
+            buffers.iter().for_each(|buffer| self.pin_captured(buffer));
+        }
+    }
+
     /// Keeps `buffer` for as long as a capture under way may refer to it.
     pub(super) fn pin(&self, buffer: &Buffer) {
         if self.is_capturing() {

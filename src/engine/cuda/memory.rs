@@ -145,6 +145,11 @@ impl Buffer {
     }
 }
 
+/// The product of sizes; what no device has where it passes 64 bits.
+pub(crate) fn bytes_of(sizes: &[usize]) -> u64 {
+    sizes.iter().fold(1, |bytes, &size| u64::saturating_mul(bytes, size as u64))
+}
+
 impl Context {
     /// Device memory that holds anything.
     ///
@@ -152,15 +157,13 @@ impl Context {
     /// [`Error::OutOfMemory`], [`Error::DeviceLost`].
     pub fn uninit(self: &Arc<Self>, op: &'static str, bytes: u64) -> Result<Buffer> {
         self.bind(op)?;
-        let refused = || Error::OutOfMemory { op, bytes };
+        let refused = || Error::OutOfMemory { op, bytes, limit: Some(self.caps().memory) };
         let size = bytes.max(1).checked_next_multiple_of(GRAIN).ok_or_else(refused)?;
         let size = usize::try_from(size).map_err(|_| refused())?;
         let pointer = match self.take(size) {
             Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) if !self.is_capturing() => {
                 // What the pool keeps may be in pieces; what is done by now may come back.
-                self.settle(op)?;
-                // SAFETY: the pool lives as long as `self`.
-                let _ = outside_capture(|| unsafe { result::mem_pool::trim_to(self.pool.pool, 0) });
+                self.trim(op)?;
                 self.take(size)
             }
             other => other,
@@ -194,14 +197,53 @@ impl Context {
         })
     }
 
-    /// Device memory of zeros.
+    /// Device memory of zeros; while a graph is captured, zeros from now on and again at every launch.
     ///
     /// # Errors
     /// As [`Context::uninit`].
     pub fn buffer(self: &Arc<Self>, op: &'static str, bytes: u64) -> Result<Buffer> {
         let buffer = self.uninit(op, bytes)?;
+        if self.is_capturing() {
+            // Its owner may use it outside of the graph, which may never be launched.
+            let (pointer, size) = (buffer.pointer(), buffer.size() as usize);
+            // SAFETY: inside the buffer, which nobody else knows yet.
+            self.aside(op, |stream| unsafe { result::memset_d8_async(pointer, 0, size, stream) })?;
+        }
         self.clear(op, &buffer)?;
         Ok(buffer)
+    }
+
+    /// Device memory that holds `data` as soon as the call returns, inside a capture too and no part of it: for what
+    /// graphs only read.
+    ///
+    /// # Errors
+    /// As [`Context::uninit`].
+    pub fn constant(self: &Arc<Self>, op: &'static str, data: &[u8]) -> Result<Buffer> {
+        let buffer = self.uninit(op, data.len() as u64)?;
+        if !data.is_empty() {
+            let pointer = buffer.pointer();
+            // SAFETY: as large as `data`, which outlives the call, and nobody else knows it yet.
+            self.aside(op, |stream| unsafe { result::memcpy_htod_async(pointer, data, stream) })?;
+        }
+        Ok(buffer)
+    }
+
+    /// Does something to memory that was just taken while a graph is captured, outside of it, and waits for it.
+    fn aside(&self, op: &'static str, act: impl FnOnce(sys::CUstream) -> Result<(), DriverError>) -> Result<()> {
+        let stream = self.pool.aside;
+        let done = outside_capture(|| {
+            act(stream)?;
+            // SAFETY: the stream lives as long as `self`.
+            unsafe { result::stream::synchronize(stream) }
+        });
+        self.check(op, done)
+    }
+
+    /// Gives the driver back what the pool keeps for allocations to come; waits for the device.
+    pub fn trim(&self, op: &'static str) -> Result<()> {
+        self.settle(op)?;
+        // SAFETY: the pool lives as long as `self`.
+        self.check(op, outside_capture(|| unsafe { result::mem_pool::trim_to(self.pool.pool, 0) }))
     }
 
     /// Fills with zeros.

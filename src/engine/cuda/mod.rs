@@ -34,7 +34,7 @@ pub(crate) use context::Context;
 pub(crate) use driver::{Found, devices, driver};
 pub use graph::CudaGraph;
 pub(crate) use input::{Input, Strides, stage};
-pub(crate) use memory::Buffer;
+pub(crate) use memory::{Buffer, bytes_of};
 pub(crate) use module::{Kernel, KernelKey, KernelSource};
 #[cfg(test)]
 pub(crate) use passes::WriteKey;

@@ -3,8 +3,8 @@
 use super::context::{Context, outside_capture};
 use super::memory::Buffer;
 use crate::error::{Error, Result};
-use cudarc::driver::result;
-use cudarc::driver::sys::{self, CUevent_flags};
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys::{self, CUevent_flags, CUresult};
 use std::ffi::c_void;
 use std::sync::Arc;
 
@@ -21,9 +21,11 @@ unsafe impl Send for Pinned {}
 impl Pinned {
     fn new(ctx: &Arc<Context>, op: &'static str, bytes: usize) -> Result<Self> {
         // SAFETY: freed by `Drop`; the context is bound by the caller.
-        let pointer = outside_capture(|| unsafe { result::malloc_host(bytes, 0) });
-        let pointer = pointer.map_err(|_| Error::OutOfMemory { op, bytes: bytes as u64 })?;
-        Ok(Self { ctx: ctx.clone(), pointer, bytes })
+        match outside_capture(|| unsafe { result::malloc_host(bytes, 0) }) {
+            Ok(pointer) => Ok(Self { ctx: ctx.clone(), pointer, bytes }),
+            Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => Err(Error::out_of_memory(op, bytes as u64)),
+            Err(error) => Err(ctx.error(op, error)),
+        }
     }
 
     /// The content, once the copy into it is done.

@@ -313,7 +313,7 @@ pub(super) fn scoped<T>(
     let memory = memory.pop().now_or_never().flatten();
     if memory.is_some() {
         return Err(match bytes {
-            Some(bytes) => Error::OutOfMemory { op, bytes },
+            Some(bytes) => Error::out_of_memory(op, bytes),
             None => Error::Gpu { op, message: "the device is out of memory".into() },
         });
     }

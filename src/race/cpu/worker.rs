@@ -145,7 +145,7 @@ impl Memory {
         let states = if needs.block == 0 { 0 } else { needs.blocks.saturating_add(1) };
         let state = plan.masses().saturating_mul(plan.value_dim + 1);
         let tiles = usize::try_from(Scratch::len(plan, needs));
-        let tiles = tiles.map_err(|_| Error::OutOfMemory { op, bytes: u64::MAX })?;
+        let tiles = tiles.map_err(|_| Error::out_of_memory(op, u64::MAX))?;
         Ok(Self {
             tiles: Buffer::zeroed::<f32>(op, tiles)?,
             wide: Buffer::zeroed::<f64>(op, states.saturating_mul(state))?,

@@ -6,7 +6,7 @@ use super::CudaRace;
 use super::kernels::Kernel;
 use super::params::{PieceParams, Scan};
 use super::state::{CudaParameterSums, CudaState};
-use crate::engine::cuda::{Bind, Buffer, Grid, Input, Passes, stage};
+use crate::engine::cuda::{Bind, Buffer, Grid, Input, Passes, bytes_of, stage};
 use crate::error::{Error, Result};
 use crate::race::executor::{Call, InputGradients, Inputs, Pass, needed};
 use crate::race::plan::{Budget, CHUNK, Geometry, Piece, pieces};
@@ -250,7 +250,7 @@ impl CudaRace {
         let (op, g, ctx) = (call.op, self.geometry, self.ctx.clone());
         let row = g.num_q_heads * g.value_dim;
         let output = if call.pass.reads() {
-            Some(ctx.buffer(op, (call.batch() * call.tokens * row) as u64 * call.output.size() as u64)?)
+            Some(ctx.buffer(op, bytes_of(&[call.batch(), call.tokens, row, call.output.size()]))?)
         } else {
             None
         };
@@ -337,7 +337,7 @@ impl CudaRace {
     ) -> Result<InputGradients> {
         let (op, ctx) = (call.op, self.ctx.clone());
         let gradient_of = |view: Option<TensorView<'_>>| -> Result<Option<Buffer>> {
-            let bytes = |view: TensorView<'_>| view.shape().iter().product::<usize>() as u64 * 4;
+            let bytes = |view: TensorView<'_>| bytes_of(&view.shape()).saturating_mul(4);
             view.map(|view| ctx.buffer(op, bytes(view))).transpose()
         };
         let results = Results { dq: gradient_of(inputs.q)?, dk: gradient_of(inputs.k)?, dv: gradient_of(inputs.v)? };

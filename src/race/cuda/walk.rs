@@ -15,7 +15,7 @@ use super::kernels::Kernel;
 use super::params::{Scan, Shares, Walk};
 use super::shared::{self, Fit};
 use super::state::{CudaParameterSums, CudaState};
-use crate::engine::cuda::{Bind, Buffer, Grid, Input, Passes, stage};
+use crate::engine::cuda::{Bind, Buffer, Grid, Input, Passes, bytes_of, stage};
 use crate::error::Result;
 use crate::race::executor::{Call, InputGradients, Inputs, Pass, needed};
 use crate::tensor::{DType, Tensor};
@@ -234,8 +234,8 @@ impl CudaRace {
         let matrices = self.walk_sums(&mut passes, &walk, staged, &lengths, state, terms, false, key_bits.clone())?;
         let mut o = None;
         if call.pass.reads() {
-            let rows = call.batch() * call.tokens * g.num_q_heads;
-            let buffer = ctx.uninit(op, (rows * g.value_dim) as u64 * call.output.size() as u64)?;
+            let size = call.output.size();
+            let buffer = ctx.uninit(op, bytes_of(&[call.batch(), call.tokens, g.num_q_heads, g.value_dim, size]))?;
             let binds = vec![
                 bind(staged.q.as_ref()),
                 bind(staged.v.as_ref()),
@@ -277,15 +277,15 @@ impl CudaRace {
         let of_keys = Bind::from(&key_bits);
         let matrices = self.walk_sums(&mut passes, &walk, staged, &lengths, state, terms, true, of_keys)?;
         let result = |heads: usize, width: usize| -> Result<(Buffer, Tensor)> {
-            let buffer = ctx.uninit(op, (call.batch() * call.tokens * heads * width * gradients.size()) as u64)?;
+            let buffer = ctx.uninit(op, bytes_of(&[call.batch(), call.tokens, heads, width, gradients.size()]))?;
             let shape = vec![call.batch(), call.tokens, heads, width];
             Ok((buffer.clone(), Tensor::cuda(gradients, shape, buffer)))
         };
         let (dq, dq_tensor) = result(g.num_q_heads, g.head_dim)?;
         let (dk, dk_tensor) = result(g.num_kv_heads, g.head_dim)?;
         let (dv, dv_tensor) = result(g.num_kv_heads, g.value_dim)?;
+        let of_queries = self.matrices_bytes(&walk, g.num_q_heads);
         let w = &mut self.workspace;
-        let of_queries = self.geometry.matrix() as u64 * 4 * u64::from(walk.batch * walk.spans * walk.q_heads);
         let of_queries = w.of_queries.get(&ctx, op, of_queries)?;
         let rows = (call.batch() * call.tokens * g.num_q_heads) as u64;
         let readings = w.readings.get(&ctx, op, rows * 8)?;

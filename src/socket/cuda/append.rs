@@ -36,7 +36,7 @@ impl CudaExecutor {
             self.sequences[seq].pages = list;
         }
         growth.replaced.into_iter().for_each(|(old, _)| self.pool.release(old));
-        self.table.submitted();
+        self.table.submitted(&self.ctx);
         Ok(())
     }
 
@@ -63,6 +63,7 @@ impl CudaExecutor {
         let k = stage(&ctx, op, "k", k, 0..batch, 0..tokens)?;
         let v = stage(&ctx, op, "v", v, 0..batch, 0..tokens)?;
         let mut passes = Passes::new(&ctx, op);
+        ctx.pin_all(&self.pool.slabs);
         let mut lists: Vec<&[Page]> = self.sequences.iter().map(|s| s.pages.as_slice()).collect();
         for (seq, list) in &growth.lists {
             lists[*seq] = list;

@@ -4,7 +4,7 @@ use super::CudaExecutor;
 use super::kernels::Kernel;
 use super::params::{Call, NEAR, Numbers, Row, Slot};
 use super::plan::{BINS, CANDIDATES, MOST_ROWS};
-use crate::engine::cuda::{Bind, Buffer, CudaTimer, Grid, Passes, Ready, Scratch, stage};
+use crate::engine::cuda::{Bind, Buffer, CudaTimer, Grid, Passes, Ready, Scratch, bytes_of, stage};
 use crate::error::{Error, Result};
 use crate::socket::executor::{Attended, Selection, StageTime};
 use crate::socket::plan::score_stride;
@@ -90,7 +90,7 @@ impl CudaExecutor {
     }
 
     fn output(&self, op: &'static str, dtype: DType, shape: Vec<usize>) -> Result<(Tensor, Buffer)> {
-        let bytes = (shape.iter().product::<usize>() * dtype.size()) as u64;
+        let bytes = bytes_of(&shape).saturating_mul(dtype.size() as u64);
         let buffer = self.ctx.uninit(op, bytes)?;
         Ok((Tensor::cuda(dtype, shape, buffer.clone()), buffer))
     }
@@ -109,6 +109,7 @@ impl CudaExecutor {
         let mut passes = Passes::new(&ctx, op);
         if !problem.rows.is_empty() {
             let input = stage(&ctx, op, "q", q, 0..problem.batch(), 0..problem.tq)?;
+            ctx.pin_all(&self.pool.slabs);
             let lists: Vec<_> = self.sequences.iter().map(|s| s.pages.as_slice()).collect();
             let table = self.table.update(&mut passes, &ctx, &self.pool, &g, lists.into_iter())?;
             let numbers = Numbers {
@@ -329,7 +330,7 @@ impl CudaExecutor {
         let timer = CudaTimer::new(&self.ctx, stages.len().max(1) as u32)?;
         let timer = timer.ok_or(Error::Unsupported { op, why: "the driver is too old to time with".into() })?;
         ready.submit(&self.ctx, op, Some(&timer))?;
-        self.table.submitted();
+        self.table.submitted(&self.ctx);
         let times = timer.read_blocking()?;
         let timed = |(stage, time): (_, Option<f64>)| StageTime { stage, nanoseconds: time.unwrap_or(f64::NAN) };
         Ok(stages.into_iter().zip(times).map(timed).collect())

@@ -135,7 +135,7 @@ impl CudaExecutor {
             self.free_slots = (self.slots as u32..slots as u32).rev().collect();
             self.slots = slots;
         }
-        let slot = *self.free_slots.last().ok_or(Error::OutOfMemory { op, bytes })?;
+        let slot = *self.free_slots.last().ok_or(Error::out_of_memory(op, bytes))?;
         let at = u64::from(slot) * bytes;
         match from {
             Some(from) => self.ctx.copy(op, (&self.state, u64::from(from) * bytes), (&self.state, at), bytes)?,
@@ -190,7 +190,7 @@ impl Executor for CudaExecutor {
         rec.only_run(problem.op)?;
         let (ready, attended) = self.prepare(q, problem)?;
         ready.run(&self.ctx, problem.op)?;
-        self.table.submitted();
+        self.table.submitted(&self.ctx);
         Ok(attended)
     }
 
@@ -218,6 +218,8 @@ impl Executor for CudaExecutor {
     fn fork(&mut self, seq: Option<usize>, _: SeqState) -> Result<()> {
         let op = "fork";
         self.ctx.check_alive(op)?;
+        // Means and gains would be copied at launches only, and the others' too where the buffer grows.
+        self.ctx.refuse_capture(op, "no sequence can be added")?;
         let source = seq.map(|s| self.sequences[s].clone());
         let slot = self.take_slot(op, source.as_ref().map(|s| s.slot))?;
         let pages = source.map(|s| s.pages).unwrap_or_default();

@@ -27,6 +27,23 @@ pub(crate) fn place<'a>(pool: &'a Pool, g: &Geometry, page: Page) -> (&'a Buffer
     (&pool.slabs[slab_of(page)], u64::from(local_of(page)) * page_bytes(g))
 }
 
+/// The address of each page, a row of `stride` for each list.
+fn addresses<'a>(
+    pool: &Pool,
+    g: &Geometry,
+    lists: impl ExactSizeIterator<Item = &'a [Page]>,
+    stride: usize,
+) -> Vec<u64> {
+    let mut addresses = vec![0u64; lists.len() * stride];
+    for (row, list) in addresses.chunks_exact_mut(stride).zip(lists) {
+        for (address, &page) in row.iter_mut().zip(list) {
+            let (slab, at) = place(pool, g, page);
+            *address = slab.pointer() + at;
+        }
+    }
+    addresses
+}
+
 /// The table on the device, and whether it says what it should.
 #[derive(Default)]
 pub(crate) struct Table {
@@ -41,16 +58,17 @@ impl Table {
         self.current = false;
     }
 
-    /// To be called once the passes that [`Table::update`] was part of are submitted.
-    pub fn submitted(&mut self) {
-        self.current = true;
+    /// To be called once the passes that [`Table::update`] was part of are submitted. A graph has a table of its own.
+    pub fn submitted(&mut self, ctx: &Context) {
+        self.current |= !ctx.is_capturing();
     }
 
     pub fn bytes(&self) -> u64 {
         self.buffer.as_ref().map_or(0, Buffer::size)
     }
 
-    /// The table for kernels, and its stride; brought up to date by `passes` where it is not, with these lists.
+    /// The table for kernels, and its stride; brought up to date by `passes` where it is not, with these lists. A graph
+    /// gets one that stays as it is, as later calls and launches come in any order.
     pub fn update<'a>(
         &mut self,
         passes: &mut Passes<'_>,
@@ -61,6 +79,10 @@ impl Table {
     ) -> Result<(Bind, u32)> {
         let op = passes.op();
         let longest = lists.clone().map(<[Page]>::len).max().unwrap_or(0).max(1);
+        if ctx.is_capturing() {
+            let table = ctx.constant(op, bytemuck::cast_slice(&addresses(pool, g, lists, longest)))?;
+            return Ok((Bind::from(&table), longest as u32));
+        }
         let room = |stride: usize| (lists.len().max(1) * stride * 8) as u64;
         let fits =
             self.buffer.as_ref().is_some_and(|buffer| longest <= self.stride && room(self.stride) <= buffer.size());
@@ -70,15 +92,9 @@ impl Table {
             self.buffer = Some(ctx.uninit(op, room(self.stride).next_power_of_two())?);
             self.current = false;
         }
-        let buffer = self.buffer.as_ref().ok_or(Error::OutOfMemory { op, bytes: room(self.stride) })?;
+        let buffer = self.buffer.as_ref().ok_or(Error::out_of_memory(op, room(self.stride)))?;
         if !self.current && lists.len() > 0 {
-            let mut addresses = vec![0u64; lists.len() * self.stride];
-            for (row, list) in addresses.chunks_exact_mut(self.stride).zip(lists) {
-                for (address, &page) in row.iter_mut().zip(list) {
-                    let (slab, at) = place(pool, g, page);
-                    *address = slab.pointer() + at;
-                }
-            }
+            let addresses = addresses(pool, g, lists, self.stride);
             let bytes = (addresses.len() * 8) as u64;
             let part = passes.part(&addresses);
             passes.copy(part, Bind::from(buffer), bytes);

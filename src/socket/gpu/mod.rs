@@ -130,7 +130,7 @@ impl GpuExecutor {
             self.free_slots = (self.slots as u32..slots as u32).rev().collect();
             self.slots = slots;
         }
-        let slot = *self.free_slots.last().ok_or(crate::Error::OutOfMemory { op, bytes })?;
+        let slot = *self.free_slots.last().ok_or(crate::Error::out_of_memory(op, bytes))?;
         let mut encoder = self.ctx.encoder(op);
         let to = u64::from(slot) * bytes;
         match from {
