@@ -15,7 +15,7 @@ pub fn measure(device: &Device) -> [f64; 2] {
     let small = device.is_cpu() || device.report().gpu.is_some_and(|g| g.software);
     let bytes: u64 = if small { 64 << 20 } else { 1 << 29 };
     match device.as_wgpu() {
-        Some((gpu, queue)) => [("copy_all", 2.0), ("read_all", 1.0)]
+        Some((gpu, queue)) => [(COPY, 2.0), ("read_all", 1.0)]
             .map(|(kernel, times)| times * bytes as f64 / gpu_seconds(device, gpu, queue, kernel, bytes)),
         None => host(bytes as usize),
     }
@@ -43,6 +43,10 @@ fn host(bytes: usize) -> [f64; 2] {
     [2.0 * bytes as f64 / copy, bytes as f64 / read]
 }
 
+const COPY: &str = "copy_all";
+/// What lies at the end of what is copied or read.
+const MARK: [u32; 4] = [0x5eed_5eed, 0, 0, 0];
+
 /// By compute shaders, which show what a kernel can move; a driver's buffer copy may take a slower engine.
 const SHADER: &str = "
     @group(0) @binding(0) var<storage, read> a: array<vec4<u32>>;
@@ -57,17 +61,18 @@ const SHADER: &str = "
     fn read_all(@builtin(workgroup_id) g: vec3<u32>, @builtin(local_invocation_index) i: u32) {
         let at = g.x * 1024u + i;
         let x = a[at] ^ a[at + 256u] ^ a[at + 512u] ^ a[at + 768u];
-        // Never, but the compiler cannot know.
+        // Of one marked place, but the compiler cannot know.
         if (x.x + x.y + x.z + x.w == 0x5eed5eedu) { b[0] = x; }
     }";
 
 /// Seconds of one pass over buffers of `bytes`, the least of some.
 fn gpu_seconds(device: &Device, gpu: &wgpu::Device, queue: &wgpu::Queue, kernel: &str, bytes: u64) -> f64 {
-    let buffer = || {
-        let (size, usage) = (bytes, wgpu::BufferUsages::STORAGE);
+    let buffer = |size, usage| {
         gpu.create_buffer(&wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false })
     };
-    let (from, to) = (buffer(), buffer());
+    let (storage, copied) = (wgpu::BufferUsages::STORAGE, wgpu::BufferUsages::COPY_SRC);
+    let (from, to) = (buffer(bytes, storage | wgpu::BufferUsages::COPY_DST), buffer(bytes, storage | copied));
+    queue.write_buffer(&from, bytes - 16, bytemuck::cast_slice(&MARK));
     let descriptor = wgpu::ShaderModuleDescriptor { label: None, source: wgpu::ShaderSource::Wgsl(SHADER.into()) };
     // SAFETY: every index is below the buffers' length, which is a multiple of what one workgroup moves.
     let module = unsafe { gpu.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) };
@@ -84,7 +89,7 @@ fn gpu_seconds(device: &Device, gpu: &wgpu::Device, queue: &wgpu::Queue, kernel:
     let layout = pipeline.get_bind_group_layout(0);
     let group = gpu.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout: &layout, entries: &entries });
     let timer = timer(device).unwrap();
-    best(|| {
+    let least = best(|| {
         let mut encoder = gpu.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         if let Some(timer) = &timer {
             timer.begin(&mut encoder, 0);
@@ -104,5 +109,15 @@ fn gpu_seconds(device: &Device, gpu: &wgpu::Device, queue: &wgpu::Queue, kernel:
         gpu.poll(wgpu::PollType::wait_indefinitely()).unwrap();
         let wall = begin.elapsed().as_secs_f64();
         timer.as_ref().and_then(|t| t.read_blocking().unwrap()[0]).map_or(wall, |ns| ns * 1e-9)
-    })
+    });
+    // A kernel that did not run moves as many bytes as one likes.
+    let staging = buffer(16, wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::MAP_READ);
+    let mut encoder = gpu.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+    encoder.copy_buffer_to_buffer(&to, if kernel == COPY { bytes - 16 } else { 0 }, &staging, 0, 16);
+    queue.submit([encoder.finish()]);
+    staging.map_async(wgpu::MapMode::Read, .., |_| ());
+    gpu.poll(wgpu::PollType::wait_indefinitely()).unwrap();
+    let found = staging.get_mapped_range(..).unwrap().to_vec();
+    assert_eq!(found, bytemuck::cast_slice::<u32, u8>(&MARK), "{kernel} did not run");
+    least
 }
