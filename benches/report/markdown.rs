@@ -125,7 +125,7 @@ fn on<'a>(report: &'a Report, table: Table, device: &str) -> Vec<&'a Figure> {
 }
 
 /// Rows in the order of their size, and the columns of `decode`.
-fn in_order<'a>(mut figures: Vec<&'a Figure>) -> Vec<&'a Figure> {
+fn in_order(mut figures: Vec<&Figure>) -> Vec<&Figure> {
     let rank = |what: &str| super::decode::ALL.iter().position(|w| *w == what);
     figures.sort_by_key(|f| (f.case.tokens, rank(&f.case.what)));
     figures
