@@ -130,8 +130,10 @@ fn main() {
     let mut meter = Meter { run, clock: Clock::new(&device).unwrap(), patience };
     let mut truths = Truths::default();
     let segment = arguments.segment.unwrap_or(if device.is_cpu() { 1 << 16 } else { 1 << 18 });
-    let with = |hash| arguments.windows.iter().map(move |&window| (pair(hash), window));
-    let layers: Vec<_> = arguments.hashes.iter().flat_map(|hash| with(hash)).collect();
+    let mut layers = Vec::new();
+    for hash in &arguments.hashes {
+        layers.extend(arguments.windows.iter().map(|&window| (pair(hash), window)));
+    }
     for dtype in &arguments.dtypes {
         let dtype = match dtype.as_str() {
             "f32" => DType::F32,

@@ -144,10 +144,7 @@ fn chart(folder: &Path, file: &str, title: &str, x: &str, axis: Axis, lines: &[L
         ),
         Axis::Fraction => {
             let range = bounds(points.map(|p| p.1.min(1.0)), 2.0);
-            (
-                "part of the byte bound",
-                Log { range, base: 2.0, label: |f| format!("{:.3}%", f * 100.0).replace(".000", "") },
-            )
+            ("part of the byte bound", Log { range, base: 2.0, label: percent })
         }
     };
     let mut chart = ChartBuilder::on(&plot)
@@ -184,6 +181,12 @@ fn chart(folder: &Path, file: &str, title: &str, x: &str, axis: Axis, lines: &[L
     }
     root.present()?;
     Ok(())
+}
+
+/// 12.5 and 50, not 12.500 and 50.000.
+fn percent(fraction: f64) -> String {
+    let text = format!("{:.3}", fraction * 100.0);
+    format!("{}%", text.trim_end_matches('0').trim_end_matches('.'))
 }
 
 /// 10.0 µs as 10 µs.

@@ -5,6 +5,7 @@ use crate::engine::Recording;
 use crate::error::{Error, Result};
 use crate::race::config::{Beta, Gate, Parameters, RaceConfig, RaceShape, check_gate};
 use crate::race::executor::{Call, InputGradients, Inputs, Pass, RaceExecutor, StateData};
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
 use crate::race::plan::Geometry;
 use crate::race::state::{RaceState, StateGradient, StateParts, StateShape};
 use crate::race::window::{Ring, RingData, WindowExecutor, WindowSpec};
@@ -130,12 +131,14 @@ impl Race {
     }
 
     /// Bytes that a pass over `tokens` tokens of one sequence moves at least, for benches.
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
     #[doc(hidden)]
     pub fn least_bytes(&self, tokens: u64, backward: bool) -> u64 {
         Geometry::new(&self.config, &self.shape).least_bytes(tokens, backward)
     }
 
     /// Bytes that a step of one token of `batch` sequences moves at least, for benches.
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
     #[doc(hidden)]
     pub fn step_bytes(&self, batch: u64) -> u64 {
         Geometry::new(&self.config, &self.shape).step_bytes(batch)
