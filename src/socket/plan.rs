@@ -38,7 +38,7 @@ const CROSSOVERS: [Crossover; 9] = [
     row("cuda", 128, false, 32, 16 << 10),
     row("cuda", ANY, false, 32, 16 << 10),
     row("cuda", 128, false, 1, 32 << 10),
-    row("cuda", ANY, false, 1, 128 << 10),
+    row("cuda", ANY, false, 1, 64 << 10),
 ];
 
 /// Whether [`crate::Mode::Auto`] runs the sparse path at this length.
@@ -435,7 +435,7 @@ mod tests {
             ("cuda", 16, head, 32, 16384),
             ("cuda", 17, head, 32, 16384),
             ("cuda", 16, head, 31, 32768),
-            ("cuda", 17, group, 31, 131072),
+            ("cuda", 17, group, 31, 65536),
         ];
         for (row, (path, tables, scope, num_kv_heads, crossover)) in CROSSOVERS.iter().zip(cases) {
             let shape = CacheShape {
