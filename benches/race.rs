@@ -53,7 +53,7 @@ struct Arguments {
     /// Tokens of a call at most; 65536 on the CPU and 262144 on a GPU by default.
     #[arg(long)]
     segment: Option<u64>,
-    /// Seconds of measuring per figure, after one run that is not counted.
+    /// Seconds of measuring per figure, after runs that are not counted.
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
     /// Also the time of each kernel.
@@ -77,7 +77,7 @@ struct Meter {
 }
 
 impl Meter {
-    /// Runs once uncounted, then as often as was asked for; the median.
+    /// Runs uncounted, then as often as was asked for; the median.
     fn add(&mut self, mut record: Record, mut once: impl FnMut(&Clock) -> Outcome<f64>) -> f64 {
         if !self.run.wanted(&record) {
             return f64::NAN;
@@ -126,7 +126,7 @@ fn main() {
     };
     println!("{}", device.report());
     let run = Run::new(&device, arguments.filter.clone());
-    let patience = Patience { seconds: arguments.seconds, least: 3 };
+    let patience = Patience::new(&device, arguments.seconds);
     let mut meter = Meter { run, clock: Clock::new(&device).unwrap(), patience };
     let mut truths = Truths::default();
     let segment = arguments.segment.unwrap_or(if device.is_cpu() { 1 << 16 } else { 1 << 18 });

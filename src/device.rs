@@ -438,13 +438,13 @@ impl Device {
     }
 
     /// Gives back memory that is kept for results to come: on a GPU, a few of the last large ones that were let go; with
-    /// CUDA, all that its pool keeps, once the work submitted so far is done.
+    /// CUDA, all that its pool keeps, once the work submitted so far is done, and nothing while a graph is captured.
     pub fn trim(&self) {
         match &self.kind {
             Kind::Cpu => {}
             #[cfg(feature = "wgpu")]
             Kind::Gpu(context) => drop(context.results().release()),
-            // A lost device has nothing to give back.
+            // A lost device has nothing to give back, and a capture must not wait.
             #[cfg(feature = "cuda")]
             Kind::Cuda(context) => drop(context.trim("trim")),
         }

@@ -1,5 +1,6 @@
 // Checks the CUDA kernels of RACE against doubles and times them: `nvcc -O3 -arch=sm_90 -DPLANES=4 -DTABLES=4 race.cu`,
-// or on the host, slowly and without times: `g++ -O2 -x c++ -DON_HOST ... race.cu`.
+// or on the host, slowly and without times: `g++ -O2 -x c++ -DON_HOST ... race.cu`. In the environment LITTLE keeps the
+// checks short, for compute-sanitizer, and UNCHECKED leaves them out.
 #ifdef ON_HOST
 #include "emulate.h"
 #endif
@@ -463,7 +464,6 @@ int main(int argc, char **argv) {
 #ifndef ANY_SHAPE
     prepare();
 #endif
-    // Little, for a checker of races; times alone, of what another run has checked.
     if (getenv("LITTLE")) {
         good &= check(1, 200, 1, 128, 1.0f, {200}, 0, true);
         good &= check(2, 130, 1, 128, 0.0884f, {130, 70}, 0, true);

@@ -23,9 +23,6 @@ const CACHES: usize = 8;
 /// Elements appended at a time.
 const CHUNK: usize = 1 << 26;
 
-/// Steps before those that are timed.
-const SETTLING: usize = 20;
-
 /// The caches of one scoring.
 struct Bank {
     what: &'static str,
@@ -105,11 +102,7 @@ fn measure(session: &mut Session, caches: &mut [SocketCache], problem: &mut Prob
     let ready = || -> Outcome<_> { Ok((resident(&device, problem.query_tensor()?)?, Clock::new(&device)?)) };
     match ready() {
         Ok((query, clock)) => {
-            let mut step = step(&device, &clock, caches, &query, options);
-            // The last appends' staging memory goes back to the driver first; that costs the steps meanwhile.
-            if let (Ok(step), false) = (&mut step, session.is_software()) {
-                (0..SETTLING).for_each(|_| drop((step.seconds)()));
-            }
+            let step = step(&device, &clock, caches, &query, options);
             session.measure_step(case, bytes, &clock, step);
         }
         Err(error) => session.fail(case, &*error),

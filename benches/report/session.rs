@@ -36,10 +36,10 @@ impl<'a> Session<'a> {
     ) -> Trial<Self> {
         Ok(Self {
             clock: Clock::new(&device)?,
+            patience: Patience::new(&device, seconds),
             device,
             asked: subject.asked.clone(),
             ceiling: subject.ceiling(),
-            patience: Patience { seconds, least: 3 },
             start: Instant::now(),
             deadline,
             share: deadline,

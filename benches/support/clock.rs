@@ -105,14 +105,30 @@ impl Clock {
 /// How long to measure one figure.
 #[derive(Clone, Copy)]
 pub struct Patience {
+    /// Seconds of runs that are not counted, one run at least: a GPU that had nothing to do has lowered its clocks.
+    pub settling: f64,
     pub seconds: f64,
     /// Samples taken even if they take longer, unless they take ten times as long.
     pub least: usize,
 }
 
-/// Runs once uncounted, then as often as `patience` has it.
+/// Seconds after which a GPU's clocks are up.
+const SETTLING: f64 = 0.25;
+
+impl Patience {
+    pub fn new(device: &Device, seconds: f64) -> Self {
+        let software = device.is_cpu() || device.report().gpu.is_some_and(|gpu| gpu.software);
+        Self { settling: if software { 0.0 } else { SETTLING }, seconds, least: 3 }
+    }
+}
+
+/// Runs uncounted, then counted, as `patience` has it.
 pub fn samples(patience: Patience, mut run: impl FnMut() -> Outcome<f64>) -> Outcome<Vec<f64>> {
-    run()?;
+    let start = Instant::now();
+    while {
+        run()?;
+        start.elapsed().as_secs_f64() < patience.settling
+    } {}
     let (mut samples, start) = (Vec::new(), Instant::now());
     let enough = |count: usize| {
         let passed = start.elapsed().as_secs_f64() / patience.seconds;

@@ -30,6 +30,7 @@ var<workgroup> scratch: array<vec4<f32>, 256>;
 #ifdef SPARSE
 // Token in the chunk, and which heads chose it from bit 16 on.
 var<workgroup> chosen: array<u32, CHUNK>;
+var<workgroup> chosen_total: u32;
 #endif
 
 // Adds up four channels over the groups of rows, in order.
@@ -114,7 +115,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
     }
     var at = inclusive_scan(local, own) - own;
-    count = scan_total();
+    if local == 0u {
+        chosen_total = scan_total();
+    }
+    // The same to all invocations, which the barriers below ask for.
+    count = workgroupUniformLoad(&chosen_total);
     for (var i = 0u; i < OWN; i++) {
         if masks[i] != 0u {
             chosen[at] = (local * OWN + i) | (masks[i] << 16u);

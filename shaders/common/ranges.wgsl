@@ -1,11 +1,12 @@
 #import header
-// What is known of a query's scores.
 // How far coarse scores of products may be off, beside the error in the header: half a unit in the last place of each
 // digit's entry.
 const RELATIVE_ERROR: f32 = f32(DIGITS) * 5e-4;
 
+// The word of a header that holds `inverse_unit`: scoring reads it alone.
 const INVERSE_UNIT: u32 = 5u;
 
+// What is known of a query's scores.
 struct Range {
     // Scores between `low` and where the bins end.
     low: f32,

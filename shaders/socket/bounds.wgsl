@@ -45,7 +45,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #ifdef COARSE
     margin += 2.0 * range.error;
 #ifdef PRODUCT
-    margin += 2.0 * RELATIVE_ERROR * max(abs(lowest), abs(highest));
+    let score = max(abs(lowest), abs(highest));
+    // Both sums round once per table, at most.
+    margin += (2.0 * RELATIVE_ERROR + f32(TABLES) * 2.4e-7) * score;
 #endif
 #endif
     // The bins at the ends hold all beyond them, and where every score is the same there is but one.

@@ -151,8 +151,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         if local == 0u {
             found_total = atomicLoad(&found_count);
         }
-        workgroupBarrier();
-        let total = found_total;
+        // The same to all invocations, which barriers below ask for.
+        let total = workgroupUniformLoad(&found_total);
         if total > FOUND {
             last_head = head + 1u;
         } else {

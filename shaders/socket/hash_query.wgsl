@@ -190,7 +190,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let unit = 0.0;
 #else
     // Sums of 16 bits never overflow; each entry is off by half a unit.
-    let unit = high * (1.0 / 32000.0);
+    // Never so small that its inverse is not finite.
+    let unit = max(high, 1e-30) * (1.0 / 32000.0);
     var error = unit * (0.51 * f32(TABLES * DIGITS));
 #endif
     var shift = 0.0;
@@ -216,6 +217,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         tables[at + 2u] = shift;
         tables[at + 3u] = error;
         tables[at + 4u] = unit;
-        tables[at + 5u] = select(0.0, 1.0 / unit, unit > 0.0);
+        #ifdef PRODUCT
+        tables[at + 5u] = 0.0;
+#else
+        tables[at + 5u] = 1.0 / unit;
+#endif
     }
 }

@@ -11,9 +11,8 @@
 // Candidates that each invocation keeps.
 const KEPT: u32 = 8u;
 var<workgroup> digits: array<atomic<u32>, 256>;
-var<workgroup> chosen: u32;
-var<workgroup> chosen_above: u32;
-var<workgroup> chosen_count: u32;
+// The digit that the row's last selected key has, how many keys have a larger one, and how many have this one.
+var<workgroup> chosen: vec3<u32>;
 
 // What the rounds look for: four of them in the key, then four in the token, the lower one first.
 struct Round {
@@ -106,19 +105,18 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let own = atomicLoad(&digits[255u - local]);
         let upto = inclusive_scan(local, own);
         if upto >= wanted && upto - own < wanted {
-            chosen = 255u - local;
-            chosen_above = upto - own;
-            chosen_count = own;
+            chosen = vec3<u32>(255u - local, upto - own, own);
         }
-        workgroupBarrier();
-        wanted -= chosen_above;
+        // The same to all invocations, so that all leave the loop at once: barriers in it ask for that.
+        let digit = workgroupUniformLoad(&chosen);
+        wanted -= digit.y;
         if i < 4u {
-            key_prefix |= chosen << shift;
+            key_prefix |= digit.x << shift;
         } else {
-            token_prefix |= chosen << shift;
+            token_prefix |= digit.x << shift;
         }
         // All that share these digits are selected: the rest of them may be zero, or the least of the list.
-        if chosen_count == wanted {
+        if digit.z == wanted {
             break;
         }
     }

@@ -51,11 +51,11 @@ impl Device {
     /// Call the same steps once before, so that kernels are compiled and scratch memory is as large as needed; inputs
     /// must be CUDA memory, which every replay reads anew, and results are written to the same memory every time. The
     /// graph keeps memory of this crate's; what the caller lent must stay. Views of `CudaSlice`s are made before; and
-    /// while it lasts, no other thread uses the device, whose work would become part of the graph. What the host counts, as
-    /// [`crate::RaceState::tokens`], it counts at the capture and not at replays.
+    /// while it lasts, no other thread uses the device, whose work would become part of the graph.
     ///
-    /// What calls keep account of on the host they do at once: an append counts its tokens when it is captured, also
-    /// where the capture fails later, and they hold anything until the graph is launched. A launch attends to, and
+    /// What calls count on the host, as [`crate::RaceState::tokens`] or a cache's lengths, they count once, when they are
+    /// captured, also where the capture fails later, and not at replays. Appended rows and results hold anything until
+    /// the first launch. A launch attends to, and
     /// appends to, the pages that the cache had when it was captured.
     ///
     /// # Errors

@@ -58,8 +58,9 @@ pub struct RaceOptions {
     /// Element type of o; that of the inputs by default. F32 keeps what low precision would round away: with a flat
     /// hash the part of o that depends on the query is small.
     pub output: Option<DType>,
-    /// Element type of dq, dk and dv: F32 by default, or that of the inputs, which is half the bytes where that is of 16
-    /// bits. The CPU and the tensor cores of a CUDA device give both, wherever no exact window is mixed in.
+    /// Element type of dq, dk and dv, which only [`Race::backward`] reads: F32 by default, or that of the inputs, which
+    /// is half the bytes where that is of 16 bits. The CPU gives both, and CUDA in causal passes that its tensor cores
+    /// take; neither with an exact window. Elsewhere it is [`Error::Unsupported`], and another type [`Error::DType`].
     pub gradients: Option<DType>,
     /// Tokens of each sequence where they differ; the rows after them are padding, which nobody reads and which is zero
     /// in results.
@@ -157,7 +158,8 @@ impl Race {
     /// what they summed under the old ones.
     ///
     /// # Errors
-    /// [`Error::Config`] for values that do not fit or are not finite, or for β ≤ 0; the old ones stay then.
+    /// [`Error::Config`] for values that do not fit or are not finite, or for β ≤ 0; [`Error::OutOfMemory`],
+    /// [`Error::DeviceLost`]. The old ones stay then.
     pub fn set_parameters(&mut self, hyperplanes: &[f32], beta: Beta) -> Result<()> {
         let hyperplanes = crate::lsh::Hyperplanes::Supplied(hyperplanes.into());
         let config = RaceConfig { hyperplanes, beta, ..self.config.clone() };
@@ -171,7 +173,8 @@ impl Race {
     /// Takes trained gates of the exact window; nothing is compiled anew.
     ///
     /// # Errors
-    /// [`Error::Config`] for values outside of 0 to 1, or another number of them than heads; the old ones stay then.
+    /// [`Error::Config`] for values outside of 0 to 1, or another number of them than heads; [`Error::OutOfMemory`],
+    /// [`Error::DeviceLost`]. The old ones stay then.
     pub fn set_gate(&mut self, gate: Gate) -> Result<()> {
         check_gate(&gate, &self.shape)?;
         if let Some(window) = &mut self.window {
@@ -188,7 +191,7 @@ impl Race {
     /// [`Error::Gpu`] where a kernel does not compile, [`Error::DeviceLost`].
     pub fn warm_up(&self, output: DType) -> Result<()> {
         self.window.as_ref().map_or(Ok(()), |window| window.warm_up(output).run())?;
-        self.executor.warm_up(self.race_output(output)).run()
+        self.race_outputs(output).into_iter().try_for_each(|output| self.executor.warm_up(output).run())
     }
 
     /// As [`Race::warm_up`], while the thread that polls the future does other work: the kernels compile on the threads
@@ -199,16 +202,23 @@ impl Race {
     /// As [`Race::warm_up`].
     pub fn warm_up_async(&self, output: DType) -> impl Future<Output = Result<()>> + Send + use<> {
         let window = self.window.as_ref().map(|window| window.warm_up(output)).unwrap_or_default();
-        let race = self.executor.warm_up(self.race_output(output));
+        let race: Vec<_> = self.race_outputs(output).into_iter().map(|output| self.executor.warm_up(output)).collect();
         async move {
             window.run_async().await?;
-            race.run_async().await
+            for kernels in race {
+                kernels.run_async().await?;
+            }
+            Ok(())
         }
     }
 
-    /// Element type of RACE's part of o: where a window is mixed in, the sum is what is rounded.
-    fn race_output(&self, output: DType) -> DType {
-        if self.window.is_some() { DType::F32 } else { output }
+    /// Element types of RACE's part of o: where a window is mixed in, the sum is what is rounded, unless the window
+    /// takes prompts otherwise.
+    fn race_outputs(&self, output: DType) -> Vec<DType> {
+        let Some(window) = &self.window else { return vec![output] };
+        let mut outputs = vec![DType::F32, window.prompt_dtype(output)];
+        outputs.dedup();
+        outputs
     }
 }
 
@@ -520,7 +530,7 @@ impl Race {
     /// `grad_final`. What the forward pass computed is computed anew; nothing of it need be kept.
     ///
     /// # Errors
-    /// As [`Race::forward`].
+    /// As [`Race::forward`]; [`Error::Unsupported`] where `options.gradients` cannot be had, see there.
     #[allow(clippy::too_many_arguments, reason = "the forward's inputs and the gradients of its two results")]
     pub fn backward(
         &mut self,

@@ -123,7 +123,8 @@ impl Geometry {
         tokens * ((inputs + of_o) * self.dtype.size() + gradients) as u64
     }
 
-    /// Bytes that a step of one token of `batch` sequences moves at least: their states read and written, too.
+    /// Bytes that a step of one token of `batch` sequences moves at least, their states read and written too, as where
+    /// each step adds its token.
     pub fn step_bytes(&self, batch: u64) -> u64 {
         self.least_bytes(batch, false) + 2 * batch * self.state_bytes()
     }

@@ -189,6 +189,10 @@ pub(crate) trait WindowExecutor: Send {
     fn new_ring(&self, op: &'static str, batch: usize, gradient: bool) -> Result<Ring>;
     /// A copy of its own.
     fn fork(&self, op: &'static str, ring: &Ring) -> Result<Ring>;
+    /// Element type in which it takes RACE's o of prompts whose o is `output`.
+    fn prompt_dtype(&self, _output: DType) -> DType {
+        DType::F32
+    }
     /// Element type in which it takes RACE's o, and gives RACE's half of the gradient of o.
     fn race_dtype(&self, _call: &Call, _inputs: &Inputs<'_>) -> DType {
         DType::F32

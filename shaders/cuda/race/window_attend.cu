@@ -6,9 +6,7 @@
 // Floats of a row of o in shared memory; rows whose loads are in flight at once.
 #define OUT_PITCH (VALUE_DIM + 4)
 #define AT_ONCE 8
-#ifndef ATTEND_BLOCKS
 #define ATTEND_BLOCKS (TERMS == 1 ? 3 : 2)
-#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, ATTEND_BLOCKS) window_attend(const Params p, const u32 *far, const u64 *seen, const float *gates, const void *q, const void *k,
                                                                     const void *v, const void *ring, const void *race,

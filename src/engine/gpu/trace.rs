@@ -25,8 +25,11 @@ impl Trace {
     /// trace or timestamps.
     #[cfg(not(target_arch = "wasm32"))]
     pub(super) fn run(&self, ctx: &std::sync::Arc<Context>, op: &'static str, ready: &Ready) -> Result<bool> {
+        if lock(&self.0).is_none() {
+            return Ok(false);
+        }
         let stages = ready.stages();
-        if lock(&self.0).is_none() || stages.is_empty() {
+        if stages.is_empty() {
             return Ok(false);
         }
         let Some(timer) = Timer::new(ctx, stages.len() as u32)? else { return Ok(false) };

@@ -180,7 +180,7 @@ impl RaceExecutor for CudaRace {
                 return self.walk_backward(call, &staged, state, gradient, sums, gait);
             }
         }
-        call.wide_gradients("a shape or type that the tensor cores do not take")?;
+        call.wide_gradients("what the tensor cores do not take (see RaceOptions::gradients)")?;
         self.any_backward(call, inputs, state, gradient, sums)
     }
 

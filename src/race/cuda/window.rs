@@ -25,9 +25,8 @@ pub(crate) struct CudaRing {
 }
 
 impl CudaRing {
-    /// Of keys and values.
     pub fn bytes(&self) -> u64 {
-        self.buffer.size()
+        self.buffer.size() + self.seen.size()
     }
 
     fn counts(&self) -> u64 {
@@ -268,11 +267,14 @@ impl Prepared for CudaPrepared<'_> {
 }
 
 impl WindowExecutor for CudaWindow {
+    fn prompt_dtype(&self, output: DType) -> DType {
+        if self.has_tiles() && output == self.geometry.dtype { output } else { DType::F32 }
+    }
+
     /// On the tensor cores RACE's own numbers have the rounding of the result, and its backward takes that dtype.
     fn race_dtype(&self, call: &Call, inputs: &Inputs<'_>) -> DType {
-        let g = &self.geometry;
-        let narrow = inputs.grad_o.is_none_or(|view| view.dtype() == g.dtype) && call.output == g.dtype;
-        if self.has_tiles() && narrow && call.tokens > 1 { g.dtype } else { DType::F32 }
+        let narrow = inputs.grad_o.is_none_or(|view| view.dtype() == self.geometry.dtype);
+        if narrow && call.tokens > 1 { self.prompt_dtype(call.output) } else { DType::F32 }
     }
 
     /// Into memory of their own: work submitted before keeps the old ones.

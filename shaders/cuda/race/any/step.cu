@@ -42,7 +42,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, EARLY ? 4 : 2) any_step(cons
     // What each query gives to each token that waits.
     __shared__ float shares[HEADS * PENDING];
     __shared__ double parts[HEADS * BLOCK];
+#ifdef RATIO
     __shared__ double masses[HEADS * WARPS];
+#endif
     __shared__ u32 turn;
     int block = blockIdx.x % CHANNEL_BLOCKS, unit = blockIdx.x / CHANNEL_BLOCKS, head = unit % p.kv_heads, b = unit / p.kv_heads;
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, channel = block * CHANNELS + lane;
@@ -83,8 +85,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, EARLY ? 4 : 2) any_step(cons
         }
         for (int ensemble = 0; live && ensemble < ENSEMBLES; ensemble++) {
             double *of_unit = state + (i64)(unit * ENSEMBLES + ensemble) * BUCKETS * COLUMNS;
-            double sums[HEADS], found[HEADS];
-            for (int h = 0; h < HEADS; h++) sums[h] = found[h] = 0.0;
+            double sums[HEADS] = {};
+#ifdef RATIO
+            double found[HEADS] = {};
+#endif
             barrier();
             hash_rows(hashes, rows, 0, HEADS + 1, planes + head * p.planes_step + ensemble * BITS * HEAD_DIM, beta);
             if (EARLY) {
@@ -139,11 +143,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK, EARLY ? 4 : 2) any_step(cons
                     if (lane == 0) shares[h * PENDING + token] += sum;
                 }
             }
+#ifdef RATIO
             for (int h = 0; h < HEADS; h++) {
                 double mass = found[h];
                 for (int step = 16; step > 0; step >>= 1) mass += from_lane(mass, step);
                 if (lane == 0) masses[h * WARPS + warp] = mass;
             }
+#endif
             barrier();
             // Each warp has some of the tokens that wait.
 #pragma unroll
