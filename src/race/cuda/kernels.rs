@@ -45,6 +45,7 @@ pub(super) struct Key {
     pub geometry: Geometry,
 }
 
+/// File, text and function of a kernel.
 macro_rules! kernel {
     ($folder:literal, $name:literal, $entry:literal) => {
         (
@@ -54,6 +55,7 @@ macro_rules! kernel {
         )
     };
 }
+pub(super) use kernel;
 
 const HEADERS: &[(&str, &str)] = &[
     ("numbers.cuh", include_str!("../../../shaders/cuda/common/numbers.cuh")),

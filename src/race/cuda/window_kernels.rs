@@ -1,6 +1,7 @@
 //! The kernels of the window.
 
 use super::kernels::code;
+use super::kernels::kernel;
 use crate::engine::cuda::{KernelKey, KernelSource, Stage, Strides};
 use crate::race::window::WindowSpec;
 use crate::tensor::DType;
@@ -147,16 +148,6 @@ pub(super) enum WindowKernel {
 pub(super) struct WindowKey {
     pub kernel: WindowKernel,
     pub geometry: WindowGeometry,
-}
-
-macro_rules! kernel {
-    ($folder:literal, $name:literal, $entry:literal) => {
-        (
-            concat!("race/", $folder, $name, ".cu"),
-            include_str!(concat!("../../../shaders/cuda/race/", $folder, $name, ".cu")),
-            $entry,
-        )
-    };
 }
 
 const HEADERS: &[(&str, &str)] = &[
