@@ -181,6 +181,40 @@ impl Kept {
     }
 }
 
+/// What shapes the kernels: all that their text depends on.
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct WindowGeometry {
+    pub num_q_heads: usize,
+    pub num_kv_heads: usize,
+    pub head_dim: usize,
+    pub value_dim: usize,
+    pub dtype: DType,
+}
+
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+impl WindowGeometry {
+    pub fn new(spec: &WindowSpec) -> Self {
+        let shape = &spec.shape;
+        Self {
+            num_q_heads: shape.num_q_heads,
+            num_kv_heads: shape.num_kv_heads,
+            head_dim: shape.head_dim,
+            value_dim: shape.value_dim,
+            dtype: shape.dtype,
+        }
+    }
+
+    pub fn group(&self) -> usize {
+        self.num_q_heads / self.num_kv_heads
+    }
+
+    /// Elements of a ring's row: k's channels and v's, an even number.
+    pub fn ring_row(&self) -> usize {
+        (self.head_dim + self.value_dim).next_multiple_of(2)
+    }
+}
+
 /// A backend of the window. [`crate::Race`] checks and composes; a failed call leaves rings as they were.
 pub(crate) trait WindowExecutor: Send {
     /// Takes new gates.

@@ -5,9 +5,10 @@
 use super::kernels::{Kernel, Key};
 use super::params::{Finish, PieceParams, Scan, Shares, Step, Walk};
 use super::shared;
-use super::window_kernels::{Way, WindowGeometry, WindowKernel, WindowKey};
+use super::window_kernels::{Way, WindowKernel, WindowKey};
 use crate::engine::cuda::KernelKey;
 use crate::race::plan::Geometry;
+use crate::race::window::WindowGeometry;
 use crate::tensor::DType;
 
 fn geometry(

@@ -4,12 +4,13 @@
 //! elements; that of a gradient is the same in f32. How many tokens a ring has taken in is counted beside it on the
 //! device, where kernels look it up: so a step that was captured goes on from replay to replay.
 
-use super::window_kernels::{Params, Way, WindowGeometry, WindowKernel, WindowKey};
+use super::window_kernels::{Params, Way, WindowKernel, WindowKey};
 use crate::engine::cuda::{Bind, Buffer, Context, Grid, Input, KernelKey, Passes, Ready, stage};
 use crate::engine::{Recording, WarmUp};
 use crate::error::{Error, Result};
 use crate::race::config::Gate;
 use crate::race::executor::{Call, InputGradients, Inputs, Pass, needed};
+use crate::race::window::WindowGeometry;
 use crate::race::window::{Halved, Kept, Prepared, Ring, RingData, WindowCall, WindowExecutor, WindowSpec};
 use crate::tensor::convert::encode;
 use crate::tensor::{DType, HostTensor, Tensor, TensorView};

@@ -1,9 +1,8 @@
 //! The kernels of the window.
 
-use super::kernels::code;
-use super::kernels::kernel;
+use super::kernels::{code, kernel};
 use crate::engine::cuda::{KernelKey, KernelSource, Stage, Strides};
-use crate::race::window::WindowSpec;
+use crate::race::window::WindowGeometry;
 use crate::tensor::DType;
 use bytemuck::{Pod, Zeroable};
 
@@ -35,32 +34,7 @@ pub(super) struct Params {
     pub near: [u32; NEAR],
 }
 
-/// What shapes the kernels: all that their text depends on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct WindowGeometry {
-    pub num_q_heads: usize,
-    pub num_kv_heads: usize,
-    pub head_dim: usize,
-    pub value_dim: usize,
-    pub dtype: DType,
-}
-
 impl WindowGeometry {
-    pub fn new(spec: &WindowSpec) -> Self {
-        let shape = &spec.shape;
-        Self {
-            num_q_heads: shape.num_q_heads,
-            num_kv_heads: shape.num_kv_heads,
-            head_dim: shape.head_dim,
-            value_dim: shape.value_dim,
-            dtype: shape.dtype,
-        }
-    }
-
-    pub fn group(&self) -> usize {
-        self.num_q_heads / self.num_kv_heads
-    }
-
     /// Channels of k and v.
     pub fn channels(&self) -> usize {
         self.head_dim + self.value_dim
@@ -85,11 +59,6 @@ impl WindowGeometry {
         let own = 64 * if backward { keys + values } else { keys };
         // Where the results of 64 rows of o are at the end.
         (own + stages * 32 * (keys + values)).max(64 * (self.value_dim + 4) * 4)
-    }
-
-    /// Elements of a ring's row: k's channels and v's, an even number.
-    pub fn ring_row(&self) -> usize {
-        self.channels().next_multiple_of(2)
     }
 }
 

@@ -5,7 +5,7 @@
 use super::GpuRace;
 use super::kernels::{Kernel, Key};
 use super::params::Params;
-use super::window_kernels::{WindowGeometry, WindowKernel, WindowKey, WindowParams};
+use super::window_kernels::{WindowKernel, WindowKey, WindowParams};
 use crate::engine::Recording;
 use crate::engine::gpu::shader_tests::{
     WORKGROUP_MEMORY, same_layout, stays_in_limits, structs, validates_and_translates,
@@ -14,6 +14,7 @@ use crate::engine::gpu::{Context, KernelKey, adapters_best_first, open};
 use crate::race::config::{Parameters, RaceConfig, RaceShape};
 use crate::race::executor::{Call, Inputs, Pass, RaceExecutor};
 use crate::race::plan::Geometry;
+use crate::race::window::WindowGeometry;
 use crate::tensor::{DType, TensorView};
 use std::sync::Arc;
 

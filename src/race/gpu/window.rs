@@ -3,7 +3,7 @@
 //! The ring of a state is `[sequence, slot, kv head, D + Dv]` in the dtype of k and v, a row padded to an even number of
 //! elements; that of a gradient is the same in f32.
 
-use super::window_kernels::{WindowGeometry, WindowKernel, WindowKey, WindowParams};
+use super::window_kernels::{WindowKernel, WindowKey, WindowParams};
 use super::{STORAGE, too_large};
 use crate::engine::gpu::{Bind, Context, Input, KernelKey, Passes, Ready, stage};
 use crate::engine::{Recording, WarmUp};
@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::race::config::Gate;
 use crate::race::executor::{InputGradients, Inputs, Pass, needed};
 use crate::race::plan::{Piece, WindowBudget, window_pieces};
+use crate::race::window::WindowGeometry;
 use crate::race::window::{Halved, Kept, Prepared, Ring, RingData, WindowCall, WindowExecutor, WindowSpec};
 use crate::tensor::convert::encode;
 use crate::tensor::{DType, Tensor, TensorView};

@@ -2,7 +2,7 @@
 
 use super::kernels::SNIPPETS;
 use crate::engine::gpu::{Assembler, GridParams, KernelKey, KernelSource, Stage, Strides, dtype_define};
-use crate::race::window::WindowSpec;
+use crate::race::window::WindowGeometry;
 use crate::tensor::DType;
 use bytemuck::{Pod, Zeroable};
 
@@ -55,37 +55,7 @@ impl GridParams for WindowParams {
     }
 }
 
-/// What shapes the kernels: all that their text depends on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct WindowGeometry {
-    pub num_q_heads: usize,
-    pub num_kv_heads: usize,
-    pub head_dim: usize,
-    pub value_dim: usize,
-    pub dtype: DType,
-}
-
 impl WindowGeometry {
-    pub fn new(spec: &WindowSpec) -> Self {
-        let shape = &spec.shape;
-        Self {
-            num_q_heads: shape.num_q_heads,
-            num_kv_heads: shape.num_kv_heads,
-            head_dim: shape.head_dim,
-            value_dim: shape.value_dim,
-            dtype: shape.dtype,
-        }
-    }
-
-    pub fn group(&self) -> usize {
-        self.num_q_heads / self.num_kv_heads
-    }
-
-    /// Elements of a ring's row: k's channels and v's, an even number.
-    pub fn ring_row(&self) -> usize {
-        (self.head_dim + self.value_dim).next_multiple_of(2)
-    }
-
     /// Elements that a backward pass keeps of a token and query head.
     pub fn keep_row(&self) -> usize {
         self.value_dim + 2
