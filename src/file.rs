@@ -187,10 +187,12 @@ fn hex(bytes: &[u8]) -> String {
 fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let temporary = temporary_beside(path)?;
     let written = (|| {
-        let mut file = std::fs::File::options().write(true).create_new(true).open(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        drop(file);
+        {
+            // Closed before it is renamed, which some systems ask for.
+            let mut file = std::fs::File::options().write(true).create_new(true).open(&temporary)?;
+            file.write_all(bytes)?;
+            file.sync_all()?;
+        }
         std::fs::rename(&temporary, path)
     })();
     if written.is_err() {

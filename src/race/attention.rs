@@ -585,6 +585,7 @@ impl Race {
         Ok(StateGradient { storage, ring, shape: self.state_shape(), batch })
     }
 
+    #[cfg(not(target_arch = "wasm32"))]
     pub(crate) fn executor(&self) -> &dyn RaceExecutor {
         &*self.executor
     }

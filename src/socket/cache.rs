@@ -4,7 +4,9 @@ use crate::device::Device;
 use crate::engine::Recording;
 use crate::error::{Error, Result};
 use crate::socket::config::{CacheShape, SocketConfig};
-use crate::socket::executor::{Attended, Executor, Memory, SequenceData, StageTime};
+#[cfg(not(target_arch = "wasm32"))]
+use crate::socket::executor::StageTime;
+use crate::socket::executor::{Attended, Executor, Memory, SequenceData};
 use crate::socket::plan::{Geometry, LeastBytes, prefers_sparse};
 use crate::socket::problem::{self, AppendRow, AttendProblem, CacheSpec, Kind, SeqState};
 use crate::tensor::{DType, TensorView};

@@ -9,6 +9,7 @@ use std::ops::Range;
 pub(crate) type Image = [Vec<u8>; 3];
 
 /// A sequence with room for everything that its pages hold.
+#[cfg(not(target_arch = "wasm32"))]
 pub(crate) fn empty(g: &Geometry, state: SeqState) -> SequenceData {
     let (heads, size) = (g.num_kv_heads, g.dtype.size());
     let scalars = |on: bool| if on { state.indexed * heads } else { 0 };
@@ -57,6 +58,7 @@ fn tokens_of(g: &Geometry, state: SeqState, logical: usize) -> Range<usize> {
 }
 
 /// Takes a page, the sequence's `logical`-th, into `data`.
+#[cfg(not(target_arch = "wasm32"))]
 pub(crate) fn unpack(g: &Geometry, image: &Image, logical: usize, data: &mut SequenceData) {
     let tokens = tokens_of(g, data.state, logical);
     let [k, v, index] = image;

@@ -277,15 +277,13 @@ pub(crate) enum Level {
 impl Level {
     /// All that this machine has, best first.
     pub fn available() -> Vec<Self> {
-        let mut levels = Vec::new();
         #[cfg(target_arch = "x86_64")]
-        levels.extend(pulp::x86::V4::try_new().map(Self::V4));
-        #[cfg(target_arch = "x86_64")]
-        levels.extend(pulp::x86::V3::try_new().map(Self::V3));
+        let vectors = [pulp::x86::V4::try_new().map(Self::V4), pulp::x86::V3::try_new().map(Self::V3)];
         #[cfg(target_arch = "aarch64")]
-        levels.extend(pulp::aarch64::Neon::try_new().map(Self::Neon));
-        levels.push(Self::Portable);
-        levels
+        let vectors = [pulp::aarch64::Neon::try_new().map(Self::Neon)];
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+        let vectors = [None];
+        vectors.into_iter().flatten().chain([Self::Portable]).collect()
     }
 
     /// The best one.

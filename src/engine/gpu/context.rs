@@ -93,6 +93,7 @@ impl Context {
         &self.trace
     }
 
+    #[cfg(not(target_arch = "wasm32"))]
     pub(super) fn lost(&self) -> &Arc<Lost> {
         &self.lost
     }

@@ -190,6 +190,7 @@ impl Ready {
     }
 
     /// Stage names, one per dispatch.
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn stages(&self) -> Vec<&'static str> {
         self.dispatches.iter().map(|(dispatch, ..)| dispatch.stage).collect()
     }

@@ -2,6 +2,7 @@
 
 use super::context::Context;
 use super::passes::Ready;
+#[cfg(not(target_arch = "wasm32"))]
 use super::timing::Timer;
 use crate::engine::lock;
 use crate::error::Result;

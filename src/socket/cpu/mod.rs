@@ -14,7 +14,9 @@ use crate::engine::Recording;
 use crate::engine::cpu::simd::Element;
 use crate::error::{Error, Result};
 use crate::lsh::Planes;
-use crate::socket::executor::{Attended, Executor, Memory, Selection, SequenceData, StageTime};
+#[cfg(not(target_arch = "wasm32"))]
+use crate::socket::executor::StageTime;
+use crate::socket::executor::{Attended, Executor, Memory, Selection, SequenceData};
 use crate::socket::problem::{AppendRow, AttendProblem, CacheSpec, SeqState};
 use crate::tensor::convert::{encode, on_gpu, padded_rows};
 use crate::tensor::{DType, Storage, Tensor, TensorView};

@@ -4,9 +4,13 @@ use super::blocks::{Block, Blocks, Scratch};
 use super::kernels::Kernel;
 use super::params::{Entry, Params, Row};
 use super::{GpuExecutor, STORAGE};
-use crate::engine::gpu::{self as engine, Bind, Input, Passes, Ready, Strides, Timer, stage};
+#[cfg(not(target_arch = "wasm32"))]
+use crate::engine::gpu::Timer;
+use crate::engine::gpu::{self as engine, Bind, Input, Passes, Ready, Strides, stage};
 use crate::error::{Error, Result};
-use crate::socket::executor::{Attended, Selection, StageTime};
+#[cfg(not(target_arch = "wasm32"))]
+use crate::socket::executor::StageTime;
+use crate::socket::executor::{Attended, Selection};
 use crate::socket::pages::{local_of, slab_of};
 use crate::socket::plan::BINS;
 use crate::socket::problem::{AttendProblem, Kind};

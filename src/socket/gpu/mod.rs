@@ -16,7 +16,9 @@ use crate::engine::gpu::{Context, KernelKey};
 use crate::engine::{Recording, WarmUp};
 use crate::error::Result;
 use crate::lsh::Planes;
-use crate::socket::executor::{Attended, Executor, Memory, SequenceData, StageTime};
+#[cfg(not(target_arch = "wasm32"))]
+use crate::socket::executor::StageTime;
+use crate::socket::executor::{Attended, Executor, Memory, SequenceData};
 use crate::socket::gpu::kernels::{Kernel, Key};
 use crate::socket::gpu::pages::{Pool, Slab};
 use crate::socket::pages::Page;
