@@ -59,6 +59,10 @@ fn one(session: &mut Session, problem: &mut Problem, what: &str, [prompt, token]
     });
     let [k, v] = problem.keys_values(0, keys - 1..keys)?;
     let next = [resident(&device, k)?, resident(&device, v)?];
+    // The last key again, alone.
+    cache.truncate(0, keys - 1)?;
+    take_in(&mut cache, std::slice::from_ref(&next))?;
+    judge::check(&mut cache, problem, &DecodeOptions::default())?;
     let (bytes, clock) = (cache.append_bytes(1), Clock::new(&device)?);
     let step = step(session, &clock, &mut cache, &next);
     session.measure_step(token, bytes, &clock, step);
