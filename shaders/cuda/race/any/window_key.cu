@@ -14,7 +14,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) any_window_key(const Para
     int end = first < 0 ? 0 : (int)s.length;
     int first_token = first > 0 ? first : 0, last_token = (first + TILE < end ? first + TILE : end) - 2 + (int)p.window;
     if (last_token > (int)s.length - 1) last_token = (int)s.length - 1;
-    int queries = first < end && last_token >= first_token ? (last_token + 1 - first_token) * GROUP : 0;
+    int queries = first < end && first + TILE > -(int)s.past && last_token >= first_token ? (last_token + 1 - first_token) * GROUP : 0;
     auto exists = [&](int key) { return first + key < end && first + key >= -(int)s.past; };
     auto query_of = [&](int query, i64 batch, i64 token, i64 head_step) {
         return b * batch + (first_token + query / GROUP) * token + (head * GROUP + query % GROUP) * head_step;
