@@ -76,17 +76,24 @@ pub(crate) struct Bind {
     memory: Option<Buffer>,
     /// Index of a part given to [`Passes::part`], which `pointer` is an offset in.
     part: Option<usize>,
+    /// Whether [`Ready::give`] is still to say where.
+    open: bool,
 }
 
 impl Bind {
     /// From `offset` bytes on.
     pub fn at(buffer: &Buffer, offset: u64) -> Self {
-        Self { pointer: buffer.pointer() + offset, memory: Some(buffer.clone()), part: None }
+        Self { pointer: buffer.pointer() + offset, memory: Some(buffer.clone()), part: None, open: false }
     }
 
     /// Memory that the caller lent for the call.
     pub fn lent(pointer: u64) -> Self {
-        Self { pointer, memory: None, part: None }
+        Self { pointer, memory: None, part: None, open: false }
+    }
+
+    /// What is not there yet when the list is made ready: see [`Ready::give`].
+    pub fn open() -> Self {
+        Self { open: true, ..Self::null() }
     }
 
     /// An argument that the kernel does not read.
@@ -153,7 +160,7 @@ impl<'a> Passes<'a> {
     /// graph; better, where it fits, is a field of the parameters.
     pub fn part<T: bytemuck::NoUninit>(&mut self, data: &[T]) -> Bind {
         self.parts.push(bytemuck::cast_slice(data).to_vec());
-        Bind { pointer: 0, memory: None, part: Some(self.parts.len() - 1) }
+        Bind { part: Some(self.parts.len() - 1), ..Bind::null() }
     }
 
     /// A copy, after what was added before.
@@ -295,6 +302,17 @@ impl Stage for WriteKey {
 }
 
 impl Ready {
+    /// Puts `buffer` where [`Bind::open`] stands.
+    pub fn give(&mut self, ctx: &Context, buffer: &Buffer) {
+        if ctx.is_capturing() {
+            ctx.pin_captured(buffer);
+        }
+        for step in &mut self.steps {
+            let Step::Launch(launch) = step else { continue };
+            launch.binds.iter_mut().filter(|bind| bind.open).for_each(|bind| *bind = Bind::from(buffer));
+        }
+    }
+
     /// Submits everything.
     pub fn run(&self, ctx: &Context, op: &'static str) -> Result<()> {
         self.submit(ctx, op, None)

@@ -193,77 +193,33 @@ impl CudaWindow {
         let buffer = self.ctx.uninit(at.call.op, bytes)?;
         Ok((buffer.clone(), Tensor::cuda(dtype, shape, buffer)))
     }
+}
 
-    fn buffer_of<'a>(&self, op: &'static str, tensor: Option<&'a Tensor>) -> Result<&'a Buffer> {
-        let why = || Error::Unsupported { op, why: "the pass gave no such result".into() };
-        tensor.and_then(Tensor::cuda_buffer).ok_or_else(why)
-    }
+fn buffer_of<'a>(op: &'static str, tensor: Option<&'a Tensor>) -> Result<&'a Buffer> {
+    let why = || Error::Unsupported { op, why: "the pass gave no such result".into() };
+    tensor.and_then(Tensor::cuda_buffer).ok_or_else(why)
 }
 
 fn gates(ctx: &Arc<Context>, op: &'static str, spec: &WindowSpec) -> Result<Buffer> {
     ctx.buffer_with(op, bytemuck::cast_slice(&spec.gate.of_heads(spec.shape.num_q_heads)))
 }
 
-/// A forward pass whose kernels are there and whose inputs are on the device.
+/// A forward pass of which all that can fail has been done: its launches, but for RACE's o, and its own.
 struct CudaPrepared<'a> {
-    window: &'a CudaWindow,
-    at: WindowCall<'a>,
-    /// q and the result where the pass reads.
-    reads: Option<(Input, Buffer, Tensor)>,
-    k: Input,
-    v: Input,
-    way: Way,
-}
-
-impl CudaPrepared<'_> {
-    fn ready(&self, ring: &CudaRing, race: Option<&Tensor>) -> Result<Ready> {
-        let (window, at) = (self.window, self.at);
-        let op = at.call.op;
-        let mut passes = Passes::new(&window.ctx, op);
-        let Stand { params, place } = window.stand(&mut passes, at, ring);
-        let (k, v) = (&self.k, &self.v);
-        let params = Params { k: k.strides, v: v.strides, ..params };
-        let of_ring = Bind::from(&ring.buffer);
-        let mut stored = false;
-        if let Some((q, out, _)) = &self.reads {
-            let race_dtype = race.map_or(DType::F32, Tensor::dtype);
-            let race = Bind::from(window.buffer_of(op, race)?);
-            let mut binds = place.to_vec();
-            binds.extend([Bind::from(&window.gates), q.bind.clone(), k.bind.clone(), v.bind.clone()]);
-            binds.extend([of_ring.clone(), race, Bind::from(out)]);
-            let output = at.call.output;
-            stored = at.call.tokens == 1;
-            let params = Params { q: q.strides, ..params };
-            let (kernel, way, tiles) = if stored {
-                (WindowKernel::Step { output }, Way::Any, 1)
-            } else {
-                (
-                    WindowKernel::Attend { way: self.way, output, race: race_dtype },
-                    self.way,
-                    window.query_tiles(at, self.way),
-                )
-            };
-            window.over_tiles(&mut passes, at, (kernel, way), tiles, params, binds)?;
-        }
-        // The ring moves on when all have read it.
-        if !stored {
-            let mut binds = place.to_vec();
-            binds.extend([k.bind.clone(), v.bind.clone(), of_ring]);
-            passes.dispatch(window.key(WindowKernel::Store), params, window.last_grid(at), binds)?;
-            let grid = Grid::new(ring.counts().div_ceil(256), 256);
-            passes.dispatch(window.key(WindowKernel::Count), params, grid, place.to_vec())?;
-        }
-        passes.ready()
-    }
+    ctx: &'a Arc<Context>,
+    op: &'static str,
+    launches: Ready,
+    o: Option<Tensor>,
 }
 
 impl Prepared for CudaPrepared<'_> {
-    fn run(self: Box<Self>, rec: Recording<'_>, ring: &mut Ring, race: Option<Tensor>) -> Result<Option<Tensor>> {
-        let op = self.at.call.op;
-        rec.only_run(op)?;
-        let ring = self.window.own(op, ring.cuda(op)?)?;
-        self.ready(ring, race.as_ref())?.run(&self.window.ctx, op)?;
-        Ok(self.reads.map(|(.., o)| o))
+    fn run(mut self: Box<Self>, rec: Recording<'_>, _: &mut Ring, race: Option<Tensor>) -> Result<Option<Tensor>> {
+        rec.only_run(self.op)?;
+        if self.o.is_some() {
+            self.launches.give(self.ctx, buffer_of(self.op, race.as_ref())?);
+        }
+        self.launches.run(self.ctx, self.op)?;
+        Ok(self.o)
     }
 }
 
@@ -311,22 +267,39 @@ impl WindowExecutor for CudaWindow {
     ) -> Result<Box<dyn Prepared + 'a>> {
         let op = at.call.op;
         self.ctx.check_alive(op)?;
-        self.own(op, ring.cuda(op)?)?;
-        let reads = if at.call.pass == Pass::Absorb {
-            None
-        } else {
-            let (buffer, tensor) = self.result(at, at.call.output)?;
-            Some((self.take(at, "q", inputs.q)?, buffer, tensor))
-        };
+        let ring = self.own(op, ring.cuda(op)?)?;
         let (k, v) = (self.take(at, "k", inputs.k)?, self.take(at, "v", inputs.v)?);
-        let mut staged = vec![&k, &v];
-        staged.extend(reads.iter().map(|(q, ..)| q));
-        let way = self.way(at, &staged, None);
-        // What can fail of the launches fails here: their kernels are compiled.
-        for kernel in self.forward_kernels(at, inputs, way, reads.is_some()) {
-            self.ctx.kernel(op, &self.key(kernel))?;
+        let mut passes = Passes::new(&self.ctx, op);
+        let Stand { params, place } = self.stand(&mut passes, at, ring);
+        let params = Params { k: k.strides, v: v.strides, ..params };
+        let of_ring = Bind::from(&ring.buffer);
+        let (reads, is_step) = (at.call.pass != Pass::Absorb, at.call.tokens == 1);
+        let mut o = None;
+        if reads {
+            let q = self.take(at, "q", inputs.q)?;
+            let (out, tensor) = self.result(at, at.call.output)?;
+            o = Some(tensor);
+            let mut binds = place.to_vec();
+            binds.extend([Bind::from(&self.gates), q.bind.clone(), k.bind.clone(), v.bind.clone()]);
+            binds.extend([of_ring.clone(), Bind::open(), Bind::from(&out)]);
+            let params = Params { q: q.strides, ..params };
+            let (output, race) = (at.call.output, self.race_dtype(at.call, inputs));
+            let way = self.way(at, &[&q, &k, &v], None);
+            let (kernel, way, tiles) = match is_step {
+                true => (WindowKernel::Step { output }, Way::Any, 1),
+                false => (WindowKernel::Attend { way, output, race }, way, self.query_tiles(at, way)),
+            };
+            self.over_tiles(&mut passes, at, (kernel, way), tiles, params, binds)?;
         }
-        Ok(Box::new(CudaPrepared { window: self, at, reads, k, v, way }))
+        // The ring moves on when all have read it; a step moves it itself.
+        if !(reads && is_step) {
+            let mut binds = place.to_vec();
+            binds.extend([k.bind, v.bind, of_ring]);
+            passes.dispatch(self.key(WindowKernel::Store), params, self.last_grid(at), binds)?;
+            let grid = Grid::new(ring.counts().div_ceil(256), 256);
+            passes.dispatch(self.key(WindowKernel::Count), params, grid, place.to_vec())?;
+        }
+        Ok(Box::new(CudaPrepared { ctx: &self.ctx, op, launches: passes.ready()?, o }))
     }
 
     fn halve(&mut self, at: WindowCall<'_>, inputs: &Inputs<'_>, ring: &Ring, race: Tensor) -> Result<Halved> {
@@ -334,7 +307,7 @@ impl WindowExecutor for CudaWindow {
         let ring = self.own(op, ring.cuda(op)?)?;
         let rows = at.call.batch() * at.call.tokens * g.num_q_heads;
         let kept = self.ctx.uninit(op, rows as u64 * 8)?;
-        let of_race = self.buffer_of(op, Some(&race))?;
+        let of_race = buffer_of(op, Some(&race))?;
         let grad_o = self.take(at, "grad_o", inputs.grad_o)?;
         let grad = needed(op, "grad_o", inputs.grad_o)?.dtype();
         let seen = self.seen(at, inputs)?;
@@ -376,7 +349,7 @@ impl WindowExecutor for CudaWindow {
         let ring = self.own(op, ring.cuda(op)?)?;
         let gradient = self.own(op, gradient.cuda_mut(op)?)?;
         let kept = kept.cuda(op)?;
-        let [dq, dk, dv] = [&gradients.dq, &gradients.dk, &gradients.dv].map(|x| self.buffer_of(op, x.as_ref()));
+        let [dq, dk, dv] = [&gradients.dq, &gradients.dk, &gradients.dv].map(|x| buffer_of(op, x.as_ref()));
         let (dq, dk, dv) = (Bind::from(dq?), Bind::from(dk?), Bind::from(dv?));
         let of_ring = Bind::from(&gradient.buffer);
         let grad_o = self.take(at, "grad_o", inputs.grad_o)?;
@@ -449,17 +422,5 @@ impl WindowExecutor for CudaWindow {
         let kernels = kernels.into_iter().chain([WindowKernel::Store, WindowKernel::Count]);
         let boxed = |kernel| Box::new(self.key(kernel)) as Box<dyn KernelKey>;
         WarmUp::cuda(self.ctx.clone(), kernels.map(boxed).collect())
-    }
-}
-
-impl CudaWindow {
-    /// The kernels of a forward pass.
-    fn forward_kernels(&self, at: WindowCall<'_>, inputs: &Inputs<'_>, way: Way, reads: bool) -> Vec<WindowKernel> {
-        let (output, race) = (at.call.output, self.race_dtype(at.call, inputs));
-        match (reads, at.call.tokens) {
-            (true, 1) => vec![WindowKernel::Step { output }],
-            (true, _) => vec![WindowKernel::Attend { way, output, race }, WindowKernel::Store, WindowKernel::Count],
-            (false, _) => vec![WindowKernel::Store, WindowKernel::Count],
-        }
     }
 }
