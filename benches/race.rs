@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! cargo bench --bench race -- [--device auto|cpu|NAME] [--lengths 65536,1048576] [--hashes 2x2,3x3,4x4]
-//!                             [--dtypes f32,bf16] [--windows 0,256] [--dense 1024,4096] [--stages] [--json FILE]
-//!                             [FILTER]
+//!                             [--dtypes f32,bf16] [--windows 0,256] [--narrow] [--dense 1024,4096] [--stages]
+//!                             [--json FILE] [FILTER]
 //! ```
 //! The executable runs without cargo. Every result is checked against sums in f64 over all tokens before it is timed; a
 //! wrong one ends the run. Up to `--segment` tokens one call does all; beyond, the state is carried from call to call,
@@ -53,6 +53,9 @@ struct Arguments {
     /// Tokens of a call at most; 65536 on the CPU and 262144 on a GPU by default.
     #[arg(long)]
     segment: Option<u64>,
+    /// Gradients of q, k and v in the inputs' type where one call gives them all, in place of f32.
+    #[arg(long)]
+    narrow: bool,
     /// Seconds of measuring per figure, after runs that are not counted.
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
@@ -145,7 +148,8 @@ fn main() {
         for &tokens in &arguments.lengths {
             let tensors = Tensors::new(&device, size(tokens)).unwrap();
             for &(hash, window) in &layers {
-                let mut layer = Layer::new(&device, &tensors, hash, window).unwrap();
+                let gradients = if arguments.narrow { dtype } else { DType::F32 };
+                let mut layer = Layer::new(&device, &tensors, hash, window).unwrap().gradients(gradients);
                 layer.check(&mut truths, true).unwrap_or_else(|error| panic!("{error}"));
                 meter.forward(&mut layer);
                 meter.backward(&mut layer);

@@ -111,6 +111,8 @@ pub struct Layer<'a> {
     tensors: &'a Tensors,
     name: String,
     hash: (usize, usize),
+    /// Of one call; a stream's are f32.
+    gradients: DType,
 }
 
 /// The head that is looked at.
@@ -153,7 +155,15 @@ impl<'a> Layer<'a> {
     pub fn new(device: &Device, tensors: &'a Tensors, hash: (usize, usize), window: usize) -> Outcome<Self> {
         let Size { heads, channels, dtype, .. } = tensors.size;
         let race = race(device, (heads, channels, dtype), hash, window)?;
-        Ok(Self { race, tensors, name: name(hash, window), hash })
+        Ok(Self { race, tensors, name: name(hash, window), hash, gradients: DType::F32 })
+    }
+
+    /// Gradients of q, k and v in `dtype` where one call gives them all.
+    pub fn gradients(self, dtype: DType) -> Self {
+        let Size { tokens, segment, .. } = self.tensors.size;
+        let gradients = if tokens <= segment { dtype } else { DType::F32 };
+        let name = if gradients == DType::F32 { self.name } else { format!("{} {gradients:?} gradients", self.name) };
+        Self { gradients, name, ..self }
     }
 
     pub fn size(&self) -> Size {
@@ -166,7 +176,7 @@ impl<'a> Layer<'a> {
 
     /// Bytes that a pass over all tokens moves at least.
     pub fn bytes(&self, backward: bool) -> u64 {
-        self.race.least_bytes(self.tensors.size.tokens, backward)
+        self.race.least_bytes(self.tensors.size.tokens, backward.then_some(self.gradients))
     }
 
     pub fn forward(&mut self, mut sink: impl FnMut(Range<u64>, &Tensor) -> Outcome<()>) -> Outcome<()> {
@@ -183,7 +193,8 @@ impl<'a> Layer<'a> {
         let Size { tokens, segment, .. } = self.tensors.size;
         if tokens <= segment {
             let [q, k, v, grad_o] = self.tensors.views();
-            let got = self.race.backward(&q, &k, &v, &grad_o, None, None, &RaceOptions::default())?;
+            let options = RaceOptions { gradients: Some(self.gradients), ..RaceOptions::default() };
+            let got = self.race.backward(&q, &k, &v, &grad_o, None, None, &options)?;
             return sink(0..tokens, [&got.dq, &got.dk, &got.dv]);
         }
         let mut stream = self.race.begin_backward_stream(1, tokens, None, None, None)?;

@@ -131,11 +131,12 @@ impl Race {
         StateShape::new(&self.config, &self.shape)
     }
 
-    /// Bytes that a pass over `tokens` tokens of one sequence moves at least, for benches.
+    /// Bytes that a pass over `tokens` tokens of one sequence moves at least, backward with `gradients` of that type, for
+    /// benches.
     #[cfg(any(feature = "wgpu", feature = "cuda"))]
     #[doc(hidden)]
-    pub fn least_bytes(&self, tokens: u64, backward: bool) -> u64 {
-        Geometry::new(&self.config, &self.shape).least_bytes(tokens, backward)
+    pub fn least_bytes(&self, tokens: u64, gradients: Option<DType>) -> u64 {
+        Geometry::new(&self.config, &self.shape).least_bytes(tokens, gradients)
     }
 
     /// Bytes that a step of one token of `batch` sequences moves at least, for benches.

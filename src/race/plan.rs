@@ -115,18 +115,18 @@ impl Geometry {
     }
 
     /// Bytes that a pass over `tokens` tokens moves at least, each tensor once: q, k, v and o; backward the gradient of
-    /// o in place of o, and the f32 gradients of q, k and v.
-    pub fn least_bytes(&self, tokens: u64, backward: bool) -> u64 {
+    /// o in place of o, and the `gradients` of q, k and v.
+    pub fn least_bytes(&self, tokens: u64, gradients: Option<DType>) -> u64 {
         let (of_q, of_o) = (self.num_q_heads * self.head_dim, self.num_q_heads * self.value_dim);
         let inputs = of_q + self.num_kv_heads * (self.head_dim + self.value_dim);
-        let gradients = if backward { inputs * 4 } else { 0 };
+        let gradients = gradients.map_or(0, |dtype| inputs * dtype.size());
         tokens * ((inputs + of_o) * self.dtype.size() + gradients) as u64
     }
 
     /// Bytes that a step of one token of `batch` sequences moves at least, their states read and written too, as where
     /// each step adds its token.
     pub fn step_bytes(&self, batch: u64) -> u64 {
-        self.least_bytes(batch, false) + 2 * batch * self.state_bytes()
+        self.least_bytes(batch, None) + 2 * batch * self.state_bytes()
     }
 
     /// Tiles of 64 buckets.
@@ -293,8 +293,9 @@ mod tests {
     fn least_bytes_count_each_tensor_once() {
         let g = geometry((8, 2), (64, 32), 2, 3);
         let (q, o, kv) = (8 * 64, 8 * 32, 2 * (64 + 32));
-        assert_eq!(g.least_bytes(10, false), 10 * 4 * (q + o + kv));
-        assert_eq!(g.least_bytes(10, true), 10 * 4 * (q + o + kv + q + kv));
+        assert_eq!(g.least_bytes(10, None), 10 * 4 * (q + o + kv));
+        assert_eq!(g.least_bytes(10, Some(DType::F32)), 10 * 4 * (q + o + kv + q + kv));
+        assert_eq!(g.least_bytes(10, Some(DType::Bf16)), 10 * (4 * (q + o + kv) + 2 * (q + kv)));
         assert_eq!(g.step_bytes(3), 3 * (4 * (q + o + kv) + 2 * g.state_bytes()));
     }
 
