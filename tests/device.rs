@@ -95,8 +95,13 @@ fn devices_are_listed_in_the_order_of_choice() {
 }
 
 #[cfg(feature = "wgpu")]
+#[path = "common/instance.rs"]
+mod instance;
+
+#[cfg(feature = "wgpu")]
 mod gpu {
     use super::auto_under;
+    use super::instance::instance;
     use softhash::{
         CacheShape, DEFAULT_PAGE_TOKENS, DType, Device, DeviceOptions, Error, SocketCache, SocketConfig, wgpu,
     };
@@ -106,8 +111,7 @@ mod gpu {
     const SOFTWARE: &str = "llvmpipe";
 
     fn adapter() -> wgpu::Adapter {
-        let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
-        pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()))
+        pollster::block_on(instance().enumerate_adapters(wgpu::Backends::all()))
             .into_iter()
             .find(|adapter| adapter.get_info().name.contains(SOFTWARE))
             .expect("these tests need lavapipe (Debian: mesa-vulkan-drivers)")
@@ -181,6 +185,23 @@ mod gpu {
             let report = auto_under(&[]);
             assert!(report.contains("computes in software and was not asked for"), "{report}");
         }
+    }
+
+    /// Drivers that load libraries with each instance and unload them with it do not stand that.
+    #[test]
+    fn many_threads_may_look_for_devices_at_once() {
+        let listed = Device::enumerate();
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    for _ in 0..4 {
+                        assert_eq!(Device::enumerate(), listed);
+                        assert!(Device::by_name("no such adapter").is_err());
+                        drop(Device::auto().unwrap());
+                    }
+                });
+            }
+        });
     }
 
     #[test]

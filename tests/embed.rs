@@ -5,6 +5,7 @@
 
 mod common {
     pub mod device;
+    pub mod instance;
 }
 
 use softhash::{
@@ -34,8 +35,7 @@ fn config() -> SocketConfig {
 /// A host's own device, lent.
 fn host() -> (wgpu::Device, wgpu::Queue, Device) {
     let name = std::env::var("SOFTHASH_TEST_DEVICE").unwrap_or_else(|_| "llvmpipe".into());
-    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
-    let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
+    let adapters = pollster::block_on(common::instance::instance().enumerate_adapters(wgpu::Backends::all()));
     let adapter = adapters.into_iter().find(|a| a.get_info().name.to_lowercase().contains(&name)).expect("an adapter");
     let wants = Device::requirements(&adapter);
     let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {

@@ -5,6 +5,8 @@
 #[path = "common/device.rs"]
 #[allow(dead_code, reason = "these tests open adapters themselves")]
 mod device;
+#[path = "common/instance.rs"]
+mod instance;
 
 use softhash::{
     Beta, DType, Device, Error, Gate, Normalization, Race, RaceConfig, RaceOptions, RaceShape, Tensor, TensorView, wgpu,
@@ -34,8 +36,7 @@ fn numbers(seed: u32, n: usize) -> Vec<f32> {
 
 fn adapter() -> wgpu::Adapter {
     let name = std::env::var("SOFTHASH_TEST_DEVICE").unwrap_or_else(|_| "llvmpipe".into());
-    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
-    let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
+    let adapters = pollster::block_on(instance::instance().enumerate_adapters(wgpu::Backends::all()));
     adapters.into_iter().find(|a| a.get_info().name.to_lowercase().contains(&name)).expect("an adapter")
 }
 

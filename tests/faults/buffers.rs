@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::device::gpu;
+use crate::instance::instance;
 use softhash::wgpu::{self, BufferUsages};
 
 fn buffer(device: &Device, bytes: &[u8], usage: BufferUsages) -> wgpu::Buffer {
@@ -220,8 +221,7 @@ fn nan_in_buffers_is_stored_as_zero_and_counted() {
 /// That of [`gpu`].
 fn adapter() -> wgpu::Adapter {
     let name = gpu().report().gpu.unwrap().adapter;
-    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
-    let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::VULKAN));
+    let adapters = pollster::block_on(instance().enumerate_adapters(wgpu::Backends::VULKAN));
     adapters.into_iter().find(|a| a.get_info().name == name).unwrap()
 }
 

@@ -4,6 +4,9 @@
 
 #[path = "../common/device.rs"]
 mod device;
+#[cfg(feature = "wgpu")]
+#[path = "../common/instance.rs"]
+mod instance;
 
 use half::{bf16, f16};
 use softhash::{
