@@ -1,7 +1,8 @@
 //! Device memory that frees itself.
 //!
-//! All of it comes from a pool of the context's own, in the order of its stream: memory that is dropped is free for
-//! what is submitted later, whatever still runs, and neither taking nor giving it back waits for the device. While a
+//! All of it comes from pools of the context's own, in the order of its stream: memory that is dropped is free for what
+//! is submitted later, whatever still runs, and neither taking nor giving it back waits for the device. What is small has
+//! a pool to itself: among large pieces, those that stay would keep the gaps between them from being used again. While a
 //! graph is captured, memory is taken on a second stream that is no part of the capture, so that the graph holds no
 //! allocations and the memory is there before its first replay; it stays until the graph is gone.
 
@@ -15,19 +16,25 @@ use std::sync::{Arc, Mutex};
 
 /// Sizes are multiples of it, so that kernels may read whole vectors at the end.
 const GRAIN: u64 = 256;
-/// The pool keeps free memory up to this part of the device's.
+/// Smaller pieces than this are small.
+const LARGE: usize = 1 << 20;
+/// A pool keeps free memory up to this part of the device's.
 const KEPT_PART: u64 = 16;
 
 /// Where a context's memory comes from.
 #[derive(Debug)]
 pub(super) struct Pool {
-    pool: sys::CUmemoryPool,
+    /// Of large pieces, and of small ones.
+    pools: [sys::CUmemoryPool; 2],
     /// The stream of allocations during captures.
     aside: sys::CUstream,
     /// Memory that graphs of the host may refer to: kept until the context ends.
     retired: Mutex<Vec<CUdeviceptr>>,
     /// Memory dropped during a capture: freed after it.
     deferred: Mutex<Vec<CUdeviceptr>>,
+    /// Pieces that a test lets be taken before one is refused.
+    #[cfg(test)]
+    pub(super) left: std::sync::atomic::AtomicU64,
 }
 
 // SAFETY: pools and streams are handles that the driver lets any thread use.
@@ -46,14 +53,38 @@ impl Pool {
         let place = (&raw mut props.location).cast::<i32>();
         // SAFETY: the location is two integers.
         unsafe { place.add(1).write(ordinal as i32) };
-        // SAFETY: the properties are set; the driver copies them.
-        let pool = unsafe { result::mem_pool::create(&raw const props) }?;
-        let mut kept = memory / KEPT_PART;
-        let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-        // SAFETY: the pool was made above, and the attribute is a 64-bit number.
-        unsafe { result::mem_pool::set_attribute(pool, threshold, (&raw mut kept).cast()) }?;
+        let create = || {
+            // SAFETY: the properties are set; the driver copies them.
+            let pool = unsafe { result::mem_pool::create(&raw const props) }?;
+            let mut kept = memory / KEPT_PART;
+            let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+            // SAFETY: the pool was made above, and the attribute is a 64-bit number.
+            unsafe { result::mem_pool::set_attribute(pool, threshold, (&raw mut kept).cast()) }?;
+            Ok::<_, DriverError>(pool)
+        };
+        let pools = [create()?, create()?];
         let aside = result::stream::create(result::stream::StreamKind::NonBlocking)?;
-        Ok(Self { pool, aside, retired: Mutex::default(), deferred: Mutex::default() })
+        Ok(Self {
+            pools,
+            aside,
+            retired: Mutex::default(),
+            deferred: Mutex::default(),
+            #[cfg(test)]
+            left: u64::MAX.into(),
+        })
+    }
+
+    /// Where `size` bytes are taken from.
+    fn of(&self, size: usize) -> sys::CUmemoryPool {
+        let [large, small] = self.pools;
+        if size < LARGE { small } else { large }
+    }
+
+    /// Whether a test refuses memory now.
+    #[cfg(test)]
+    fn refuses(&self) -> bool {
+        let counted = |left: u64| (left < u64::MAX).then(|| left.saturating_sub(1));
+        self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, counted) == Ok(0)
     }
 
     /// Gives everything back; the context is current and its work done.
@@ -62,10 +93,12 @@ impl Pool {
             // SAFETY: memory of this pool, and no work is under way.
             let _ = unsafe { result::free_async(pointer, self.aside) };
         }
-        // SAFETY: nothing is taken from either any more; the pool itself goes once its last memory is back.
+        // SAFETY: nothing is taken any more; a pool itself goes once its last memory is back.
         let _ = unsafe { result::stream::destroy(self.aside) };
-        // SAFETY: as above.
-        let _ = unsafe { result::mem_pool::destroy(self.pool) };
+        for pool in self.pools {
+            // SAFETY: as above.
+            let _ = unsafe { result::mem_pool::destroy(pool) };
+        }
     }
 }
 
@@ -180,6 +213,10 @@ impl Context {
         let pool = &self.pool;
         let is_capturing = self.is_capturing();
         let stream = if is_capturing { pool.aside } else { self.cu_stream() };
+        #[cfg(test)]
+        if pool.refuses() {
+            return Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY));
+        }
         outside_capture(|| {
             if !is_capturing {
                 for pointer in lock(&pool.deferred).drain(..) {
@@ -188,7 +225,7 @@ impl Context {
                 }
             }
             // SAFETY: pool and stream live as long as `self`; the memory is given out as holding anything.
-            let pointer = unsafe { result::mem_pool::alloc_async(pool.pool, size, stream) }?;
+            let pointer = unsafe { result::mem_pool::alloc_async(pool.of(size), size, stream) }?;
             if is_capturing {
                 // SAFETY: as above. After it the memory is there for every stream.
                 unsafe { result::stream::synchronize(stream) }?;
@@ -239,11 +276,20 @@ impl Context {
         self.check(op, done)
     }
 
-    /// Gives the driver back what the pool keeps for allocations to come; waits for the device.
+    /// Gives the driver back what the pools keep for allocations to come; waits for the device.
     pub fn trim(&self, op: &'static str) -> Result<()> {
         self.settle(op)?;
-        // SAFETY: the pool lives as long as `self`.
-        self.check(op, outside_capture(|| unsafe { result::mem_pool::trim_to(self.pool.pool, 0) }))
+        for pool in self.pool.pools {
+            // SAFETY: the pool lives as long as `self`.
+            self.check(op, outside_capture(|| unsafe { result::mem_pool::trim_to(pool, 0) }))?;
+        }
+        Ok(())
+    }
+
+    /// Lets `pieces` of memory be taken, and refuses all after them until it is told otherwise.
+    #[cfg(test)]
+    pub fn refuse_after(&self, pieces: u64) {
+        self.pool.left.store(pieces, Ordering::Relaxed);
     }
 
     /// Fills with zeros.
