@@ -8,8 +8,9 @@ mod common {
     pub mod race;
 }
 
-use common::race::{Case, Data, error, wide};
-use softhash::{DType, Device, Normalization, RaceState, StateGradient, TensorView};
+use common::race::{Case, Data, Elements, error, wide};
+use softhash::{DType, Device, Normalization, Race, RaceOptions, RaceState, StateGradient, StateParts, TensorView};
+use std::ops::Range;
 
 fn device() -> Option<Device> {
     let name = std::env::var("SOFTHASH_TEST_DEVICE").ok().filter(|name| name.starts_with("cuda"))?;
@@ -211,6 +212,78 @@ fn steps_are_captured_and_replayed() {
         }
         let off = error(&got, &wide(&want.o));
         assert!(off < 2.4e-3, "{heads:?} {normalization:?}: o is off by {off:.1e}");
+    }
+}
+
+/// `race` takes in some tokens of the one sequence in one call: what it gives for them.
+fn feed(race: &mut Race, case: &Case, data: &Data, state: &mut RaceState, tokens: Range<usize>) -> Vec<f64> {
+    let rows = [(&data.q, case.heads.0, case.dims.0), (&data.k, case.heads.1, case.dims.0)];
+    let [q, k, v] = [rows[0], rows[1], (&data.v, case.heads.1, case.dims.1)].map(|(x, heads, dim)| {
+        let of = Elements::new(case.dtype, &x[tokens.start * heads * dim..tokens.end * heads * dim]);
+        (of, [1, tokens.len(), heads, dim])
+    });
+    let [q, k, v] = [&q, &k, &v].map(|(x, shape)| x.view(*shape));
+    let options = RaceOptions { output: Some(case.output), ..RaceOptions::default() };
+    wide(&race.append_with(state, &q, &k, &v, &options).unwrap())
+}
+
+/// Tokens that wait beside a state's sums are part of it: forks take them along, what is read has them in it, going on
+/// from a fork is going back to it, and a prompt comes after them.
+#[test]
+fn tokens_that_wait_are_part_of_the_state() {
+    let Some(device) = device() else { return };
+    for (dtype, hash, ensembles, normalization) in [
+        (DType::F32, (4, 4), 1, Normalization::Ratio),
+        (DType::Bf16, (2, 2), 1, Normalization::Ratio),
+        // Of so many bits eight wait at most.
+        (DType::F32, (10, 7), 2, Normalization::BucketMean),
+    ] {
+        let (tokens, prompt) = (120, 70);
+        let lengths = vec![tokens];
+        let case = Case { dtype, hash, ensembles, normalization, tokens, lengths, initial: true, ..Case::default() };
+        let data = case.data();
+        let (mut race, mut cpu) = (case.race_on(&device, &data), case.race_on(&Device::cpu(), &data));
+        let mut state = race.write_state(&data.initial, &[0]).unwrap();
+        let mut exact = cpu.write_state(&data.initial, &[0]).unwrap();
+        let near = |what: &str, got: &[f64], want: &[f64], bound: f64| {
+            let off = error(got, want);
+            assert!(off < bound, "{}: {what} is off by {off:.1e}", case.name());
+        };
+        let same = |what: &str, got: &StateParts, want: &StateParts, bound: f64| {
+            near(&format!("{what}, A"), &got.a, &want.a, bound);
+            near(&format!("{what}, B"), &got.b, &want.b, bound);
+        };
+        for seen in 0..34 {
+            if [0, 1, 5, 7, 8, 14, 15, 16, 17, 31, 32].contains(&seen) {
+                let known = cpu.read_state(&exact).unwrap();
+                let [read, mut again, mut long] = [(); 3].map(|()| race.fork(&state).unwrap());
+                let read_first = race.read_state(&read).unwrap();
+                same(&format!("a fork of {seen} tokens"), &read_first, &known, 1e-6);
+                assert!(race.read_state(&read).unwrap() == read_first, "reading adds what waits once");
+
+                // Steps of a fork are those of the state, bit for bit, and of a fork whose tokens were added a little else.
+                let (mut ahead, mut added) = (race.fork(&again).unwrap(), read);
+                for at in seen..seen + 3 {
+                    let first = feed(&mut race, &case, &data, &mut ahead, at..at + 1);
+                    assert!(feed(&mut race, &case, &data, &mut again, at..at + 1) == first, "{seen} tokens, then {at}");
+                    let third = feed(&mut race, &case, &data, &mut added, at..at + 1);
+                    near("a step after reading", &third, &first, 1e-6);
+                }
+                assert!(race.read_state(&ahead).unwrap() == race.read_state(&again).unwrap());
+
+                let mut exact_long = cpu.fork(&exact).unwrap();
+                let got = feed(&mut race, &case, &data, &mut long, seen..seen + prompt);
+                let want = feed(&mut cpu, &case, &data, &mut exact_long, seen..seen + prompt);
+                near(&format!("a prompt after {seen} tokens"), &got, &want, bound(&case, "o"));
+                let (got, want) = (race.read_state(&long).unwrap(), cpu.read_state(&exact_long).unwrap());
+                same(&format!("a state of a prompt after {seen} tokens"), &got, &want, bound(&case, "A"));
+                assert_eq!((state.tokens(0), long.tokens(0)), (Some(seen as u64), Some((seen + prompt) as u64)));
+            }
+            // What became of the forks does not concern the state.
+            let got = feed(&mut race, &case, &data, &mut state, seen..seen + 1);
+            let want = feed(&mut cpu, &case, &data, &mut exact, seen..seen + 1);
+            near(&format!("token {seen}"), &got, &want, 3e-6);
+        }
     }
 }
 
