@@ -97,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
     u32 kv_head = blockIdx.y / HEAD_TILES, first_head = blockIdx.y % HEAD_TILES * HEADS;
     u32 heads = min_u32(HEADS, GROUP - first_head);
     u32 row_index = p.first_row + blockIdx.z;
-    Row row = p.rows[row_index];
+    Row row = ROW_AT(row_index);
     u32 first = blockIdx.x * p.span;
     // What was chosen is not known yet, the query is.
     if (!SPARSE || first >= row.visible) wait_for_earlier();
@@ -398,11 +398,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
             for (u32 step = 0; step < V_STEPS; step++) {
                 u32 b[4];
                 load_matrices_transposed(b, at + step * 32);
+                // The matrix unit cuts off what it adds up, always towards zero: over a long span that bends the sum. So it
+                // adds within a tile only.
+                float of_tile[2][4] = {};
 #pragma unroll
                 for (u32 pass = 0; pass < P_PASSES; pass++) {
-                    mma16<KV_DTYPE>(values[step * 2], a[pass], b[0], b[1]);
-                    mma16<KV_DTYPE>(values[step * 2 + 1], a[pass], b[2], b[3]);
+                    mma16<KV_DTYPE>(of_tile[0], a[pass], b[0], b[1]);
+                    mma16<KV_DTYPE>(of_tile[1], a[pass], b[2], b[3]);
                 }
+#pragma unroll
+                for (u32 i = 0; i < 2; i++)
+#pragma unroll
+                    for (u32 c = 0; c < 4; c++) values[step * 2 + i][c] += of_tile[i][c];
             }
         }
     }

@@ -91,6 +91,9 @@ struct Call : Numbers {
     items_ : params.items, planes_, plane_parts_, state_, tables_, scores_, histogram_, candidates_, cuts_, \
     partials_, arrivals_, non_finite_, indices_, values_}
 
+// Row `index`. Those that travel in the arguments are not read by way of memory.
+#define ROW_AT(index) (rows_ ? rows_[index] : params.rows[index])
+
 // A page: keys `[kv head, token, piece of 16 bytes]`, values likewise, index `[kv head, word, token]`.
 #define PIECE (KV_DTYPE == DTYPE_F32 ? 4 : 8)
 #define K_PIECES ((HEAD_DIM + PIECE - 1) / PIECE)
