@@ -65,8 +65,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let count = min(CHUNK, length - first);
 
     // The filling invocation's token and its four buckets or channels, and the rows and columns of its sums.
-    let step = local / 16u;
-    let four = local % 16u;
+    let step = row4_of(local);
+    let four = column4_of(local);
     let bucket = tile * 64u + four * 4u;
     let channel = block * CHANNELS + four * 4u;
 #repeat h PAIRS
@@ -124,11 +124,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             panels[panel_at(1u + $hu, step, four)] = x$h;
 #end
             workgroupBarrier();
-            for (var k = p.zero; k < 16u; k += 4u) {
+            for (var k = p.zero; k < 4u; k++) {
+                let left_at = quad_at(0u, k, step);
+                let right_at = quad_at(1u, k, four);
 #repeat u 4
-                let left$u = panels[panel_at(0u, k + $uu, step)];
+                let left$u = panels[left_at + $uu * FOUR_STEPS];
 #repeat h PAIRS
-                sums$h = add_product(sums$h, left$u, panels[panel_at(1u + $hu, k + $uu, four)]);
+                sums$h = add_product(sums$h, left$u, panels[right_at + $hu * PANEL + $uu * FOUR_STEPS]);
 #end
 #end
             }

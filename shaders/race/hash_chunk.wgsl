@@ -70,13 +70,15 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let last_at = matrix + BUCKETS * MATRIX_ROW;
 
     // The rows and columns of this invocation's sums; where it fills, a row and four of its channels.
-    let row4 = local / 16u;
-    let column4 = local % 16u;
+    let row4 = row4_of(local);
+    let column4 = column4_of(local);
     let own_row = local / 4u;
     let quad = local % 4u;
     let columns = vec4<u32>(column4 * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
     let rows4 = vec4<u32>(row4 * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
     var values = Block();
+    // What all of this invocation's rows meet of masses.
+    var met_by_all = vec4<f32>();
 #ifndef KEYS
     var masses = Block();
     var gain = vec4<f32>();
@@ -116,12 +118,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 set_row(1u, own_row, quad, m);
             }
             workgroupBarrier();
-            for (var k = p.zero; k < 16u; k += 4u) {
+            for (var k = p.zero; k < 4u; k++) {
+                let left_at = quad_at(0u, k, row4);
+                let right_at = quad_at(1u, k, column4);
 #repeat u 4
-                let left$u = panels[panel_at(0u, k + $uu, row4)];
-                meet = add_product(meet, left$u, panels[panel_at(2u, k + $uu, column4)]);
+                let left$u = panels[left_at + $uu * FOUR_STEPS];
+                meet = add_product(meet, left$u, panels[right_at + PANEL + $uu * FOUR_STEPS]);
                 if reads_matrix {
-                    values = add_product(values, left$u, panels[panel_at(1u, k + $uu, column4)]);
+                    values = add_product(values, left$u, panels[right_at + $uu * FOUR_STEPS]);
                 }
 #end
             }
@@ -184,27 +188,50 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #endif
 #endif
             workgroupBarrier();
-            // Rows that meet none of these leave them out.
+            // The quads that its rows meet; of its own, the part.
+            let own_quad = row4 - min(row4, start / 4u);
 #ifdef KEYS
-            let meets = row4 * 4u < start + 16u;
+            let begins = own_quad;
+            let ends = select(p.zero, 4u, row4 * 4u < start + 16u);
 #else
-            let meets = row4 * 4u + 3u >= start;
+            let begins = p.zero;
+            let ends = select(p.zero, min(own_quad + 1u, 4u), row4 * 4u >= start);
 #endif
-            for (var k = select(16u, p.zero, meets); k < 16u; k += 4u) {
+            for (var k = begins; k < ends; k++) {
+                let left_at = quad_at(0u, k, row4);
+                let right_at = quad_at(1u, k, column4);
 #repeat u 4
-                let right$u = panels[panel_at(1u, k + $uu, column4)];
-                values = add_product(values, panels[panel_at(0u, k + $uu, row4)], right$u);
-                let step$u = vec4<u32>(start + k + $uu);
+                let right$u = panels[right_at + $uu * FOUR_STEPS];
+                values = add_product(values, panels[left_at + $uu * FOUR_STEPS], right$u);
+#end
+                let is_own = start / 4u + k == row4;
 #ifdef KEYS
 #ifndef RATIO
                 // The masses of buckets are denominators of their own.
-                let sees$u = select(vec4<f32>(), vec4<f32>(1.0), rows4 <= step$u);
-                values = add_product(values, sees$u, panels[panel_at(2u, k + $uu, column4)]);
+#repeat u 4
+                let mass$u = panels[right_at + PANEL + $uu * FOUR_STEPS];
+#end
+                if is_own {
+                    let two = mass2 + mass3;
+                    values.a += mass0 + mass1 + two;
+                    values.b += mass1 + two;
+                    values.c += two;
+                    values.d += mass3;
+                } else {
+                    met_by_all += mass0 + mass1 + (mass2 + mass3);
+                }
 #endif
 #else
-                masses = add_product(masses, select(vec4<f32>(), vec4<f32>(1.0), rows4 >= step$u), right$u);
+                let two = right0 + right1;
+                if is_own {
+                    masses.a += right0;
+                    masses.b += two;
+                    masses.c += two + right2;
+                    masses.d += two + (right2 + right3);
+                } else {
+                    met_by_all += two + (right2 + right3);
+                }
 #endif
-#end
             }
         }
     }
@@ -216,6 +243,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             column[i] = matrix_mass(matrix + columns[i] * MATRIX_ROW);
         }
     }
+    column += met_by_all;
     var own = Block();
 #ifdef KEYS
 #repeat r 4

@@ -36,8 +36,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let planes_at = p.planes_at + (p.head + head) * p.planes_stride;
     let beta = beta_of(p.head + head);
 
-    let row4 = local / 16u;
-    let column4 = local % 16u;
+    let row4 = row4_of(local);
+    let column4 = column4_of(local);
     let channel = index % BLOCKS * CHANNELS + column4 * 4u;
     // The row that it fills, and a quarter of the steps.
     let own_row = local / 4u;
@@ -65,11 +65,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         panels[panel_at(1u + $hu, row4, column4)] = w$h;
 #end
         workgroupBarrier();
-        for (var k = p.zero; k < 16u; k += 4u) {
+        for (var k = p.zero; k < 4u; k++) {
+            let left_at = quad_at(0u, k, row4);
+            let right_at = quad_at(1u, k, column4);
 #repeat u 4
-            let left$u = panels[panel_at(0u, k + $uu, row4)];
+            let left$u = panels[left_at + $uu * FOUR_STEPS];
 #repeat h HEAD_PAIRS
-            sums$h = add_product(sums$h, left$u, panels[panel_at(1u + $hu, k + $uu, column4)]);
+            sums$h = add_product(sums$h, left$u, panels[right_at + $hu * PANEL + $uu * FOUR_STEPS]);
 #end
 #end
         }

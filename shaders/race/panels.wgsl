@@ -1,6 +1,7 @@
 // Tiled products of 64 rows by 64 columns. Operands stand in panels: 16 steps of the sum by 64 rows or columns, four to
-// a vector. Invocation (row4, column4) owns rows row4 * 4 .. + 4 and columns column4 * 4 .. + 4. Vectors are permuted
-// within a step, so that neither filling along steps nor along rows meets few memory banks only.
+// a vector. Invocation (row4, column4) owns rows row4 * 4 .. + 4 and columns column4 * 4 .. + 4. Neighbours in a pair have
+// one column4, so that the hardware reads for both at once. Vectors are permuted within a step, so that neither filling
+// along steps nor along rows meets few memory banks only: alike in the four steps of a quad, which stand FOUR_STEPS apart.
 var<workgroup> panels: array<vec4<f32>, 1024>;
 
 // Sums of four rows, with four columns each.
@@ -11,8 +12,24 @@ struct Block {
     d: vec4<f32>,
 }
 
+const PANEL: u32 = 256u;
+const FOUR_STEPS: u32 = 16u;
+
+fn row4_of(local: u32) -> u32 {
+    return local / 32u * 2u + local % 2u;
+}
+
+fn column4_of(local: u32) -> u32 {
+    return local / 2u % 16u;
+}
+
+// Where the first of four steps stands.
+fn quad_at(panel: u32, quad: u32, four: u32) -> u32 {
+    return panel * PANEL + quad * 64u + (four ^ (quad * 2u));
+}
+
 fn panel_at(panel: u32, step: u32, four: u32) -> u32 {
-    return panel * 256u + step * 16u + (four ^ step);
+    return quad_at(panel, step / 4u, four) + step % 4u * FOUR_STEPS;
 }
 
 // One number of a panel.

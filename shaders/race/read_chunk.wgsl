@@ -53,12 +53,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let matrix = (unit * p.slots + min(chunk, p.slots - 1u)) * MATRIX;
 
     // The rows and columns of this invocation's sums; where it fills along steps, the step and its four.
-    let row4 = local / 16u;
-    let column4 = local % 16u;
+    let row4 = row4_of(local);
+    let column4 = column4_of(local);
     let channel = block * CHANNELS + column4 * 4u;
     // Where it fills along rows, the row and a quarter of the steps.
-    let own_row = local % 64u;
-    let quad = local / 64u;
+    let own_row = local / 4u;
+    let quad = local % 4u;
 #repeat h PAIRS
     var sums$h = Block();
 #end
@@ -134,11 +134,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
             workgroupBarrier();
             if reads_matrix {
-                for (var k = p.zero; k < 16u; k += 4u) {
+                for (var k = p.zero; k < 4u; k++) {
+                    let left_at = quad_at(0u, k, row4);
+                    let right_at = quad_at(1u, k, column4);
 #repeat u 4
-                    let left$u = panels[panel_at(0u, k + $uu, row4)];
+                    let left$u = panels[left_at + $uu * FOUR_STEPS];
 #repeat h PAIRS
-                    sums$h = add_product(sums$h, left$u, panels[panel_at(1u + $hu, k + $uu, column4)]);
+                    sums$h = add_product(sums$h, left$u, panels[right_at + $hu * PANEL + $uu * FOUR_STEPS]);
 #end
 #end
                 }
@@ -149,9 +151,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
 #endif
 #ifndef ALONE
-            for (var k = p.zero; k < 16u; k += 4u) {
+            for (var k = p.zero; k < 4u; k++) {
+                let left_at = quad_at(0u, k, row4);
+                let right_at = quad_at(3u, k, column4);
 #repeat u 4
-                meet = add_product(meet, panels[panel_at(0u, k + $uu, row4)], panels[panel_at(3u, k + $uu, column4)]);
+                meet = add_product(meet, panels[left_at + $uu * FOUR_STEPS], panels[right_at + $uu * FOUR_STEPS]);
 #end
             }
 #endif
@@ -218,17 +222,22 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             panels[panel_at(1u + $hu, row4, column4)] = x$h;
 #end
             workgroupBarrier();
-            // Rows that meet none of these leave them out.
+            // The quads that its rows meet.
+            let own_quad = row4 - min(row4, start / 4u);
 #ifdef VALUES
-            let meets = row4 * 4u < start + 16u;
+            let begins = own_quad;
+            let ends = select(p.zero, 4u, row4 * 4u < start + 16u);
 #else
-            let meets = row4 * 4u + 3u >= start;
+            let begins = p.zero;
+            let ends = select(p.zero, min(own_quad + 1u, 4u), row4 * 4u >= start);
 #endif
-            for (var k = select(16u, p.zero, meets); k < 16u; k += 4u) {
+            for (var k = begins; k < ends; k++) {
+                let left_at = quad_at(0u, k, row4);
+                let right_at = quad_at(1u, k, column4);
 #repeat u 4
-                let left$u = panels[panel_at(0u, k + $uu, row4)];
+                let left$u = panels[left_at + $uu * FOUR_STEPS];
 #repeat h PAIRS
-                sums$h = add_product(sums$h, left$u, panels[panel_at(1u + $hu, k + $uu, column4)]);
+                sums$h = add_product(sums$h, left$u, panels[right_at + $hu * PANEL + $uu * FOUR_STEPS]);
 #end
 #end
             }
