@@ -3,7 +3,7 @@
 //! | room | what it holds |
 //! |---|---|
 //! | `config` | what the caller chooses, checked |
-//! | `attention` | [`crate::Race`]: forward, backward, append; states in and out |
+//! | `attention`, `states` | [`crate::Race`]: forward, backward, append; states in and out |
 //! | `stream`, `stream_backward`, `source` | sequences of any length |
 //! | `state`, `persist` | what is kept of a sequence |
 //! | `executor` | what a backend must do: three passes, forward and backward |
@@ -29,6 +29,7 @@ pub(crate) mod plan;
 pub mod reference;
 pub(crate) mod source;
 pub(crate) mod state;
+mod states;
 pub(crate) mod stream;
 #[cfg(not(target_arch = "wasm32"))]
 pub(crate) mod stream_backward;
