@@ -80,22 +80,33 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #else
     {
 #endif
-        for (var base = 0u; base < count; base += 16u) {
-            let token = base + step;
-            workgroupBarrier();
-            var weights = vec4<f32>();
-#repeat h PAIRS
-            var x$h = vec4<f32>();
-#end
-            if token < count {
+        // What the next panels are made of is loaded while products of these are summed; tokens past the last give none.
+        let real = min(step, count - 1u);
 #ifdef QUERIES
-                let q_row = ((b * p.tokens + first + token) * p.heads + head) * GROUP + g;
-                let at = input_at(b, first + token, (p.head + head) * GROUP + g);
-                let reading = reading_weight(q_row);
-                let of_sums = reading_of_sums(q_row, centre);
-                weights = reading_of_four(q_row, bucket, beta, centre);
+        let q_head = (p.head + head) * GROUP + g;
+        var q_row = ((b * p.tokens + first + real) * p.heads + head) * GROUP + g;
+        var reading = reading_weight(q_row);
+        var of_sums = reading_of_sums(q_row, centre);
+        var hashes = reading_at(q_row, bucket);
+#else
+        let q_head = p.head + head;
+        var hashes = hashes_at(p.k_at + ((b * p.tokens + first + real) * p.heads + head) * BITS, bucket);
+#endif
 #repeat h PAIRS
-                x$h = reading.x * input_quad(at, channel + $hu * 64u, VALUE_DIM);
+        var x$h = input_quad(input_at(b, first + real, q_head), channel + $hu * 64u, VALUE_DIM);
+#end
+        for (var base = p.zero; base < count; base += 16u) {
+            workgroupBarrier();
+            let sees = base + step < count;
+#ifdef QUERIES
+            let weights = select(vec4<f32>(), reading_of(hashes, bucket, beta, centre), sees);
+#else
+            let weights = select(vec4<f32>(), alphas_of(hashes, bucket, beta, centre), sees);
+#endif
+            if sees {
+#ifdef QUERIES
+#repeat h PAIRS
+                x$h *= reading.x;
                 row$h += of_sums * x$h;
 #end
 #ifdef RATIO
@@ -108,11 +119,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 corner += mass_of_sums(q_row);
 #endif
 #else
-                let at = input_at(b, first + token, p.head + head);
-                let row = (b * p.tokens + first + token) * p.heads + head;
-                weights = alpha_of_four(p.k_at + row * BITS, bucket, beta, centre);
 #repeat h PAIRS
-                x$h = input_quad(at, channel + $hu * 64u, VALUE_DIM);
                 row$h += x$h;
 #end
                 mass += weights;
@@ -124,6 +131,20 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             panels[panel_at(1u + $hu, step, four)] = x$h;
 #end
             workgroupBarrier();
+            if base + 16u < count {
+                let token = min(base + 16u + step, count - 1u);
+#ifdef QUERIES
+                q_row = ((b * p.tokens + first + token) * p.heads + head) * GROUP + g;
+                reading = reading_weight(q_row);
+                of_sums = reading_of_sums(q_row, centre);
+                hashes = reading_at(q_row, bucket);
+#else
+                hashes = hashes_at(p.k_at + ((b * p.tokens + first + token) * p.heads + head) * BITS, bucket);
+#endif
+#repeat h PAIRS
+                x$h = input_quad(input_at(b, first + token, q_head), channel + $hu * 64u, VALUE_DIM);
+#end
+            }
             for (var k = p.zero; k < 4u; k++) {
                 let left_at = quad_at(0u, k, step);
                 let right_at = quad_at(1u, k, four);

@@ -93,31 +93,45 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let reads_matrix = true;
 #endif
         var meet = Block();
-        for (var start = 0u; start < VALUE_DIM; start += 16u) {
-            workgroupBarrier();
-            var own = vec4<f32>();
-            var other = vec4<f32>();
-            if own_row < count {
-                let token = first + own_row;
-                let q_head = kv_head * GROUP + g;
+        // What the next panels are made of is loaded while products of these are summed. Rows past the last stand for
+        // none: nothing of them is kept.
+        let token = first + min(own_row, count - 1u);
+        let q_head = kv_head * GROUP + g;
 #ifdef KEYS
-                own = input_quad(input_at(b, token, kv_head), start + quad * 4u, VALUE_DIM);
-                other = input2_quad(input2_at(b, token, q_head), start + quad * 4u, VALUE_DIM);
+        let own_at = input_at(b, token, kv_head);
+        let other_at = input2_at(b, token, q_head);
+        let scale = 1.0;
 #else
-                own = p.scale * input_quad(input_at(b, token, q_head), start + quad * 4u, VALUE_DIM);
-                other = input2_quad(input2_at(b, token, kv_head), start + quad * 4u, VALUE_DIM);
+        let own_at = input_at(b, token, q_head);
+        let other_at = input2_at(b, token, kv_head);
+        let scale = p.scale;
 #endif
-            }
-            set_row(0u, own_row, quad, own);
-            set_row(2u, own_row, quad, other);
+        let m_at = matrix + min(own_row, BUCKETS - 1u) * MATRIX_ROW;
+        var own_quad = input_quad(own_at, quad * 4u, VALUE_DIM);
+        var other_quad = input2_quad(other_at, quad * 4u, VALUE_DIM);
+        var m = vec4<f32>();
+        if reads_matrix {
+            m = matrix_quad(m_at, quad * 4u);
+        }
+        for (var start = p.zero; start < VALUE_DIM; start += 16u) {
+            workgroupBarrier();
+            set_row(0u, own_row, quad, scale * own_quad);
+            set_row(2u, own_row, quad, other_quad);
             if reads_matrix {
-                var m = vec4<f32>();
-                if own_row < BUCKETS {
-                    m = matrix_quad(matrix + own_row * MATRIX_ROW, start + quad * 4u);
-                }
                 set_row(1u, own_row, quad, m);
             }
             workgroupBarrier();
+#ifndef KEYS
+            let entry = matrix_element(last_at + min(start + column4, VALUE_DIM - 1u));
+#endif
+            let next = start + 16u + quad * 4u;
+            if start + 16u < VALUE_DIM {
+                own_quad = input_quad(own_at, next, VALUE_DIM);
+                other_quad = input2_quad(other_at, next, VALUE_DIM);
+                if reads_matrix {
+                    m = matrix_quad(m_at, next);
+                }
+            }
             for (var k = p.zero; k < 4u; k++) {
                 let left_at = quad_at(0u, k, row4);
                 let right_at = quad_at(1u, k, column4);
@@ -130,9 +144,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #end
             }
 #ifndef KEYS
-            if start + column4 < VALUE_DIM {
-                gain += panels[panel_at(0u, column4, row4)] * matrix_element(last_at + start + column4);
-            }
+            gain += panels[panel_at(0u, column4, row4)] * entry;
 #endif
         }
         // Which of its four columns each of the four rows meets, and how much.
@@ -159,35 +171,40 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let ones = vec4<f32>(1.0);
         gain += vec4<f32>(dot(meet.a, ones), dot(meet.b, ones), dot(meet.c, ones), dot(meet.d, ones));
 #endif
-        for (var start = 0u; start < count; start += 16u) {
+        let first_other = key_row + min(row4, count - 1u) * p.heads;
+#ifdef KEYS
+        var hashes = reading_at(first_other * GROUP + g, column4 * 4u);
+#else
+        var hashes = hashes_at(p.k_at + first_other * BITS, column4 * 4u);
+#endif
+        for (var start = p.zero; start < count; start += 16u) {
             workgroupBarrier();
             if column4 / 4u == start / 16u {
                 fill_block(0u, column4 % 4u * 4u, row4, meet);
             }
-            var other = vec4<f32>();
+            let sees = start + row4 < count;
 #ifdef KEYS
+            let other = reading_of(hashes, column4 * 4u, beta, centre);
 #ifndef RATIO
             var other_mass = vec4<f32>();
-#endif
-#endif
-            if start + row4 < count {
-                let other_row = key_row + (start + row4) * p.heads;
-#ifdef KEYS
-                other = reading_of_four(other_row * GROUP + g, column4 * 4u, beta, centre);
-#ifndef RATIO
-                other_mass = mass_of_four(other_row * GROUP + g, column4 * 4u);
-#endif
-#else
-                other = alpha_of_four(p.k_at + other_row * BITS, column4 * 4u, beta, centre);
-#endif
+            if sees {
+                other_mass = mass_of_four((key_row + (start + row4) * p.heads) * GROUP + g, column4 * 4u);
             }
-            panels[panel_at(1u, row4, column4)] = other;
-#ifdef KEYS
-#ifndef RATIO
             panels[panel_at(2u, row4, column4)] = other_mass;
 #endif
+#else
+            let other = alphas_of(hashes, column4 * 4u, beta, centre);
 #endif
+            panels[panel_at(1u, row4, column4)] = select(vec4<f32>(), other, sees);
             workgroupBarrier();
+            if start + 16u < count {
+                let next = key_row + min(start + 16u + row4, count - 1u) * p.heads;
+#ifdef KEYS
+                hashes = reading_at(next * GROUP + g, column4 * 4u);
+#else
+                hashes = hashes_at(p.k_at + next * BITS, column4 * 4u);
+#endif
+            }
             // The quads that its rows meet; of its own, the part.
             let own_quad = row4 - min(row4, start / 4u);
 #ifdef KEYS

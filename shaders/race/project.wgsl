@@ -3,21 +3,21 @@
 #import tanh
 #import hash
 // t = tanh(w·x) of queries or keys, `[row, TABLES * PLANES]`, row = (sequence, token, head of the block): one workgroup
-// per (kv head, 64 rows of that head, block of FOURS * 4 planes). Four invocations share a row, and take every fourth
-// four of its channels each.
+// per (kv head, 64 rows of that head, block of FOURS * 4 planes). Eight invocations share two rows, and take every
+// eighth four of their channels each.
 @group(0) @binding(3) var<storage, read> planes: array<f32>;
 @group(0) @binding(4) var<storage, read_write> t: array<f32>;
 
 const PLANE_BLOCK: u32 = FOURS * 4u;
 const PLANE_BLOCKS: u32 = (BITS + PLANE_BLOCK - 1u) / PLANE_BLOCK;
-const SLICE: u32 = min(128u, (HEAD_DIM + 15u) / 16u * 16u);
+const SLICE: u32 = min(128u, (HEAD_DIM + 31u) / 32u * 32u);
 // Planes of a slice's channels, four to a vector: next to each other what the invocations of a row read together. At the
-// end sums of the four.
-var<workgroup> weights: array<vec4<f32>, max(SLICE * FOURS, 256u)>;
+// end sums of the eight.
+var<workgroup> weights: array<vec4<f32>, max(SLICE * FOURS, 512u)>;
 
-// Of channel 16i + 4q + c of the slice.
+// Of channel 32i + 4q + c of the slice.
 fn weight_at(i: u32, c: u32, q: u32, j: u32) -> u32 {
-    return ((i * 4u + c) * FOURS + j) * 4u + q;
+    return ((i * 4u + c) * FOURS + j) * 8u + q;
 }
 
 @compute @workgroup_size(256)
@@ -32,13 +32,16 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let rows = p.batch * p.tokens * PER_HEAD;
     let planes_at = p.planes_at + (p.head + head) * p.planes_stride;
 
-    let row = first_row + local / 4u;
-    let q = local % 4u;
-    let token = row / PER_HEAD;
-    let in_group = row % PER_HEAD;
-    let at = input_at(token / p.tokens, token % p.tokens, (p.head + head) * PER_HEAD + in_group);
+    let pair = local / 8u;
+    let q = local % 8u;
+#repeat r 2
+    let row$r = first_row + pair + $ru * 32u;
+    let token$r = row$r / PER_HEAD;
+    let row_head$r = (p.head + head) * PER_HEAD + row$r % PER_HEAD;
+    let at$r = input_at(token$r / p.tokens, token$r % p.tokens, row_head$r);
 #repeat j FOURS
-    var sum$j = vec4<f32>();
+    var sum$rx$j = vec4<f32>();
+#end
 #end
     for (var slice = 0u; slice < HEAD_DIM; slice += SLICE) {
         workgroupBarrier();
@@ -51,35 +54,47 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                     w[c] = planes[planes_at + (plane + c) * HEAD_DIM + slice + channel];
                 }
             }
-            weights[weight_at(channel / 16u, channel % 4u, channel / 4u % 4u, k / SLICE)] = w;
+            weights[weight_at(channel / 32u, channel % 4u, channel / 4u % 8u, k / SLICE)] = w;
         }
         workgroupBarrier();
-        if row < rows {
-            for (var i = p.zero; i < SLICE / 16u; i++) {
-                let x = input_quad(at, slice + i * 16u + q * 4u, HEAD_DIM);
+        for (var i = p.zero; i < SLICE / 32u; i++) {
+#repeat r 2
+            var x$r = vec4<f32>();
+            if row$r < rows {
+                x$r = input_quad(at$r, slice + i * 32u + q * 4u, HEAD_DIM);
+            }
+#end
 #repeat c 4
 #repeat j FOURS
-                sum$j += x[$c] * weights[weight_at(i, $cu, q, $ju)];
+            let w$cx$j = weights[weight_at(i, $cu, q, $ju)];
+            sum0x$j += x0[$c] * w$cx$j;
+            sum1x$j += x1[$c] * w$cx$j;
 #end
 #end
-            }
         }
     }
-    let out = p.out_at + ((token * p.heads + head) * PER_HEAD + in_group) * BITS;
-    var total = vec4<f32>();
+    // Invocation q of a row adds up its q-th four planes.
+    var total0 = vec4<f32>();
+    var total1 = vec4<f32>();
 #repeat j FOURS
     workgroupBarrier();
-    weights[local] = sum$j;
+    weights[local] = sum0x$j;
+    weights[256u + local] = sum1x$j;
     workgroupBarrier();
-    if q == ($ju & 3u) {
-        let own = local / 4u * 4u;
-        total = weights[own] + weights[own + 1u] + weights[own + 2u] + weights[own + 3u];
+    if q == $ju {
+        for (var i = p.zero; i < 8u; i++) {
+            total0 += weights[pair * 8u + i];
+            total1 += weights[256u + pair * 8u + i];
+        }
     }
-    if row < rows && (($ju & 3u) == 3u || $ju + 1u == FOURS) {
-        let plane = block + ($ju / 4u * 4u + q) * 4u;
+#end
+    let plane = block + q * 4u;
+#repeat r 2
+    if row$r < rows && q < FOURS {
+        let out$r = p.out_at + ((token$r * p.heads + head) * PER_HEAD + row$r % PER_HEAD) * BITS;
         for (var c = p.zero; c < 4u; c++) {
-            if q <= ($ju & 3u) && plane + c < BITS {
-                t[out + plane + c] = bounded_tanh(total[c]);
+            if plane + c < BITS {
+                t[out$r + plane + c] = bounded_tanh(total$r[c]);
             }
         }
     }

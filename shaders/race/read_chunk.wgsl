@@ -99,40 +99,67 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let reads_matrix = true;
 #endif
         var meet = Block();
-        for (var start = 0u; start < BUCKETS; start += 16u) {
-            workgroupBarrier();
-            var own = vec4<f32>();
-            if own_row < count {
+        // What the next panels are made of is loaded while products of these are summed. Rows and buckets past the last
+        // stand for none: their weights are zero, or nobody reads their sums.
+        let real_row = min(own_row, count - 1u);
+        let k_at = p.k_at + (token_row + real_row * p.heads) * BITS;
+        let q_row = (token_row + real_row * p.heads) * GROUP + g;
 #ifdef VALUES
-                own = alpha_of_four(p.k_at + (token_row + own_row * p.heads) * BITS, start + quad * 4u, beta, centre);
+        let own_at = k_at;
 #else
-                let row = (token_row + own_row * p.heads) * GROUP + g;
-                own = alpha_of_four(p.q_at + row * BITS, start + quad * 4u, beta, centre);
+        let own_at = p.q_at + q_row * BITS;
 #endif
-            }
-            set_row(0u, own_row, quad, own);
+        var own = hashes_at(own_at, quad * 4u);
 #ifndef ALONE
-            var other = vec4<f32>();
-            if own_row < count {
 #ifdef VALUES
-                other = reading_of_four((token_row + own_row * p.heads) * GROUP + g, start + quad * 4u, beta, centre);
+        var other = reading_at(q_row, quad * 4u);
 #else
-                other = alpha_of_four(p.k_at + (token_row + own_row * p.heads) * BITS, start + quad * 4u, beta, centre);
+        var other = hashes_at(k_at, quad * 4u);
 #endif
-            }
-            set_row(3u, own_row, quad, other);
 #endif
-            let bucket_at = matrix + (start + row4) * MATRIX_ROW;
+#repeat h PAIRS
+        var m$h = vec4<f32>();
+        if reads_matrix {
+            m$h = matrix_quad(matrix + min(row4, BUCKETS - 1u) * MATRIX_ROW, channel + $hu * 64u);
+        }
+#end
+        for (var start = p.zero; start < BUCKETS; start += 16u) {
+            workgroupBarrier();
+            let four = start + quad * 4u;
+            set_row(0u, own_row, quad, select(vec4<f32>(), alphas_of(own, four, beta, centre), own_row < count));
+#ifndef ALONE
+#ifdef VALUES
+            let weights = reading_of(other, four, beta, centre);
+#else
+            let weights = alphas_of(other, four, beta, centre);
+#endif
+            set_row(3u, own_row, quad, select(vec4<f32>(), weights, own_row < count));
+#endif
             if reads_matrix {
 #repeat h PAIRS
-                var m$h = vec4<f32>();
-                if start + row4 < BUCKETS {
-                    m$h = matrix_quad(bucket_at, channel + $hu * 64u);
-                }
                 panels[panel_at(1u + $hu, row4, column4)] = m$h;
 #end
             }
             workgroupBarrier();
+#ifndef VALUES
+            let entry = matrix_mass(matrix + min(start + column4, BUCKETS - 1u) * MATRIX_ROW);
+#endif
+            let next = start + 16u;
+            if next < BUCKETS {
+                own = hashes_at(own_at, next + quad * 4u);
+#ifndef ALONE
+#ifdef VALUES
+                other = reading_at(q_row, next + quad * 4u);
+#else
+                other = hashes_at(k_at, next + quad * 4u);
+#endif
+#endif
+                if reads_matrix {
+#repeat h PAIRS
+                    m$h = matrix_quad(matrix + min(next + row4, BUCKETS - 1u) * MATRIX_ROW, channel + $hu * 64u);
+#end
+                }
+            }
             if reads_matrix {
                 for (var k = p.zero; k < 4u; k++) {
                     let left_at = quad_at(0u, k, row4);
@@ -146,9 +173,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 }
             }
 #ifndef VALUES
-            if start + column4 < BUCKETS {
-                mass += panels[panel_at(0u, column4, row4)] * matrix_mass(matrix + (start + column4) * MATRIX_ROW);
-            }
+            mass += panels[panel_at(0u, column4, row4)] * entry;
 #endif
 #ifndef ALONE
             for (var k = p.zero; k < 4u; k++) {
@@ -161,6 +186,15 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #endif
         }
 #ifndef ALONE
+#ifdef VALUES
+        let v_head = kv_head * GROUP + g;
+#else
+        let v_head = kv_head;
+#endif
+        let of_first = input_at(b, first + min(row4, count - 1u), v_head);
+#repeat h PAIRS
+        var x$h = input_quad(of_first, channel + $hu * 64u, VALUE_DIM);
+#end
         // Which of its four columns each of the four rows meets, and how much.
         let columns = vec4<u32>(column4 * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
         var factor = vec4<f32>(1.0);
@@ -203,25 +237,19 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 panels[panel_at(0u, step + 3u, row4)] = vec4<f32>(meet.a.w, meet.b.w, meet.c.w, meet.d.w);
             }
 #repeat h PAIRS
-            var x$h = vec4<f32>();
-#end
-            if start + row4 < count {
 #ifdef VALUES
-                let at = input_at(b, first + start + row4, kv_head * GROUP + g);
-#else
-                let at = input_at(b, first + start + row4, kv_head);
-#endif
-#repeat h PAIRS
-                x$h = input_quad(at, channel + $hu * 64u, VALUE_DIM);
-#ifndef VALUES
-                x$h -= mean$h;
-#endif
-#end
-            }
-#repeat h PAIRS
             panels[panel_at(1u + $hu, row4, column4)] = x$h;
+#else
+            panels[panel_at(1u + $hu, row4, column4)] = x$h - mean$h;
+#endif
 #end
             workgroupBarrier();
+            if start + 16u < count {
+                let at = input_at(b, first + min(start + 16u + row4, count - 1u), v_head);
+#repeat h PAIRS
+                x$h = input_quad(at, channel + $hu * 64u, VALUE_DIM);
+#end
+            }
             // The quads that its rows meet.
             let own_quad = row4 - min(row4, start / 4u);
 #ifdef VALUES
