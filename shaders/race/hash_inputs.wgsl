@@ -12,10 +12,10 @@
 const CHANNELS: u32 = 64u * HEAD_PAIRS;
 const BLOCKS: u32 = (HEAD_DIM + CHANNELS - 1u) / CHANNELS;
 
-fn store_row(row: u32, rows: u32, head: u32, channel: u32, x: vec4<f32>) {
+fn store_row(origin: vec2<u32>, first: u32, row: u32, rows: u32, head: u32, channel: u32, x: vec4<f32>) {
     if row < rows {
-        let token = row_token(row) * KV_HEADS * PER_HEAD + row_head(row, head);
-        let at = p.out_at + row_sequence(row) * p.out_batch + token * HEAD_DIM;
+        let place = token_after(origin, row / PER_HEAD - first / PER_HEAD);
+        let at = p.out_at + place.x * p.out_batch + (place.y * KV_HEADS * PER_HEAD + row_head(row, head)) * HEAD_DIM;
         var sum = x;
         if (p.flags & 1u) == 1u {
             sum += stored_quad(at, channel, HEAD_DIM);
@@ -76,10 +76,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #end
         }
     }
+    let origin = vec2<u32>(row_sequence(first), row_token(first));
 #repeat h HEAD_PAIRS
-    store_row(first + row4 * 4u, rows, head, channel + $hu * 64u, sums$h.a);
-    store_row(first + row4 * 4u + 1u, rows, head, channel + $hu * 64u, sums$h.b);
-    store_row(first + row4 * 4u + 2u, rows, head, channel + $hu * 64u, sums$h.c);
-    store_row(first + row4 * 4u + 3u, rows, head, channel + $hu * 64u, sums$h.d);
+    store_row(origin, first, first + row4 * 4u, rows, head, channel + $hu * 64u, sums$h.a);
+    store_row(origin, first, first + row4 * 4u + 1u, rows, head, channel + $hu * 64u, sums$h.b);
+    store_row(origin, first, first + row4 * 4u + 2u, rows, head, channel + $hu * 64u, sums$h.c);
+    store_row(origin, first, first + row4 * 4u + 3u, rows, head, channel + $hu * 64u, sums$h.d);
 #end
 }

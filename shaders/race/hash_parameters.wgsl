@@ -15,6 +15,27 @@ const TILES: u32 = (BITS + 15u) / 16u;
 // du of 64 rows by 16 planes, four to a vector; sums of half of the rows at the end.
 var<workgroup> gradients: array<vec4<f32>, 512>;
 
+// Four planes' t, and what gradients of hashes say of them; zero past the last plane.
+fn planes_of(at: u32, plane: u32) -> vec4<f32> {
+    var x = vec4<f32>();
+    for (var i = 0u; i < 4u; i++) {
+        if plane + i < BITS {
+            x[i] = t[at + plane + i];
+        }
+    }
+    return x;
+}
+
+fn gradient_planes_of(place: u32, plane: u32) -> vec4<f32> {
+    var x = vec4<f32>();
+    for (var i = 0u; i < 4u; i++) {
+        if plane + i < BITS {
+            x[i] = s[place * S_STRIDE + plane + i];
+        }
+    }
+    return x;
+}
+
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
     let index = group_index(group);
@@ -39,36 +60,39 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #repeat i 4
     var sum$i = vec4<f32>();
 #end
-    for (var first = share * p.chunks; first < end; first += 64u) {
+    // The next rows' numbers are loaded while this panel's products are summed; rows past the last stand for none.
+    let begin = share * p.chunks;
+    var place = row_place(min(begin + step, end - 1u), head);
+    var hashes = planes_of(p.k_at + place * BITS, plane);
+    var gradient = gradient_planes_of(place, plane);
+    for (var first = begin; first < end; first += 64u) {
         workgroupBarrier();
-        var x = vec4<f32>();
-        if first + step < end {
-            let place = row_place(first + step, head);
-            for (var i = 0u; i < 4u; i++) {
-                if plane + i < BITS {
-                    x[i] = projection_gradient(place, plane + i, beta);
-                    of_beta[i] += t[p.k_at + place * BITS + plane + i] * s[place * S_STRIDE + plane + i];
-                }
-            }
+        let sees = first + step < end;
+        gradients[local] = select(vec4<f32>(), beta * gradient * (1.0 - hashes * hashes), sees);
+        of_beta += select(vec4<f32>(), hashes * gradient, sees);
+        workgroupBarrier();
+        if first + 64u < end {
+            place = row_place(min(first + 64u + step, end - 1u), head);
+            hashes = planes_of(p.k_at + place * BITS, plane);
+            gradient = gradient_planes_of(place, plane);
         }
-        gradients[local] = x;
-        workgroupBarrier();
         let rows = min(64u, end - first);
-        for (var k = half; k < rows; k += 8u) {
+        let origin = vec2<u32>(row_sequence(first), row_token(first));
+        for (var k = half; k < rows; k += 16u) {
             // All loads first.
-#repeat u 4
+#repeat u 8
             let row$u = first + min(k + $uu * 2u, rows - 1u);
-            let at$u = input_at(row_sequence(row$u), row_token(row$u), row_head(row$u, head));
+            let near$u = token_after(origin, row$u / PER_HEAD - first / PER_HEAD);
+            let at$u = input_at(near$u.x, near$u.y, row_head(row$u, head));
             let x$u = input_quad(at$u, channel, HEAD_DIM);
 #end
-#repeat u 4
-            if k + $uu * 2u < rows {
-                let du = gradients[(k + $uu * 2u) * 4u + four];
-                sum0 += du.x * x$u;
-                sum1 += du.y * x$u;
-                sum2 += du.z * x$u;
-                sum3 += du.w * x$u;
-            }
+#repeat u 8
+            // Past the last row gradients are zero.
+            let du$u = gradients[(k + $uu * 2u) * 4u + four];
+            sum0 += du$u.x * x$u;
+            sum1 += du$u.y * x$u;
+            sum2 += du$u.z * x$u;
+            sum3 += du$u.w * x$u;
 #end
         }
     }

@@ -7,6 +7,16 @@ fn row_token(row: u32) -> u32 {
     return row / PER_HEAD % p.tokens;
 }
 
+// (sequence, token) a few tokens after another, without a division.
+fn token_after(origin: vec2<u32>, offset: u32) -> vec2<u32> {
+    var x = vec2<u32>(origin.x, origin.y + offset);
+    while x.y >= p.tokens {
+        x.x++;
+        x.y -= p.tokens;
+    }
+    return x;
+}
+
 fn row_head(row: u32, head: u32) -> u32 {
     return (p.head + head) * PER_HEAD + row % PER_HEAD;
 }
