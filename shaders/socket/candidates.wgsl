@@ -10,7 +10,7 @@
 @group(0) @binding(2) var<storage, read> entries: array<Entry>;
 @group(0) @binding(3) var<storage, read> rows: array<Row>;
 @group(0) @binding(4) var<storage, read> tables: array<f32>;
-@group(0) @binding(5) var<storage, read_write> scores: array<vec4<u32>>;
+@group(0) @binding(5) var<storage, read_write> scores: array<u32>;
 @group(0) @binding(6) var<storage, read_write> histogram: array<atomic<u32>>;
 @group(0) @binding(7) var<storage, read_write> candidates: array<u32>;
 
@@ -95,8 +95,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let bounds_at = (first_row + h) * HISTOGRAM_ROW + BINS + 2u;
         bounds[h] = vec2<u32>(atomicLoad(&histogram[bounds_at]), atomicLoad(&histogram[bounds_at + 1u]));
     }
-    // Four tokens a load; rows are padded to whole ones.
-    let token = local * 4u;
     // All heads at once, or where that finds more than there is room for, one after the other.
     var head = 0u;
     var last_head = SCORE_ROWS;
@@ -110,26 +108,32 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         workgroupBarrier();
         // The next head's scores are on their way while one's are looked at.
-        var next = vec4<u32>();
-        if token < in_chunk {
-            next = scores[(scores_at + head * score_stride(row.visible) + token) / 4u];
+#repeat c 4
+        var next$c = 0u;
+        if local + $cu * 256u < in_chunk {
+            next$c = scores[scores_at + head * score_stride(row.visible) + local + $cu * 256u];
         }
+#end
         for (var h = head; h < last_head; h++) {
             let low = bounds[h].x;
             let high = bounds[h].y;
-            let keys = next;
-            if token < in_chunk {
-                next = scores[(scores_at + min(h + 1u, last_head - 1u) * score_stride(row.visible) + token) / 4u];
+            let next_at = scores_at + min(h + 1u, last_head - 1u) * score_stride(row.visible) + local;
+#repeat c 4
+            let key$c = next$c;
+            if local + $cu * 256u < in_chunk {
+                next$c = scores[next_at + $cu * 256u];
             }
-            if token < in_chunk && low <= high {
+#end
+            if local < in_chunk && low <= high {
                 var higher = 0u;
 #repeat c 4
                 {
-                    let key = keys[$c];
+                    let key = key$c;
+                    let token = local + $cu * 256u;
 #ifdef DISJOINT
-                    let contested = token + $cu < in_chunk && !in_base(row, first + token + $cu);
+                    let contested = token < in_chunk && !in_base(row, first + token);
 #else
-                    let contested = token + $cu < in_chunk;
+                    let contested = token < in_chunk;
 #endif
                     if contested && key > high {
                         higher += 1u;
@@ -137,7 +141,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                         atomicAdd(&counts[h], 1u);
                         let at = atomicAdd(&found_count, 1u);
                         if at < FOUND {
-                            found[at] = vec2<u32>((token + $cu) | (h << 16u), key);
+                            found[at] = vec2<u32>(token | (h << 16u), key);
                         }
                     }
                 }
@@ -180,7 +184,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 let exact = exact_key(key_at, ((block_row * KV_HEADS + kv_head) * SCORING_HEADS + h) * TABLE_ROW);
                 key = clamp(exact, bounds[h].x, bounds[h].y);
                 let at_score = scores_at + h * score_stride(row.visible) + found_token;
-                scores[at_score / 4u][at_score % 4u] = key;
+                scores[at_score] = key;
 #endif
                 let at = places[h] + atomicAdd(&counts[h], 1u);
                 if at < CANDIDATES {
