@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use super::GpuExecutor;
-use super::blocks::Blocks;
+use super::blocks::{Blocks, Scratch};
 use super::kernels::{Kernel, Key};
 use super::merge::MergeKey;
 use super::params::{Entry, Item, Params, Row};
@@ -13,7 +13,7 @@ use crate::engine::gpu::shader_tests::{same_layout, stays_in_limits, structs, va
 use crate::socket::config::{Budget, CacheShape, Rule, Scoring, SelectionScope, SocketConfig, Temperature};
 use crate::socket::executor::Executor;
 use crate::socket::pages::{local_of, slab_of};
-use crate::socket::plan::{Geometry, MOST_WORKGROUP_MEMORY, WORKGROUP_MEMORY};
+use crate::socket::plan::{BINS, CANDIDATES, Geometry, HISTOGRAM_ROW, MOST_WORKGROUP_MEMORY, WORKGROUP_MEMORY};
 use crate::socket::problem::{AppendRow, AttendProblem, CacheSpec, Kind, SeqState, query_rows};
 use crate::tensor::{DType, TensorView};
 
@@ -321,14 +321,25 @@ fn blocks_of_rows_give_the_same_bits() {
     }
 }
 
+/// One case of [`coarse_scores_select_the_same_keys`].
+struct Coarse {
+    config: SocketConfig,
+    tokens: usize,
+    /// Keys are one key and this much noise.
+    spread: f32,
+    /// Whether more keys contest the threshold than a row's list holds.
+    overflows: bool,
+}
+
 /// Coarse scores first and exact ones near the threshold select what exact scores select: bit for bit the same output.
+/// With one set of tables and several, with more digits, with a bias, and where more keys contest the threshold than the
+/// list of candidates holds.
 #[test]
 fn coarse_scores_select_the_same_keys() {
     let name = std::env::var("SOFTHASH_DEVICE").unwrap_or_else(|_| "llvmpipe".into());
     let device = crate::Device::by_name(&name).unwrap();
     let ctx = device.context().unwrap().clone();
     let shape = CacheShape { num_q_heads: 8, num_kv_heads: 2, head_dim: 32, value_dim: 32, dtype: DType::F32 };
-    let tokens = 3000;
     let mut state = 1u64;
     let mut noise = |n: usize| -> Vec<f32> {
         let mut next = || {
@@ -337,17 +348,34 @@ fn coarse_scores_select_the_same_keys() {
         };
         (0..n).map(|_| next() + next() + next()).collect()
     };
-    let (k, v, q) = (noise(tokens * 64), noise(tokens * 64), noise(256));
-    let (k, v) = (TensorView::f32(&k, [1, tokens, 2, 32]), TensorView::f32(&v, [1, tokens, 2, 32]));
-    let q = TensorView::f32(&q, [1, 1, 8, 32]);
-    let sharp = SocketConfig { temperature: Temperature::Beta(6.0), ..SocketConfig::paper() };
-    let bases = [SocketConfig::paper(), sharp, SocketConfig { center: Some(32), ..SocketConfig::fast() }];
-    for base in bases {
-        let config = SocketConfig { sink: 4, window: 4, budget: Budget::Tokens(100), ..base };
+    let q = noise(256);
+    let center = Some(32);
+    let paper = SocketConfig::paper;
+    let fast = || SocketConfig { center, ..SocketConfig::fast() };
+    let usual = |config| Coarse { config, tokens: 3000, spread: 1.0, overflows: false };
+    let crowded = |config| Coarse { config, tokens: 20_000, spread: 1e-3, overflows: true };
+    let cases = [
+        usual(paper()),
+        usual(SocketConfig { temperature: Temperature::Beta(6.0), ..paper() }),
+        usual(SocketConfig { tables: 300, ..paper() }),
+        usual(SocketConfig { tables: 100, planes: 13, ..paper() }),
+        usual(fast()),
+        usual(SocketConfig { value_norm: true, ..fast() }),
+        usual(SocketConfig { center, ..SocketConfig::sign_projection(1024) }),
+        crowded(SocketConfig { value_norm: false, ..paper() }),
+        crowded(SocketConfig { center: None, ..fast() }),
+    ];
+    for Coarse { config, tokens, spread, overflows } in cases {
+        let k: Vec<f32> =
+            noise(tokens * 64).iter().enumerate().map(|(i, x)| spread * x + (1.0 - spread) * q[i % 32]).collect();
+        let v = noise(tokens * 64);
+        let (k, v) = (TensorView::f32(&k, [1, tokens, 2, 32]), TensorView::f32(&v, [1, tokens, 2, 32]));
+        let q = TensorView::f32(&q, [1, 1, 8, 32]);
+        let config = SocketConfig { sink: 4, window: 4, budget: Budget::Tokens(100), ..config };
         let spec = CacheSpec { config: config.clone(), shape, page_tokens: 1024 };
         let mut executor = GpuExecutor::new(ctx.clone(), &spec).unwrap();
         executor.geometry.allow_coarse = true;
-        assert!(executor.geometry.coarse(), "{:?}", config.scoring);
+        assert!(executor.geometry.coarse(), "{config:?}");
         executor.fork(None, SeqState::default()).unwrap();
         executor.reserve(tokens).unwrap();
         let row = AppendRow::new(&config, 0, 0, SeqState::default(), tokens);
@@ -361,6 +389,11 @@ fn coarse_scores_select_the_same_keys() {
             let attended = executor.attend(Recording::Run, &q, &problem).unwrap();
             found.push([attended.o, attended.lse].map(|tensor| tensor.read_blocking().unwrap()));
         }
-        assert_eq!(found[0], found[1], "{:?}", config.scoring);
+        assert_eq!(found[0], found[1], "{config:?}");
+        let histogram = executor.workspace.buffers().nth(Scratch::Histogram as usize).unwrap();
+        let words = executor.ctx.read_buffer_blocking("candidates", histogram, 0, histogram.size()).unwrap();
+        let words: Vec<u32> = bytemuck::pod_collect_to_vec(&words);
+        let most = words.chunks_exact(HISTOGRAM_ROW).take(8).map(|row| row[BINS] as usize).max();
+        assert_eq!(most > Some(CANDIDATES), overflows, "{most:?} candidates: {config:?}");
     }
 }
