@@ -1,4 +1,5 @@
 #import params
+#import place
 #import rows
 #import entries
 #import query
@@ -51,8 +52,9 @@ fn merge_groups(local: u32, value: vec4<f32>, store: bool, at: u32) {
 }
 
 @compute @workgroup_size(256)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-    let index = group_index(group);
+fn main(place: Place) {
+    let local = local_of(place);
+    let index = group_index(place.group);
     if index >= p.groups {
         return;
     }

@@ -1,4 +1,5 @@
 #import params
+#import place
 #import rows
 #import entries
 #import query
@@ -36,12 +37,9 @@ var<workgroup> chosen: array<u32, CHUNK>;
 #endif
 
 @compute @workgroup_size(WIDTH)
-fn main(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(local_invocation_index) local: u32,
-    @builtin(subgroup_invocation_id) in_subgroup: u32,
-) {
-    let index = group_index(group);
+fn main(place: Place) {
+    let local = local_of(place);
+    let index = group_index(place.group);
     if index >= p.groups {
         return;
     }
@@ -61,7 +59,7 @@ fn main(
     let first_head = tile_index * HEADS;
     let lane = local % LANES;
     let row_group = local / LANES;
-    let first_lane = in_subgroup - in_subgroup % LANES;
+    let first_lane = place.in_subgroup - lane;
 
     // The query by way of shared memory. Logits come out in units of log 2, so that exp2 undoes them.
     for (var i = local; i < HEADS * LANES * PIECE; i += WIDTH) {

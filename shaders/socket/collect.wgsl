@@ -1,4 +1,5 @@
 #import params
+#import place
 #import rows
 #import order
 #import scan
@@ -9,8 +10,9 @@
 @group(0) @binding(4) var<storage, read_write> values: array<f32>;
 
 @compute @workgroup_size(256)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-    let index = group_index(group);
+fn main(place: Place) {
+    let local = local_of(place);
+    let index = group_index(place.group);
     if index >= p.groups {
         return;
     }

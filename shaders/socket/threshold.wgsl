@@ -1,4 +1,5 @@
 #import params
+#import place
 #import rows
 #import scan
 // The exact threshold of a row, as (key, last token): a key is selected if it is larger, or equal at or before that
@@ -34,8 +35,9 @@ fn tally(round: Round, key: u32, token: u32) {
 }
 
 @compute @workgroup_size(256)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-    let index = group_index(group);
+fn main(place: Place) {
+    let local = local_of(place);
+    let index = group_index(place.group);
     if index >= p.groups {
         return;
     }

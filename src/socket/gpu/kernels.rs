@@ -60,6 +60,7 @@ macro_rules! snippets {
 
 pub(super) const SNIPPETS: &[(&str, &str)] = snippets!(
     "params",
+    "place",
     "rows",
     "entries",
     "items",
