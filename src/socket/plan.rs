@@ -314,11 +314,6 @@ impl Geometry {
     pub fn query_block(&self) -> usize {
         1024 / self.planes * self.planes
     }
-
-    /// Whole words of codes per block of 64 planes of the key hasher.
-    pub fn hash_words(&self) -> usize {
-        64 / (self.tables_per_word() * self.planes)
-    }
 }
 
 /// Bytes that one decode moves at least: what is read, once, and what is written, once.

@@ -219,12 +219,7 @@ impl Key {
         ];
         let mut width = 256;
         match self.kernel {
-            Kernel::HashKeys => {
-                let words = g.hash_words();
-                constants.push(("WORDS_PER_BLOCK", words));
-                constants.push(("BLOCK_PLANES", words * g.tables_per_word() * g.planes));
-                constants.push(("BLOCKS", g.words.div_ceil(words)));
-            }
+            Kernel::HashKeys => width = 128,
             Kernel::HashQuery { .. } => constants.push(("BLOCK_BITS", g.query_block())),
             Kernel::Score { chunk, coarse } => {
                 let blocks = g.score_blocks(coarse);
