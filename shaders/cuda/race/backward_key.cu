@@ -12,7 +12,7 @@ constexpr int AT_ONCE = BACKWARD_BLOCKS > 1 ? 2 : 4;
 extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_backward_key(const Walk p, const void *all_k, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_after, const float2 *all_readings, const float *all_query_bits, const float *all_bits, void *all_dk, void *all_dv, float *all_shares) {
     SHARED_BYTES;
     Carve carve = {shared_bytes};
-    u16 *k_tiles = carve.take<u16>(STAGES * ROWS * (HEAD_DIM + 8) * 2);
+    u16 *k_tiles = carve.take<u16>(LATE_STAGES * ROWS * (HEAD_DIM + 8) * 2);
     u16 *v_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
     u16 *g_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
     Planes planes = {carve.take<u16>(Planes::bytes)};
@@ -49,17 +49,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     int row0 = (warp & 3) * 16;
     int last = (rows + ROWS - 1) / ROWS - 1;
 
-    auto k_at = [&](int tile) { return k_tiles + (last - tile) % STAGES * ROWS * (HEAD_DIM + 8); };
+    auto k_at = [&](int tile) { return k_tiles + (last - tile) % LATE_STAGES * ROWS * (HEAD_DIM + 8); };
     auto v_at = [&](int tile) { return v_tiles + (last - tile) % STAGES * ROWS * (VALUE_DIM + 8); };
     auto g_at = [&](int tile, int in_group) { return g_tiles + ((last - tile) * GROUP + in_group) % STAGES * ROWS * (VALUE_DIM + 8); };
-    auto fetch_late = [&](int tile, int in_group) {
+    auto fetch_keys = [&](int tile) { fetch<HEAD_DIM>(k_at(tile), k + (i64)tile * ROWS * p.k_token, p.k_token, count - tile * ROWS); };
+    auto fetch_others = [&](int tile, int in_group) {
         i64 at = tile * ROWS;
         fetch<VALUE_DIM>(g_at(tile, in_group), g + in_group * p.g_head + at * p.g_token, p.g_token, count - (int)at);
-        if (in_group > 0) return;
-        fetch<HEAD_DIM>(k_at(tile), k + at * p.k_token, p.k_token, count - (int)at);
-        fetch<VALUE_DIM>(v_at(tile), v + at * p.v_token, p.v_token, count - (int)at);
+        if (in_group == 0) fetch<VALUE_DIM>(v_at(tile), v + at * p.v_token, p.v_token, count - (int)at);
     };
-    fetch_late(last, 0);
+    fetch_keys(last);
+    fetch_others(last, 0);
     load_planes(planes, all_planes + head * p.planes_stride);
     load_corners(corners);
     clear_tile(queries);
@@ -104,18 +104,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
         bool same = in_group + 1 < GROUP;
         if (!same && tile == 0) return;
         int next = same ? tile : tile - 1, next_head = same ? in_group + 1 : 0;
-        if (STAGES > 1) fetch_late(next, next_head);
+        if (LATE_STAGES > 1 && !same) fetch_keys(next);
+        if (STAGES > 1) fetch_others(next, next_head);
         prefetch_bits(query_bits + next_head * bits_head + next * ROWS * BITS);
         if (!same) prefetch_bits(key_bits + next * ROWS * BITS);
         if (threadIdx.x < ROWS / 16) prefetch(readings + (i64)next_head * p.tokens + next * ROWS + threadIdx.x * 16);
+    };
+    // Nothing reads v or gradients of the tile any more.
+    auto refill = [&](int tile, int in_group) {
+        bool same = in_group + 1 < GROUP;
+        if (STAGES == 1 && (same || tile > 0)) fetch_others(same ? tile : tile - 1, same ? in_group + 1 : 0);
     };
     auto finish = [&](int tile, int in_group) {
         bool same = in_group + 1 < GROUP;
         // Past the last it is the last again: what is always loaded need not be kept.
         load_hashes(same || tile == 0 ? tile : tile - 1, same ? in_group + 1 : 0);
-        if (STAGES == 1 && (same || tile > 0)) {
+        if (LATE_STAGES == 1 && !same && tile > 0) {
             barrier();
-            fetch_late(same ? tile : tile - 1, same ? in_group + 1 : 0);
+            fetch_keys(tile - 1);
         }
         if (!same) store_hash_inputs(dk + tile * ROWS * dk_token, dk_token, du, planes, row0, rows - tile * ROWS, warp >> 2);
     };
@@ -219,6 +225,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                 }
                 barrier();
                 if (!SPARE && in_group + 1 == GROUP && centre != 0.0f && threadIdx.x < VALUE_DIM) later[threadIdx.x] += centre * BUCKETS * added;
+                refill(tile, in_group);
                 finish(tile, in_group);
             }
         }
@@ -303,6 +310,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                     }
                 }
                 barrier();
+                refill(tile, in_group);
                 if (in_group + 1 == GROUP) plane_sums.add(du, Keys{k_at(tile)});
                 finish(tile, in_group);
             }

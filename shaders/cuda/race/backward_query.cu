@@ -9,7 +9,7 @@
 extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_backward_query(const Walk p, const void *all_q, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_matrices, const float *all_bits, void *all_dq, float *all_of_queries, float2 *all_readings, float *all_query_bits, float *all_shares) {
     SHARED_BYTES;
     Carve carve = {shared_bytes};
-    u16 *q_tiles = carve.take<u16>(STAGES * ROWS * (HEAD_DIM + 8) * 2);
+    u16 *q_tiles = carve.take<u16>(LATE_STAGES * ROWS * (HEAD_DIM + 8) * 2);
     u16 *v_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
     u16 *g_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
     Planes planes = {carve.take<u16>(Planes::bytes)};
@@ -44,9 +44,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     int row0 = (warp & 3) * 16;
 
-    fetch<HEAD_DIM>(q_tiles, q, p.q_token, count);
-    fetch<VALUE_DIM>(v_tiles, v, p.v_token, count);
-    fetch<VALUE_DIM>(g_tiles, g, p.g_token, count);
     load_planes(planes, all_planes + head * p.planes_stride);
     load_corners(corners);
     clear_tile(queries);
@@ -57,15 +54,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     float before = matrix[BUCKETS * COLUMNS + VALUE_DIM], sums_row = 0.0f;
     if (threadIdx.x < VALUE_DIM) means[threadIdx.x] = centre != 0.0f ? matrix[BUCKETS * COLUMNS + threadIdx.x] : 0.0f;
 
-    auto q_at = [&](int tile) { return q_tiles + tile % STAGES * ROWS * (HEAD_DIM + 8); };
+    auto q_at = [&](int tile) { return q_tiles + tile % LATE_STAGES * ROWS * (HEAD_DIM + 8); };
     auto v_at = [&](int tile) { return v_tiles + tile % STAGES * ROWS * (VALUE_DIM + 8); };
     auto g_at = [&](int tile) { return g_tiles + tile % STAGES * ROWS * (VALUE_DIM + 8); };
-    auto fetch_late = [&](int tile) {
-        i64 next = tile * ROWS;
-        fetch<HEAD_DIM>(q_at(tile), q + next * p.q_token, p.q_token, count - (int)next);
-        fetch<VALUE_DIM>(v_at(tile), v + next * p.v_token, p.v_token, count - (int)next);
-        fetch<VALUE_DIM>(g_at(tile), g + next * p.g_token, p.g_token, count - (int)next);
-    };
+    auto fetch_queries = [&](int tile) { fetch<HEAD_DIM>(q_at(tile), q + (i64)tile * ROWS * p.q_token, p.q_token, count - tile * ROWS); };
+    auto fetch_values = [&](int tile) { fetch<VALUE_DIM>(v_at(tile), v + (i64)tile * ROWS * p.v_token, p.v_token, count - tile * ROWS); };
+    auto fetch_gradients = [&](int tile) { fetch<VALUE_DIM>(g_at(tile), g + (i64)tile * ROWS * p.g_token, p.g_token, count - tile * ROWS); };
+    fetch_queries(0);
+    fetch_values(0);
+    fetch_gradients(0);
     TileBits<THREADS> tile_bits;
     tile_bits.load(key_bits);
     // Weights of the tile's keys, the rows themselves, and the next tile's on their way.
@@ -77,8 +74,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
         clean<VALUE_DIM>(g_at(tile));
         barrier();
         if ((tile + 1) * ROWS >= rows) return;
-        if (STAGES > 1) fetch_late(tile + 1);
+        if (LATE_STAGES > 1) fetch_queries(tile + 1);
+        if (STAGES > 1) {
+            fetch_values(tile + 1);
+            fetch_gradients(tile + 1);
+        }
         prefetch_bits(key_bits + (tile + 1) * ROWS * BITS);
+    };
+    // Nothing reads v of the tile any more.
+    auto refill = [&](int tile) {
+        if (STAGES == 1 && (tile + 1) * ROWS < rows) fetch_values(tile + 1);
     };
     auto finish = [&](int tile) {
         // Past the last it is the last again: what is always loaded need not be kept.
@@ -86,7 +91,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
         of_queries.add_scaled(queries, Values{g_at(tile)}, factors);
         if (STAGES == 1 && (tile + 1) * ROWS < rows) {
             barrier();
-            fetch_late(tile + 1);
+            if (LATE_STAGES == 1) fetch_queries(tile + 1);
+            fetch_gradients(tile + 1);
         }
         store_hash_inputs(dq + tile * ROWS * dq_token, dq_token, du, planes, row0, rows - tile * ROWS, warp >> 2);
     };
@@ -112,6 +118,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                 means[threadIdx.x] += of_mean;
                 for (int r = 0; r < ROWS; r++) sums_row += inverses[r] * input_at(g_at(tile), VALUE_DIM + 8, r, threadIdx.x);
             }
+            refill(tile);
             plane_sums.add(du, Keys{q_at(tile)});
             finish(tile);
         }
@@ -236,6 +243,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
             if (!SPARE && centre != 0.0f && threadIdx.x == THREADS - 1) {
                 for (int r = 0; r < ROWS; r++) sums_row += inverses[r] * factors[r];
             }
+            refill(tile);
             finish(tile);
         }
         keep_of_beta(room, of_beta, warp - CARRIERS);

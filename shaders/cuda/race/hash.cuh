@@ -587,6 +587,6 @@ __device__ __forceinline__ Left<1> seen(float value, bool diagonal) {
 }
 
 // Shared memory of both backward kernels.
-[[maybe_unused]] constexpr int BACKWARD_SHARED = STAGES * ROWS * (HEAD_DIM + 8) * 2 + 2 * STAGES * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes +
+[[maybe_unused]] constexpr int BACKWARD_SHARED = LATE_STAGES * ROWS * (HEAD_DIM + 8) * 2 + 2 * STAGES * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes +
                                 2 * Weights::bytes + Entry::bytes + Corners::bytes + HashGradient::bytes + ROWS * BITS * 4 +
                                 BUCKETS_UP * 4 + VALUE_DIM * 4 + 3 * ROWS * 4 + 4 * BITS_UP * 4 + 512;

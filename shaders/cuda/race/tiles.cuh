@@ -10,6 +10,10 @@
 #define THREADS 256
 #endif
 #define ROWS 64
+// Tiles kept of the input that the backward kernels read last, q or k.
+#ifndef LATE_STAGES
+#define LATE_STAGES STAGES
+#endif
 #ifdef TABLES
 constexpr int BUCKETS_UP = BUCKETS <= 16 ? 16 : BUCKETS <= 32 ? 32 : BUCKETS <= 64 ? 64 : 128;
 constexpr int BITS_UP = (BITS + 15) / 16 * 16;
