@@ -96,6 +96,16 @@ static void barrier() {
     }
     while (e.block_turn == turn) next_fiber();
 }
+static bool barrier_or(bool x) {
+    static bool any, all_any;
+    Emulator &e = emulator;
+    if (e.block_count == 0) any = false;
+    any |= x;
+    if (e.block_count + 1 == e.threads) all_any = any;
+    barrier();
+    return all_any;
+}
+static int warp_index() { return threadIdx.x / 32; }
 template <class F> static void collective(Lane lane, F work) {
     Emulator &e = emulator;
     unsigned warp = threadIdx.x / 32, turn = e.warp_turn[warp];
@@ -109,6 +119,15 @@ template <class F> static void collective(Lane lane, F work) {
     while (e.warp_turn[warp] == turn) next_fiber();
 }
 static void warp_barrier() { collective({}, [](Lane *) {}); }
+static bool any_of_warp(bool x) {
+    bool out;
+    collective({&out, &x, nullptr, nullptr}, [](Lane *l) {
+        bool any = false;
+        for (int lane = 0; lane < 32; lane++) any |= *(const bool *)l[lane].a;
+        for (int lane = 0; lane < 32; lane++) *(bool *)l[lane].out = any;
+    });
+    return out;
+}
 static inline float float_of(unsigned x) { float f; memcpy(&f, &x, 4); return f; }
 static inline unsigned bits_of(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
 static inline float bf16_float(unsigned short x) { return float_of((unsigned)x << 16); }

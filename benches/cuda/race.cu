@@ -100,7 +100,7 @@ struct Run {
         size_t m = (size_t)batch * spans() * MATRIX;
         w.matrices = make<float>(m * kv_heads); w.of_queries = make<float>(m * q_heads()); w.after = make<float>(m * kv_heads);
         w.readings = make<float2>(q);
-        w.bits = make<float>((size_t)batch * spans() * span * kv_heads * BITS); w.query_bits = make<float>((size_t)batch * spans() * span * q_heads() * BITS);
+        w.bits = make<float>((size_t)batch * spans() * (span * BITS + 1) * kv_heads); w.query_bits = make<float>((size_t)batch * spans() * (span * BITS + 1) * q_heads());
         w.shares = make<float>((size_t)batch * spans() * q_heads() * BITS * (HEAD_DIM + 1));
         w.batch = batch; w.tokens = tokens; w.q_heads = q_heads(); w.kv_heads = kv_heads; w.span = span; w.spans = spans();
         state = make<double>(batch * kv_heads * unit()); gradient = make<double>(batch * kv_heads * unit());

@@ -18,7 +18,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     Planes planes = {carve.take<u16>(Planes::bytes)};
     // Of queries over their D.
     Weights queries = {carve.take<u16>(Weights::bytes)};
-    Weights keys = {carve.take<u16>(Weights::bytes)};
+    FineWeights keys = {carve.take<u16>(FineWeights::bytes)};
     Entry entry = {carve.take<u16>(Entry::bytes)};
     Corners corners = {carve.take<u16>(Corners::bytes)};
     HashGradient du = {carve.take<u16>(HashGradient::bytes)};
@@ -45,21 +45,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     const float2 *readings = all_readings + ((i64)b * p.q_heads + head * GROUP) * p.tokens + first;
     float beta = all_heads[head].x, centre = all_heads[head].y;
     const float *matrix = all_after + ((i64)(b * p.kv_heads + head) * p.spans + span) * MATRIX;
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    bool dirty = all_bits[marks_at(p, b, p.kv_heads, head, span)] != 0.0f;
+    for (int i = 0; i < GROUP; i++) dirty |= all_query_bits[marks_at(p, b, p.q_heads, head * GROUP + i, span)] != 0.0f;
+    int warp = warp_index(), lane = threadIdx.x & 31;
     int row0 = (warp & 3) * 16;
     int last = (rows + ROWS - 1) / ROWS - 1;
 
     auto k_at = [&](int tile) { return k_tiles + (last - tile) % LATE_STAGES * ROWS * (HEAD_DIM + 8); };
     auto v_at = [&](int tile) { return v_tiles + (last - tile) % STAGES * ROWS * (VALUE_DIM + 8); };
     auto g_at = [&](int tile, int in_group) { return g_tiles + ((last - tile) * GROUP + in_group) % STAGES * ROWS * (VALUE_DIM + 8); };
-    auto fetch_keys = [&](int tile) { fetch<HEAD_DIM>(k_at(tile), k + (i64)tile * ROWS * p.k_token, p.k_token, count - tile * ROWS); };
+    auto fetch_keys = [&](int tile) { fetch<HEAD_DIM, CARRYING>(k_at(tile), k + (i64)tile * ROWS * p.k_token, p.k_token, count - tile * ROWS); };
     auto fetch_others = [&](int tile, int in_group) {
         i64 at = tile * ROWS;
-        fetch<VALUE_DIM>(g_at(tile, in_group), g + in_group * p.g_head + at * p.g_token, p.g_token, count - (int)at);
-        if (in_group == 0) fetch<VALUE_DIM>(v_at(tile), v + at * p.v_token, p.v_token, count - (int)at);
+        fetch<VALUE_DIM, CARRYING>(g_at(tile, in_group), g + in_group * p.g_head + at * p.g_token, p.g_token, count - (int)at);
+        if (in_group == 0) fetch<VALUE_DIM, CARRYING>(v_at(tile), v + at * p.v_token, p.v_token, count - (int)at);
     };
-    fetch_keys(last);
-    fetch_others(last, 0);
+    if (warp < CARRIERS) {
+        fetch_keys(last);
+        fetch_others(last, 0);
+    }
     load_planes(planes, all_planes + head * p.planes_stride);
     load_corners(corners);
     clear_tile(queries);
@@ -94,18 +98,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
             inverses[i / TABLES] = reading_of[n].x;
             factors[i / TABLES] = reading_of[n].y;
         }
-        copies_done();
-        clean<VALUE_DIM>(g_at(tile, in_group));
-        if (in_group == 0) {
-            clean<HEAD_DIM>(k_at(tile));
-            clean<VALUE_DIM>(v_at(tile));
+        if (warp < CARRIERS) {
+            copies_done();
+            if (dirty) {
+                clean<VALUE_DIM, ROWS, CARRYING>(g_at(tile, in_group));
+                if (in_group == 0) {
+                    clean<HEAD_DIM, ROWS, CARRYING>(k_at(tile));
+                    clean<VALUE_DIM, ROWS, CARRYING>(v_at(tile));
+                }
+            }
         }
         barrier();
         bool same = in_group + 1 < GROUP;
         if (!same && tile == 0) return;
         int next = same ? tile : tile - 1, next_head = same ? in_group + 1 : 0;
-        if (LATE_STAGES > 1 && !same) fetch_keys(next);
-        if (STAGES > 1) fetch_others(next, next_head);
+        if (warp < CARRIERS && LATE_STAGES > 1 && !same) fetch_keys(next);
+        if (warp < CARRIERS && STAGES > 1) fetch_others(next, next_head);
         prefetch_bits(query_bits + next_head * bits_head + next * ROWS * BITS);
         if (!same) prefetch_bits(key_bits + next * ROWS * BITS);
         if (threadIdx.x < ROWS / 16) prefetch(readings + (i64)next_head * p.tokens + next * ROWS + threadIdx.x * 16);
@@ -113,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     // Nothing reads v or gradients of the tile any more.
     auto refill = [&](int tile, int in_group) {
         bool same = in_group + 1 < GROUP;
-        if (STAGES == 1 && (same || tile > 0)) fetch_others(same ? tile : tile - 1, same ? in_group + 1 : 0);
+        if (warp < CARRIERS && STAGES == 1 && (same || tile > 0)) fetch_others(same ? tile : tile - 1, same ? in_group + 1 : 0);
     };
     auto finish = [&](int tile, int in_group) {
         bool same = in_group + 1 < GROUP;
@@ -121,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
         load_hashes(same || tile == 0 ? tile : tile - 1, same ? in_group + 1 : 0);
         if (LATE_STAGES == 1 && !same && tile > 0) {
             barrier();
-            fetch_keys(tile - 1);
+            if (warp < CARRIERS) fetch_keys(tile - 1);
         }
         if (!same) store_hash_inputs(dk + tile * ROWS * dk_token, dk_token, du, planes, row0, rows - tile * ROWS, warp >> 2);
     };

@@ -13,7 +13,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     u16 *v_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
     u16 *g_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
     Planes planes = {carve.take<u16>(Planes::bytes)};
-    Weights queries = {carve.take<u16>(Weights::bytes)};
+    FineWeights queries = {carve.take<u16>(FineWeights::bytes)};
     Weights keys = {carve.take<u16>(Weights::bytes)};
     Entry entry = {carve.take<u16>(Entry::bytes)};
     Corners corners = {carve.take<u16>(Corners::bytes)};
@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     float2 *readings = all_readings + ((i64)b * p.q_heads + q_head) * p.tokens + first;
     float beta = all_heads[head].x, centre = all_heads[head].y;
     const float *matrix = all_matrices + ((i64)(b * p.kv_heads + head) * p.spans + span) * MATRIX;
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    int warp = warp_index(), lane = threadIdx.x & 31;
     int row0 = (warp & 3) * 16;
 
     load_planes(planes, all_planes + head * p.planes_stride);
@@ -57,48 +57,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     auto q_at = [&](int tile) { return q_tiles + tile % LATE_STAGES * ROWS * (HEAD_DIM + 8); };
     auto v_at = [&](int tile) { return v_tiles + tile % STAGES * ROWS * (VALUE_DIM + 8); };
     auto g_at = [&](int tile) { return g_tiles + tile % STAGES * ROWS * (VALUE_DIM + 8); };
-    auto fetch_queries = [&](int tile) { fetch<HEAD_DIM>(q_at(tile), q + (i64)tile * ROWS * p.q_token, p.q_token, count - tile * ROWS); };
-    auto fetch_values = [&](int tile) { fetch<VALUE_DIM>(v_at(tile), v + (i64)tile * ROWS * p.v_token, p.v_token, count - tile * ROWS); };
-    auto fetch_gradients = [&](int tile) { fetch<VALUE_DIM>(g_at(tile), g + (i64)tile * ROWS * p.g_token, p.g_token, count - tile * ROWS); };
-    fetch_queries(0);
-    fetch_values(0);
-    fetch_gradients(0);
-    TileBits<THREADS> tile_bits;
-    tile_bits.load(key_bits);
-    // Weights of the tile's keys, the rows themselves, and the next tile's on their way.
-    auto arrive = [&](int tile) {
-        tile_bits.store_keys(keys, beta, centre, count - tile * ROWS, true);
+    auto fetch_queries = [&](int tile) { fetch<HEAD_DIM, CARRYING>(q_at(tile), q + (i64)tile * ROWS * p.q_token, p.q_token, count - tile * ROWS); };
+    auto fetch_values = [&](int tile) { fetch<VALUE_DIM, CARRYING>(v_at(tile), v + (i64)tile * ROWS * p.v_token, p.v_token, count - tile * ROWS); };
+    auto fetch_gradients = [&](int tile) { fetch<VALUE_DIM, CARRYING>(g_at(tile), g + (i64)tile * ROWS * p.g_token, p.g_token, count - tile * ROWS); };
+    // The queries of a tile are hashed while the sums of the one before are carried on, where there is room for both.
+    constexpr bool AHEAD = LATE_STAGES > 1;
+    if (warp < CARRIERS) {
+        fetch_queries(0);
+        fetch_values(0);
+        fetch_gradients(0);
         copies_done();
-        clean<HEAD_DIM>(q_at(tile));
-        clean<VALUE_DIM>(v_at(tile));
-        clean<VALUE_DIM>(g_at(tile));
-        barrier();
-        if ((tile + 1) * ROWS >= rows) return;
-        if (LATE_STAGES > 1) fetch_queries(tile + 1);
-        if (STAGES > 1) {
-            fetch_values(tile + 1);
-            fetch_gradients(tile + 1);
-        }
-        prefetch_bits(key_bits + (tile + 1) * ROWS * BITS);
-    };
-    // Nothing reads v of the tile any more.
-    auto refill = [&](int tile) {
-        if (STAGES == 1 && (tile + 1) * ROWS < rows) fetch_values(tile + 1);
-    };
-    auto finish = [&](int tile) {
-        // Past the last it is the last again: what is always loaded need not be kept.
-        tile_bits.load(key_bits + ((tile + 1) * ROWS < rows ? tile + 1 : tile) * ROWS * BITS);
-        of_queries.add_scaled(queries, Values{g_at(tile)}, factors);
-        if (STAGES == 1 && (tile + 1) * ROWS < rows) {
-            barrier();
-            if (LATE_STAGES == 1) fetch_queries(tile + 1);
-            fetch_gradients(tile + 1);
-        }
-        store_hash_inputs(dq + tile * ROWS * dq_token, dq_token, du, planes, row0, rows - tile * ROWS, warp >> 2);
-    };
+    }
+    auto finish = [&](int tile) { store_hash_inputs(dq + tile * ROWS * dq_token, dq_token, du, planes, row0, rows - tile * ROWS, warp >> 2); };
 
+    bool dirty = false;
     barrier();
     if (warp < CARRIERS) {
+        // Of keys and values.
+        bool dirty_keys = all_bits[marks_at(p, b, p.kv_heads, head, span)] != 0.0f;
+        TileBits<CARRYING> tile_bits;
+        tile_bits.load(key_bits);
         Carried<CARRIERS> carried;
         carried.place(centre != 0.0f);
         carried.read(matrix);
@@ -107,19 +85,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
         for (int tile = 0; tile * ROWS < rows; tile++) {
             carried.show(entry, masses);
             if (SPARE && centre != 0.0f) carried.show_last(entry);
-            arrive(tile);
+            tile_bits.store_keys(keys, beta, centre, count - tile * ROWS, true);
+            copies_done();
+            if (dirty_keys) clean<VALUE_DIM, ROWS, CARRYING>(v_at(tile));
+            barrier();
+            bool more = (tile + 1) * ROWS < rows;
+            if (more && LATE_STAGES > 1) fetch_queries(tile + 1);
+            if (more && STAGES > 1) {
+                fetch_values(tile + 1);
+                fetch_gradients(tile + 1);
+            }
+            // Past the last it is the last again: what is always loaded need not be kept.
+            tile_bits.load(key_bits + (more ? tile + 1 : tile) * ROWS * BITS);
             carried.add(keys, Values{v_at(tile)});
             float of_mean = 0.0f;
             if (!SPARE && centre != 0.0f && threadIdx.x < VALUE_DIM) {
                 for (int r = 0; r < ROWS; r++) of_mean += input_at(v_at(tile), VALUE_DIM + 8, r, threadIdx.x);
             }
+            if (AHEAD) copies_done();
             barrier();
+            // Nothing reads v of the tile any more.
+            if (more && STAGES == 1) fetch_values(tile + 1);
             if (!SPARE && centre != 0.0f && threadIdx.x < VALUE_DIM) {
                 means[threadIdx.x] += of_mean;
                 for (int r = 0; r < ROWS; r++) sums_row += inverses[r] * input_at(g_at(tile), VALUE_DIM + 8, r, threadIdx.x);
             }
-            refill(tile);
             plane_sums.add(du, Keys{q_at(tile)});
+            of_queries.add_scaled(queries, Values{g_at(tile)}, factors);
+            barrier();
+            if (more && LATE_STAGES == 1) fetch_queries(tile + 1);
+            if (more && STAGES == 1) fetch_gradients(tile + 1);
             finish(tile);
         }
         plane_sums.write(all_shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1));
@@ -127,34 +122,46 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
         float of_beta[BITS_UP / 8][2];
 #pragma unroll
         for (int j = 0; j < BITS_UP / 8; j++) of_beta[j][0] = of_beta[j][1] = 0.0f;
-        for (int tile = 0; tile * ROWS < rows; tile++) {
-            int here = count - tile * ROWS;
-            arrive(tile);
-            float t[BITS_UP / 8][4];
-            project(t, Keys{q_at(tile)}, planes, row0);
-            // Each warp's own rows.
+        float t[BITS_UP / 8][4];
+        // Of each warp's own rows.
+        auto hash_queries = [&](int tile) {
+            project(t, q_at(tile), planes, row0);
             store_bits(bits, t, row0);
             store_bits(query_bits + tile * ROWS * BITS, t, row0);
             warp_barrier();
-            store_rows(queries, bits, beta, centre, row0, here, one_of, false);
+            store_rows(queries, bits, beta, centre, row0, count - tile * ROWS, one_of, false);
+        };
+        if (AHEAD && rows > 0) hash_queries(0);
+        for (int tile = 0; tile * ROWS < rows; tile++) {
+            int here = count - tile * ROWS;
+            barrier();
+            if (!AHEAD) hash_queries(tile);
+            warp_barrier();
             {
                 Values values = {v_at(tile)}, gradients = {g_at(tile)};
                 float value[BUCKETS_UP / 8][4], products[ROWS / 16][2][4];
-                float gain[2] = {0.0f, 0.0f};
-                clear(value);
+                float gain[2];
+#pragma unroll 1
+                for (int turn = 0; turn < 2; turn++) {
+                    gain[0] = gain[1] = 0.0f;
+                    clear(value);
 #pragma unroll
-                for (int o = 0; o < ROWS / 16; o++) clear(products[o]);
-                // Sixteen of the values at a time, from the row's own back: all at once, so that sums do not wait for each other.
+                    for (int o = 0; o < ROWS / 16; o++) clear(products[o]);
+                    // Sixteen of the values at a time, from the row's own back: all at once, so that sums do not wait for each other.
 #pragma unroll
-                for (int c = 0; c < VALUE_DIM; c += 16) {
-                    auto grad = left(gradients, row0, c);
+                    for (int c = 0; c < VALUE_DIM; c += 16) {
+                        auto grad = left(gradients, row0, c);
 #pragma unroll
-                    for (int s = 0; s < BUCKETS_UP; s += 16) multiply(value[s / 8], value[s / 8 + 1], grad, right(entry, s, c));
+                        for (int s = 0; s < BUCKETS_UP; s += 16) multiply(value[s / 8], value[s / 8 + 1], grad, right(entry, s, c));
 #pragma unroll
-                    for (int o = 0; o < ROWS / 16; o++) {
-                        if (o * 16 <= row0) multiply(products[o][0], products[o][1], grad, right(values, row0 - o * 16, c));
+                        for (int o = 0; o < ROWS / 16; o++) {
+                            if (o * 16 <= row0) multiply(products[o][0], products[o][1], grad, right(values, row0 - o * 16, c));
+                        }
+                        if (!SPARE && centre != 0.0f) add_gains(gain, grad, means + c);
                     }
-                    if (!SPARE && centre != 0.0f) add_gains(gain, grad, means + c);
+                    if (!not_finite_sums(value[0])) break;
+                    dirty = true;
+                    if (turn == 0) clean_sixteen<VALUE_DIM>(g_at(tile), row0);
                 }
                 if (SPARE && (lane & 3) == BUCKETS % 8 / 2) {
                     // G·Σv is the product with the last row and what its parts leave.
@@ -243,12 +250,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
             if (!SPARE && centre != 0.0f && threadIdx.x == THREADS - 1) {
                 for (int r = 0; r < ROWS; r++) sums_row += inverses[r] * factors[r];
             }
-            refill(tile);
+            of_queries.add_scaled(queries, Values{g_at(tile)}, factors);
+            barrier();
             finish(tile);
+            if (AHEAD && (tile + 1) * ROWS < rows) hash_queries(tile + 1);
         }
         keep_of_beta(room, of_beta, warp - CARRIERS);
     }
-    barrier();
+    dirty = barrier_or(dirty);
+    if (threadIdx.x == 0) all_query_bits[marks_at(p, b, p.q_heads, q_head, span)] = dirty ? 1.0f : 0.0f;
     float *out = all_of_queries + ((i64)(b * p.q_heads + q_head) * p.spans + span) * MATRIX;
     of_queries.write(out);
     float *last = out + BUCKETS * COLUMNS;

@@ -33,7 +33,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
     i64 o_at = ((i64)b * p.tokens + first) * o_token + q_head * VALUE_DIM;
     float beta = all_heads[head].x, centre = all_heads[head].y;
     const float *matrix = all_matrices + ((i64)(b * p.kv_heads + head) * p.spans + span) * MATRIX;
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    bool dirty = all_bits[marks_at(p, b, p.kv_heads, head, span)] != 0.0f;
+    int warp = warp_index(), lane = threadIdx.x & 31;
     int role = warp >> 2, row0 = (warp & 3) * 16;
     constexpr int HALF = VALUE_DIM / 2;
 
@@ -53,8 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
     for (int tile = 0; tile * ROWS < rows; tile++) {
         int here = count - tile * ROWS;
         copies_done();
-        clean<HEAD_DIM>(q_tile);
-        clean<VALUE_DIM>(v_tiles + tile % FORWARD_STAGES * ROWS * (VALUE_DIM + 8));
+        if (dirty) clean<VALUE_DIM>(v_tiles + tile % FORWARD_STAGES * ROWS * (VALUE_DIM + 8));
         barrier();
         Values values = {v_tiles + tile % FORWARD_STAGES * ROWS * (VALUE_DIM + 8)};
         carried.show(entry, masses);
@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
         if (role == 0) {
             // Each warp's own rows.
             float t[BITS_UP / 8][4];
-            project(t, Keys{q_tile}, planes, row0);
+            project(t, q_tile, planes, row0);
             store_bits(bits, t, row0);
             warp_barrier();
             store_rows(queries, bits, beta, centre, row0, here, one_of, false);

@@ -6,6 +6,9 @@
 typedef Input<HEAD_DIM + 8> Keys;
 typedef Input<VALUE_DIM + 8> Values;
 typedef Parts<BUCKETS_UP + 8, ROWS, TERMS> Weights;
+// Weights that the gradient of their own hash is made of: rounded to bf16 they would leave errors of one sign in a row's
+// sum, whose terms cancel.
+typedef Fine<BUCKETS_UP + 8, ROWS, TERMS> FineWeights;
 typedef Parts<HEAD_DIM + 8, BITS_UP, PLANE_TERMS> Planes;
 // Tiles of eight bits.
 constexpr int BIT_TILES = (BITS + 7) / 8;
@@ -34,14 +37,21 @@ __device__ __forceinline__ float bounded_tanh(float x) {
     return copysignf(size < 0.3f ? small : large, x);
 }
 
-// t of sixteen rows from `row` on, by one warp: t[j] are bits 8j + 2·(lane % 4) and the next, of two rows.
-__device__ __forceinline__ void project(float (&t)[BITS_UP / 8][4], const Keys &x, const Planes &planes, int row) {
-    clear(t);
+// t of sixteen rows from `row` on, by one warp: t[j] are bits 8j + 2·(lane % 4) and the next, of two rows. If the rows
+// are not clean yet, they are then.
+__device__ __forceinline__ void project(float (&t)[BITS_UP / 8][4], u16 *tile, const Planes &planes, int row) {
+    Keys x = {tile};
+#pragma unroll 1
+    for (int turn = 0; turn < 2; turn++) {
+        clear(t);
 #pragma unroll
-    for (int c = 0; c < HEAD_DIM; c += 16) {
-        auto a = left(x, row, c);
+        for (int c = 0; c < HEAD_DIM; c += 16) {
+            auto a = left(x, row, c);
 #pragma unroll
-        for (int n = 0; n < BITS_UP; n += 16) multiply(t[n / 8], t[n / 8 + 1], a, right(planes, n, c));
+            for (int n = 0; n < BITS_UP; n += 16) multiply(t[n / 8], t[n / 8 + 1], a, right(planes, n, c));
+        }
+        if (!not_finite_sums(t[0])) break;
+        if (turn == 0) clean_sixteen<HEAD_DIM>(tile, row);
     }
 #pragma unroll
     for (int j = 0; j < BIT_TILES; j++) {
@@ -120,7 +130,7 @@ __device__ __forceinline__ void expand(float (&weights)[RADIX], const float (&t)
 constexpr bool SPARE = BUCKETS + 2 <= BUCKETS_UP;
 
 // Weights of one table of one row, times `factor`; with the first one's, of a real row, `last` in the spare column.
-__device__ __forceinline__ void store_table(const Weights &to, const float (&t)[PLANES], float beta, float centre, int row, int table, bool real, float factor, float last) {
+template <class To> __device__ __forceinline__ void store_table(const To &to, const float (&t)[PLANES], float beta, float centre, int row, int table, bool real, float factor, float last) {
     // Padding weighs nothing, whatever its t.
     float weights[RADIX], known[PLANES];
 #pragma unroll
@@ -139,8 +149,8 @@ __device__ __forceinline__ void store_table(const Weights &to, const float (&t)[
     }
 }
 // Of a warp's sixteen rows from `first` on.
-template <class F>
-__device__ __forceinline__ void store_rows(const Weights &to, const float *bits, float beta, float centre, int first, int count, F factor, bool with_last) {
+template <class To, class F>
+__device__ __forceinline__ void store_rows(const To &to, const float *bits, float beta, float centre, int first, int count, F factor, bool with_last) {
 #pragma unroll
     for (int i = threadIdx.x & 31; i < 16 * TABLES; i += 32) {
         int row = first + i / TABLES;
@@ -162,8 +172,8 @@ template <int N> struct TileBits {
             if (i < ROWS * TABLES) load_table(t[n], bits + i * PLANES);
         }
     }
-    template <class F>
-    __device__ __forceinline__ void store(const Weights &to, float beta, float centre, int count, F factor, bool with_last) const {
+    template <class To, class F>
+    __device__ __forceinline__ void store(const To &to, float beta, float centre, int count, F factor, bool with_last) const {
 #pragma unroll
         for (int n = 0; n < items; n++) {
             int i = threadIdx.x % N + n * N, row = i / TABLES;
@@ -173,7 +183,7 @@ template <int N> struct TileBits {
         }
     }
     // Of keys, each of which counts once.
-    __device__ __forceinline__ void store_keys(const Weights &to, float beta, float centre, int count, bool with_last) const {
+    template <class To> __device__ __forceinline__ void store_keys(const To &to, float beta, float centre, int count, bool with_last) const {
         store(to, beta, centre, count, [](int, int) { return 1.0f; }, with_last);
     }
 };
@@ -505,6 +515,7 @@ __device__ __forceinline__ void add_gains(float (&gain)[2], const Left<Keys::ter
 
 // Both backward kernels: four of their warps carry sums, four read.
 constexpr int CARRIERS = 4;
+constexpr int CARRYING = CARRIERS * 32;
 
 // dW += duᵀ·x over the rows of a tile: each warp has some channels.
 constexpr int PLANE_PARTS = HEAD_DIM / 16 < CARRIERS ? HEAD_DIM / 16 : CARRIERS;
@@ -588,5 +599,5 @@ __device__ __forceinline__ Left<1> seen(float value, bool diagonal) {
 
 // Shared memory of both backward kernels.
 [[maybe_unused]] constexpr int BACKWARD_SHARED = LATE_STAGES * ROWS * (HEAD_DIM + 8) * 2 + 2 * STAGES * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes +
-                                2 * Weights::bytes + Entry::bytes + Corners::bytes + HashGradient::bytes + ROWS * BITS * 4 +
+                                Weights::bytes + FineWeights::bytes + Entry::bytes + Corners::bytes + HashGradient::bytes + ROWS * BITS * 4 +
                                 BUCKETS_UP * 4 + VALUE_DIM * 4 + 3 * ROWS * 4 + 4 * BITS_UP * 4 + 512;

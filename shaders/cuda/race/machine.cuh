@@ -53,7 +53,12 @@ template <int LEFT> __device__ __forceinline__ void copies_wait() { asm volatile
 __device__ __forceinline__ void prefetch(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 __device__ __forceinline__ void barrier() { __syncthreads(); }
+// A barrier that tells whether any thread said so.
+__device__ __forceinline__ bool barrier_or(bool x) { return __syncthreads_or(x); }
 __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
+__device__ __forceinline__ bool any_of_warp(bool x) { return __any_sync(0xffffffffu, x); }
+// The warp's place in its block, known to be the same in all its lanes.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, (int)(threadIdx.x >> 5), 0); }
 __device__ __forceinline__ float from_lane(float x, u32 mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ __forceinline__ double from_lane(double x, u32 mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ __forceinline__ float of_lane(float x, u32 lane) { return __shfl_sync(0xffffffffu, x, lane); }

@@ -21,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) race_sums(const Walk p,
     const u16 *v = (const u16 *)all_v + b * p.v_batch + first * p.v_token + head * p.v_head;
     float *bits_out = all_bits ? all_bits + bits_at(p, b, p.kv_heads, head, first) : nullptr;
     float beta = all_heads[head].x, centre = all_heads[head].y;
-    int warp = threadIdx.x >> 5;
+    int warp = warp_index();
 
     fetch<HEAD_DIM>(k_tiles, k, p.k_token, count);
     fetch<VALUE_DIM>(v_tiles, v, p.v_token, count);
@@ -30,21 +30,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) race_sums(const Walk p,
     Carried<8> carried;
     carried.place(centre != 0.0f);
     float row = 0.0f;
+    bool dirty = false;
     for (int tile = 0; tile * ROWS < count; tile++) {
         int left_over = count - tile * ROWS;
         copies_done();
-        clean<HEAD_DIM>(k_tiles + (tile & 1) * ROWS * (HEAD_DIM + 8));
-        clean<VALUE_DIM>(v_tiles + (tile & 1) * ROWS * (VALUE_DIM + 8));
+        dirty |= clean<HEAD_DIM>(k_tiles + (tile & 1) * ROWS * (HEAD_DIM + 8));
+        dirty |= clean<VALUE_DIM>(v_tiles + (tile & 1) * ROWS * (VALUE_DIM + 8));
         barrier();
         if (left_over > ROWS) {
             fetch<HEAD_DIM>(k_tiles + ((tile + 1) & 1) * ROWS * (HEAD_DIM + 8), k + (tile + 1) * ROWS * p.k_token, p.k_token, left_over - ROWS);
             fetch<VALUE_DIM>(v_tiles + ((tile + 1) & 1) * ROWS * (VALUE_DIM + 8), v + (tile + 1) * ROWS * p.v_token, p.v_token, left_over - ROWS);
         }
-        Keys keys = {k_tiles + (tile & 1) * ROWS * (HEAD_DIM + 8)};
         Values values = {v_tiles + (tile & 1) * ROWS * (VALUE_DIM + 8)};
         if (warp < 4) {
             float t[BITS_UP / 8][4];
-            project(t, keys, planes, warp * 16);
+            project(t, k_tiles + (tile & 1) * ROWS * (HEAD_DIM + 8), planes, warp * 16);
             store_bits(bits, t, warp * 16);
             if (bits_out) store_bits(bits_out + tile * ROWS * BITS, t, warp * 16);
         } else if (!SPARE && centre != 0.0f) {
@@ -61,6 +61,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) race_sums(const Walk p,
         barrier();
         carried.add(weights, values);
     }
+    dirty = barrier_or(dirty);
+    if (all_bits && threadIdx.x == 0) all_bits[marks_at(p, b, p.kv_heads, head, span)] = dirty ? 1.0f : 0.0f;
     float *matrix = all_matrices + ((i64)(b * p.kv_heads + head) * p.spans + span) * MATRIX;
     carried.write(matrix);
     if (SPARE && centre != 0.0f) return;

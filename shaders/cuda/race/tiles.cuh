@@ -111,6 +111,16 @@ template <int PITCH, int ROWS_OF, int T> struct Parts {
     static constexpr int step = PITCH * ROWS_OF;
 };
 
+// The same with at least two parts, for what is read back; products take the first T.
+template <int PITCH, int ROWS_OF, int T> struct Fine : Parts<PITCH, ROWS_OF, T> {
+    typedef Parts<PITCH, ROWS_OF, T < 2 ? 2 : T> All;
+    static constexpr int bytes = All::bytes;
+    __device__ __forceinline__ All all() const { return All{this->at}; }
+    __device__ __forceinline__ void set(int r, int c, float x, float y) const { all().set(r, c, x, y); }
+    __device__ __forceinline__ void set_eight(int r, int c, const float *x) const { all().set_eight(r, c, x); }
+    __device__ __forceinline__ float2 get(int r, int c) const { return all().get(r, c); }
+};
+
 // Fragments. `left` takes rows m.. and steps k.. of a tile whose rows are m, `left_turned` of one whose rows are k;
 // `right` takes columns n.. of a tile whose rows are n, `right_turned` of one whose rows are k.
 template <int P> __device__ __forceinline__ void load(u32 (&to)[Input<P>::terms][4], const Input<P> &x, int r, int c, bool turned) {
@@ -191,12 +201,12 @@ __device__ __forceinline__ float row_sum(float x) {
     return x + from_lane(x, 2);
 }
 
-// Rows of an input with WIDTH channels; rows from `count` on are zero.
-template <int WIDTH> __device__ __forceinline__ void fetch(u16 *to, const void *from, i64 row_step, int count) {
+// Rows of an input with WIDTH channels, by the first N threads; rows from `count` on are zero.
+template <int WIDTH, int N = THREADS> __device__ __forceinline__ void fetch(u16 *to, const void *from, i64 row_step, int count) {
     constexpr int pieces = WIDTH / 8;
-    if constexpr (THREADS % pieces == 0) {
+    if constexpr (N % pieces == 0) {
         // Each thread takes the same sixteen bytes of every STEPth row.
-        constexpr int step = THREADS / pieces;
+        constexpr int step = N / pieces;
         int r = threadIdx.x / pieces, c = threadIdx.x % pieces * 8;
         const u16 *source = (const u16 *)from + r * row_step + c;
         to += r * (WIDTH + 8) + c;
@@ -208,29 +218,48 @@ template <int WIDTH> __device__ __forceinline__ void fetch(u16 *to, const void *
             source += row_step;
         }
     } else {
-        for (int i = threadIdx.x; i < ROWS * pieces; i += THREADS) {
+        for (int i = threadIdx.x; i < ROWS * pieces; i += N) {
             int r = i / pieces, c = i % pieces * 8;
             copy_16(to + r * (WIDTH + 8) + c, (const u16 *)from + (r < count ? r * row_step + c : 0), r < count ? 16u : 0u);
         }
     }
 }
 
-// Once this thread's copies have arrived: NaN and infinities among them read as zero.
-template <int WIDTH, int COUNT = ROWS> __device__ __forceinline__ void clean(u16 *tile) {
+// Once the copies of this one of N threads have arrived: NaN and infinities among them read as zero. Whether there were any.
+template <int WIDTH, int COUNT = ROWS, int N = THREADS> __device__ __forceinline__ bool clean(u16 *tile) {
     constexpr int pieces = WIDTH / 8;
     u32 largest = 0;
 #pragma unroll
-    for (int i = threadIdx.x; i < COUNT * pieces; i += THREADS) {
+    for (int i = threadIdx.x; i < COUNT * pieces; i += N) {
         uint4 w = *(const uint4 *)(tile + i / pieces * (WIDTH + 8) + i % pieces * 8);
         largest = larger_sizes<IN_TYPE>(larger_sizes<IN_TYPE>(largest, w.x), w.y);
         largest = larger_sizes<IN_TYPE>(larger_sizes<IN_TYPE>(largest, w.z), w.w);
     }
-    if (!not_finite<IN_TYPE>(largest)) return;
+    if (!not_finite<IN_TYPE>(largest)) return false;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < COUNT * pieces; i += THREADS) {
+    for (int i = threadIdx.x; i < COUNT * pieces; i += N) {
         u32 *w = (u32 *)(tile + i / pieces * (WIDTH + 8) + i % pieces * 8);
         for (int j = 0; j < 4; j++) w[j] = finite_pair<IN_TYPE>(w[j]);
     }
+    return true;
+}
+
+// The same of a warp's own sixteen rows from `row` on, once it is known that there are some.
+template <int WIDTH> __device__ __forceinline__ void clean_sixteen(u16 *tile, int row) {
+    constexpr int words = WIDTH / 2;
+    warp_barrier();
+#pragma unroll 1
+    for (int i = threadIdx.x & 31; i < 16 * words; i += 32) {
+        u32 *w = (u32 *)(tile + (row + i / words) * (WIDTH + 8)) + i % words;
+        *w = finite_pair<IN_TYPE>(*w);
+    }
+    warp_barrier();
+}
+// Whether sums of products of one row with anything, two rows of a lane, tell of a NaN or an infinity in those rows: of
+// the warp's. (Sums of what is finite may have become infinite: then too.)
+__device__ __forceinline__ bool not_finite_sums(const float (&sums)[4]) {
+    constexpr u32 mask = 0x7f800000u;
+    return any_of_warp((bits_of(sums[0]) & mask) == mask || (bits_of(sums[2]) & mask) == mask);
 }
 
 // Where shared memory goes, in order.

@@ -11,7 +11,7 @@
 // | matrices | `[sequence, kv head, span, S + 1, Dv + 1]`: sums over the keys of a span, then of all before it |
 // | of_queries | `[sequence, q head, span, S + 1, Dv + 1]`: what the queries of a span give to the gradient of those sums |
 // | after | as matrices: the gradient of the sums after each span |
-// | bits | `[sequence, head, token, bits]`, with room for whole spans: t of keys or queries |
+// | bits | `[sequence, head, token, bits]`, with room for whole spans: t of keys or queries; after them `[sequence, head, span]`, whether k or v (of queries: the gradient of o) have NaN or infinities there, which read as zero |
 // | readings | `[sequence, q head, token]`: 1 / D, and −G·o |
 // | shares | `[block, bits, head_dim + 1]`: gradients of hyperplanes and, in the last column, β |
 // | o, dq, dk, dv | `[sequence, token, head, channel]` |
@@ -30,4 +30,8 @@ struct Walk {
 // Where t of a head's tokens from `first` on begins.
 __device__ __forceinline__ i64 bits_at(const Walk &p, int b, u32 heads, int head, int first) {
     return (((i64)b * heads + head) * ((i64)p.spans * p.span) + first) * BITS;
+}
+// Whether a span's inputs are to be cleaned.
+__device__ __forceinline__ i64 marks_at(const Walk &p, int b, u32 heads, int head, int span) {
+    return (i64)p.batch * heads * p.spans * p.span * BITS + ((i64)b * heads + head) * p.spans + span;
 }
