@@ -183,6 +183,11 @@ static void copy_16(void *to, const void *from, unsigned bytes) {
     memset(to, 0, 16);
     memcpy(to, from, bytes);
 }
+template <int SIZE> static void copy_few(void *to, const void *from, unsigned bytes) {
+    if ((uintptr_t)to % SIZE || (uintptr_t)from % SIZE) abort();
+    memset(to, 0, SIZE);
+    memcpy(to, from, bytes);
+}
 static void copies_done() {}
 static void copies_commit() {}
 template <int LEFT> static void copies_wait() {}

@@ -12,7 +12,7 @@ constexpr int AT_ONCE = BACKWARD_BLOCKS > 1 ? 2 : 4;
 extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_backward_key(const Walk p, const void *all_k, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_after, const float2 *all_readings, const float *all_query_bits, const float *all_bits, void *all_dk, void *all_dv, float *all_shares) {
     SHARED_BYTES;
     Carve carve = {shared_bytes};
-    u16 *k_tiles = carve.take<u16>(LATE_STAGES * ROWS * (HEAD_DIM + 8) * 2);
+    u16 *k_tile = carve.take<u16>(KEY_TILE);
     u16 *v_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
     u16 *g_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
     Planes planes = {carve.take<u16>(Planes::bytes)};
@@ -27,6 +27,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     float *inverses = carve.take<float>(ROWS * 4);
     float *factors = carve.take<float>(ROWS * 4);
     float *room = carve.take<float>(4 * BITS_UP * 4);
+    StagedBits of_keys = {carve.take<float>(StagedBits::bytes)}, of_queries = {carve.take<float>(StagedBits::bytes)};
+    float2 *reading_of = carve.take<float2>(StagedBits::items * 8);
 
     int head = blockIdx.x % p.kv_heads, span = blockIdx.x / p.kv_heads % p.spans, b = blockIdx.x / (p.kv_heads * p.spans);
     int first = span * p.span;
@@ -51,19 +53,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     int row0 = (warp & 3) * 16;
     int last = (rows + ROWS - 1) / ROWS - 1;
 
-    auto k_at = [&](int tile) { return k_tiles + (last - tile) % LATE_STAGES * ROWS * (HEAD_DIM + 8); };
     auto v_at = [&](int tile) { return v_tiles + (last - tile) % STAGES * ROWS * (VALUE_DIM + 8); };
     auto g_at = [&](int tile, int in_group) { return g_tiles + ((last - tile) * GROUP + in_group) % STAGES * ROWS * (VALUE_DIM + 8); };
-    auto fetch_keys = [&](int tile) { fetch<HEAD_DIM, CARRYING>(k_at(tile), k + (i64)tile * ROWS * p.k_token, p.k_token, count - tile * ROWS); };
+    auto fetch_keys = [&](int tile) { fetch<HEAD_DIM, CARRYING>(k_tile, k + (i64)tile * ROWS * p.k_token, p.k_token, count - tile * ROWS); };
     auto fetch_others = [&](int tile, int in_group) {
         i64 at = tile * ROWS;
         fetch<VALUE_DIM, CARRYING>(g_at(tile, in_group), g + in_group * p.g_head + at * p.g_token, p.g_token, count - (int)at);
         if (in_group == 0) fetch<VALUE_DIM, CARRYING>(v_at(tile), v + at * p.v_token, p.v_token, count - (int)at);
     };
-    if (warp < CARRIERS) {
-        fetch_keys(last);
-        fetch_others(last, 0);
-    }
+    if (warp < CARRIERS) fetch_others(last, 0);
     load_planes(planes, all_planes + head * p.planes_stride);
     load_corners(corners);
     clear_tile(queries);
@@ -71,68 +69,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     clear_tile(du);
     if (threadIdx.x < VALUE_DIM) later[threadIdx.x] = centre != 0.0f ? matrix[BUCKETS * COLUMNS + threadIdx.x] : 0.0f;
 
-    // What weights of a head of a tile are made of.
-    TileBits<THREADS> of_keys, of_queries;
-    float2 reading_of[TileBits<THREADS>::items];
-    auto load_hashes = [&](int tile, int in_group) {
+    // What weights of a head of a tile are made of, for the thread that makes them.
+    auto fetch_hashes = [&](int tile, int in_group) {
         const float2 *of_rows = readings + (i64)in_group * p.tokens + tile * ROWS;
-#pragma unroll
-        for (int n = 0; n < TileBits<THREADS>::items; n++) {
-            int row = (threadIdx.x + n * THREADS) / TABLES;
-            reading_of[n] = make_pair(0.0f, 0.0f);
-            if (row < ROWS && row < count - tile * ROWS) reading_of[n] = of_rows[row];
-        }
-        of_queries.load(query_bits + in_group * bits_head + tile * ROWS * BITS);
-        if (in_group == 0) of_keys.load(key_bits + tile * ROWS * BITS);
+        for (int i = threadIdx.x; i < StagedBits::items; i += THREADS) copy_few<8>(reading_of + i, of_rows + i / TABLES, i / TABLES < count - tile * ROWS ? 8u : 0u);
+        of_queries.fetch(query_bits + in_group * bits_head + tile * ROWS * BITS);
+        if (in_group == 0) of_keys.fetch(key_bits + tile * ROWS * BITS);
     };
-    load_hashes(last, 0);
+    fetch_hashes(last, 0);
     // Weights of a head of a tile, its rows, and the next one's on their way.
     auto arrive = [&](int tile, int in_group) {
         int here = count - tile * ROWS;
-        of_queries.store(queries, beta, centre, here, [&](int, int n) { return reading_of[n].x; }, true);
-        if (in_group == 0) of_keys.store_keys(keys, beta, centre, here, false);
-#pragma unroll
-        for (int n = 0; n < TileBits<THREADS>::items; n++) {
-            int i = threadIdx.x + n * THREADS;
-            if (i >= ROWS * TABLES || i % TABLES != 0) continue;
-            inverses[i / TABLES] = reading_of[n].x;
-            factors[i / TABLES] = reading_of[n].y;
+        copies_done();
+        of_queries.store(queries, beta, centre, here, [&](int i) { return reading_of[i].x; }, true);
+        if (in_group == 0) of_keys.store(keys, beta, centre, here, [](int) { return 1.0f; }, false);
+        for (int i = threadIdx.x; i < StagedBits::items; i += THREADS) {
+            if (i % TABLES != 0) continue;
+            inverses[i / TABLES] = reading_of[i].x;
+            factors[i / TABLES] = reading_of[i].y;
         }
-        if (warp < CARRIERS) {
+        bool same = in_group + 1 < GROUP;
+        int next = same ? tile : tile - 1, next_head = same ? in_group + 1 : 0;
+        if (dirty && warp < CARRIERS) {
+            clean<VALUE_DIM, ROWS, CARRYING>(g_at(tile, in_group));
+            if (in_group == 0) clean<VALUE_DIM, ROWS, CARRYING>(v_at(tile));
+        }
+        barrier();
+        if (next >= 0) fetch_hashes(next, next_head);
+        if (warp >= CARRIERS) return;
+        if (in_group == 0) fetch_keys(tile);
+        if (STAGES > 1 && next >= 0) fetch_others(next, next_head);
+    };
+    // The tile's k is there, and v and gradients are no longer read.
+    auto half = [&](int tile, int in_group) {
+        if (warp < CARRIERS && in_group == 0) {
             copies_done();
-            if (dirty) {
-                clean<VALUE_DIM, ROWS, CARRYING>(g_at(tile, in_group));
-                if (in_group == 0) {
-                    clean<HEAD_DIM, ROWS, CARRYING>(k_at(tile));
-                    clean<VALUE_DIM, ROWS, CARRYING>(v_at(tile));
-                }
-            }
+            if (dirty) clean<HEAD_DIM, ROWS, CARRYING>(k_tile);
         }
         barrier();
         bool same = in_group + 1 < GROUP;
-        if (!same && tile == 0) return;
-        int next = same ? tile : tile - 1, next_head = same ? in_group + 1 : 0;
-        if (warp < CARRIERS && LATE_STAGES > 1 && !same) fetch_keys(next);
-        if (warp < CARRIERS && STAGES > 1) fetch_others(next, next_head);
-        prefetch_bits(query_bits + next_head * bits_head + next * ROWS * BITS);
-        if (!same) prefetch_bits(key_bits + next * ROWS * BITS);
-        if (threadIdx.x < ROWS / 16) prefetch(readings + (i64)next_head * p.tokens + next * ROWS + threadIdx.x * 16);
+        if (STAGES == 1 && warp < CARRIERS && (same || tile > 0)) fetch_others(same ? tile : tile - 1, same ? in_group + 1 : 0);
     };
-    // Nothing reads v or gradients of the tile any more.
-    auto refill = [&](int tile, int in_group) {
-        bool same = in_group + 1 < GROUP;
-        if (warp < CARRIERS && STAGES == 1 && (same || tile > 0)) fetch_others(same ? tile : tile - 1, same ? in_group + 1 : 0);
-    };
-    auto finish = [&](int tile, int in_group) {
-        bool same = in_group + 1 < GROUP;
-        // Past the last it is the last again: what is always loaded need not be kept.
-        load_hashes(same || tile == 0 ? tile : tile - 1, same ? in_group + 1 : 0);
-        if (LATE_STAGES == 1 && !same && tile > 0) {
-            barrier();
-            if (warp < CARRIERS) fetch_keys(tile - 1);
-        }
-        if (!same) store_hash_inputs(dk + tile * ROWS * dk_token, dk_token, du, planes, row0, rows - tile * ROWS, warp >> 2);
-    };
+    auto finish = [&](int tile) { store_hash_inputs(dk + tile * ROWS * dk_token, dk_token, du, planes, row0, rows - tile * ROWS, warp >> 2); };
 
     barrier();
     if (warp < CARRIERS) {
@@ -231,10 +209,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                 if (!SPARE && centre != 0.0f && threadIdx.x < VALUE_DIM) {
                     for (int r = 0; r < ROWS; r++) added += inverses[r] * input_at(gradients.at, VALUE_DIM + 8, r, threadIdx.x);
                 }
-                barrier();
+                half(tile, in_group);
                 if (!SPARE && in_group + 1 == GROUP && centre != 0.0f && threadIdx.x < VALUE_DIM) later[threadIdx.x] += centre * BUCKETS * added;
-                refill(tile, in_group);
-                finish(tile, in_group);
+                if (in_group + 1 == GROUP) finish(tile);
             }
         }
     } else {
@@ -317,10 +294,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                         through_hash(dalpha, t, corners, du, of_beta, row0, beta);
                     }
                 }
-                barrier();
-                refill(tile, in_group);
-                if (in_group + 1 == GROUP) plane_sums.add(du, Keys{k_at(tile)});
-                finish(tile, in_group);
+                half(tile, in_group);
+                if (in_group + 1 < GROUP) continue;
+                plane_sums.add(du, Keys{k_tile});
+                finish(tile);
             }
         }
         plane_sums.write(all_shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1));

@@ -187,6 +187,37 @@ template <int N> struct TileBits {
         store(to, beta, centre, count, [](int, int) { return 1.0f; }, with_last);
     }
 };
+// t of a tile's rows, on their way to shared memory while other work goes on: each thread copies what it will read itself.
+struct StagedBits {
+    static constexpr int items = ROWS * TABLES;
+    static constexpr int bytes = ROWS * BITS * 4;
+    float *at;
+    __device__ __forceinline__ void fetch(const float *bits) const {
+        for (int i = threadIdx.x; i < items; i += THREADS) {
+            if constexpr (PLANES == 4) {
+                copy_16(at + i * PLANES, bits + i * PLANES, 16);
+            } else if constexpr (PLANES % 2 == 0) {
+#pragma unroll
+                for (int plane = 0; plane < PLANES; plane += 2) copy_few<8>(at + i * PLANES + plane, bits + i * PLANES + plane, 8);
+            } else {
+#pragma unroll
+                for (int plane = 0; plane < PLANES; plane++) copy_few<4>(at + i * PLANES + plane, bits + i * PLANES + plane, 4);
+            }
+        }
+    }
+    // Weights of the tile's rows, times the factor of each item.
+    template <class To, class F>
+    __device__ __forceinline__ void store(const To &to, float beta, float centre, int count, F factor, bool with_last) const {
+#pragma unroll
+        for (int n = 0; n < (items + THREADS - 1) / THREADS; n++) {
+            int i = threadIdx.x + n * THREADS, row = i / TABLES;
+            if (i >= items) continue;
+            float t[PLANES], of_item = factor(i);
+            load_table(t, at + i * PLANES);
+            store_table(to, t, beta, centre, row, i % TABLES, row < count, of_item, with_last ? of_item : 0.0f);
+        }
+    }
+};
 __device__ __forceinline__ void prefetch_bits(const float *bits) {
     if (threadIdx.x * 32 < ROWS * BITS) prefetch(bits + threadIdx.x * 32);
 }
@@ -597,7 +628,9 @@ __device__ __forceinline__ Left<1> seen(float value, bool diagonal) {
     return a;
 }
 
-// Shared memory of both backward kernels.
-[[maybe_unused]] constexpr int BACKWARD_SHARED = LATE_STAGES * ROWS * (HEAD_DIM + 8) * 2 + 2 * STAGES * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes +
-                                Weights::bytes + FineWeights::bytes + Entry::bytes + Corners::bytes + HashGradient::bytes + ROWS * BITS * 4 +
-                                BUCKETS_UP * 4 + VALUE_DIM * 4 + 3 * ROWS * 4 + 4 * BITS_UP * 4 + 512;
+// Shared memory of both backward kernels: what they have in common, and what each has besides.
+constexpr int KEY_TILE = ROWS * (HEAD_DIM + 8) * 2, VALUE_TILE = ROWS * (VALUE_DIM + 8) * 2;
+constexpr int BACKWARD_COMMON = KEY_TILE + 2 * STAGES * VALUE_TILE + Planes::bytes + Weights::bytes + FineWeights::bytes + Entry::bytes + Corners::bytes +
+                                HashGradient::bytes + BUCKETS_UP * 4 + VALUE_DIM * 4 + 2 * ROWS * 4 + 4 * BITS_UP * 4 + 512;
+constexpr int OF_QUERY = (LATE_STAGES - 1) * KEY_TILE + ROWS * BITS * 4, OF_KEY = 2 * StagedBits::bytes + StagedBits::items * 8;
+[[maybe_unused]] constexpr int BACKWARD_SHARED = BACKWARD_COMMON + (OF_QUERY > OF_KEY ? OF_QUERY : OF_KEY);

@@ -44,6 +44,11 @@ __device__ __forceinline__ void copy_16(void *to, const void *from, u32 bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
 }
 
+// The same of 4 or 8 bytes.
+template <int SIZE> __device__ __forceinline__ void copy_few(void *to, const void *from, u32 bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes), "n"(SIZE) : "memory");
+}
+
 __device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // A group of copies ends; all groups but the last LEFT are there.
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

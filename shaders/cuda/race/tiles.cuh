@@ -208,13 +208,13 @@ template <int WIDTH, int N = THREADS> __device__ __forceinline__ void fetch(u16 
         // Each thread takes the same sixteen bytes of every STEPth row.
         constexpr int step = N / pieces;
         int r = threadIdx.x / pieces, c = threadIdx.x % pieces * 8;
-        const u16 *source = (const u16 *)from + r * row_step + c;
+        const u8 *source = (const u8 *)from + (r * row_step + c) * 2;
         to += r * (WIDTH + 8) + c;
-        row_step *= step;
+        row_step *= step * 2;
+        // A copy of no bytes reads nothing, wherever it is from.
 #pragma unroll
         for (int i = 0; i < ROWS; i += step) {
-            bool real = r + i < count;
-            copy_16(to + i * (WIDTH + 8), real ? source : (const u16 *)from, real ? 16u : 0u);
+            copy_16(to + i * (WIDTH + 8), source, r + i < count ? 16u : 0u);
             source += row_step;
         }
     } else {
