@@ -170,11 +170,13 @@ template <bool TURNED> static void matrices(unsigned (&r)[4], const void *row) {
         }
     });
 }
-static void load_matrices(unsigned (&r)[4], const void *row) {
+static void load_matrices(unsigned (&r)[4], const void *base, unsigned at) {
+    const char *row = (const char *)base + at;
     if ((uintptr_t)row % 16) abort();
     matrices<false>(r, row);
 }
-static void load_matrices_turned(unsigned (&r)[4], const void *row) {
+static void load_matrices_turned(unsigned (&r)[4], const void *base, unsigned at) {
+    const char *row = (const char *)base + at;
     if ((uintptr_t)row % 16) abort();
     matrices<true>(r, row);
 }

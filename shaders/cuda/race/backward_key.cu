@@ -72,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     // What weights of a head of a tile are made of, for the thread that makes them.
     auto fetch_hashes = [&](int tile, int in_group) {
         const float2 *of_rows = readings + (i64)in_group * p.tokens + tile * ROWS;
-        for (int i = threadIdx.x; i < StagedBits::items; i += THREADS) copy_few<8>(reading_of + i, of_rows + i / TABLES, i / TABLES < count - tile * ROWS ? 8u : 0u);
+        StagedBits::for_each([&](int i) { copy_few<8>(reading_of + i, of_rows + i / TABLES, i / TABLES < count - tile * ROWS ? 8u : 0u); });
         of_queries.fetch(query_bits + in_group * bits_head + tile * ROWS * BITS);
         if (in_group == 0) of_keys.fetch(key_bits + tile * ROWS * BITS);
     };
@@ -83,11 +83,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
         copies_done();
         of_queries.store(queries, beta, centre, here, [&](int i) { return reading_of[i].x; }, true);
         if (in_group == 0) of_keys.store(keys, beta, centre, here, [](int) { return 1.0f; }, false);
-        for (int i = threadIdx.x; i < StagedBits::items; i += THREADS) {
-            if (i % TABLES != 0) continue;
+        StagedBits::for_each([&](int i) {
+            if (i % TABLES != 0) return;
             inverses[i / TABLES] = reading_of[i].x;
             factors[i / TABLES] = reading_of[i].y;
-        }
+        });
         bool same = in_group + 1 < GROUP;
         int next = same ? tile : tile - 1, next_head = same ? in_group + 1 : 0;
         if (dirty && warp < CARRIERS) {

@@ -192,8 +192,16 @@ struct StagedBits {
     static constexpr int items = ROWS * TABLES;
     static constexpr int bytes = ROWS * BITS * 4;
     float *at;
+    // Those of a thread, and what each is for.
+    template <class F> static __device__ __forceinline__ void for_each(F work) {
+#pragma unroll
+        for (int n = 0; n < (items + THREADS - 1) / THREADS; n++) {
+            int i = threadIdx.x + n * THREADS;
+            if (items % THREADS == 0 || i < items) work(i);
+        }
+    }
     __device__ __forceinline__ void fetch(const float *bits) const {
-        for (int i = threadIdx.x; i < items; i += THREADS) {
+        for_each([&](int i) {
             if constexpr (PLANES == 4) {
                 copy_16(at + i * PLANES, bits + i * PLANES, 16);
             } else if constexpr (PLANES % 2 == 0) {
@@ -203,19 +211,16 @@ struct StagedBits {
 #pragma unroll
                 for (int plane = 0; plane < PLANES; plane++) copy_few<4>(at + i * PLANES + plane, bits + i * PLANES + plane, 4);
             }
-        }
+        });
     }
     // Weights of the tile's rows, times the factor of each item.
     template <class To, class F>
     __device__ __forceinline__ void store(const To &to, float beta, float centre, int count, F factor, bool with_last) const {
-#pragma unroll
-        for (int n = 0; n < (items + THREADS - 1) / THREADS; n++) {
-            int i = threadIdx.x + n * THREADS, row = i / TABLES;
-            if (i >= items) continue;
+        for_each([&](int i) {
             float t[PLANES], of_item = factor(i);
             load_table(t, at + i * PLANES);
-            store_table(to, t, beta, centre, row, i % TABLES, row < count, of_item, with_last ? of_item : 0.0f);
-        }
+            store_table(to, t, beta, centre, i / TABLES, i % TABLES, i / TABLES < count, of_item, with_last ? of_item : 0.0f);
+        });
     }
 };
 __device__ __forceinline__ void prefetch_bits(const float *bits) {

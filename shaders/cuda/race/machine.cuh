@@ -24,18 +24,18 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u3
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Four matrices of 8 x 8 elements of 16 bits; lane i names a row of matrix i / 8.
-__device__ __forceinline__ void load_matrices(u32 (&r)[4], const void *row) {
+// Four matrices of 8 x 8 elements of 16 bits; lane i names a row of matrix i / 8, in bytes from `base` on.
+__device__ __forceinline__ void load_matrices(u32 (&r)[4], const void *base, u32 at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(shared_address(base) + at)
                  : "memory");
 }
 
-__device__ __forceinline__ void load_matrices_turned(u32 (&r)[4], const void *row) {
+__device__ __forceinline__ void load_matrices_turned(u32 (&r)[4], const void *base, u32 at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(shared_address(base) + at)
                  : "memory");
 }
 

@@ -51,7 +51,7 @@ template <int T> __device__ __forceinline__ void split(u32 (&parts)[T], float x,
 
 // A tile of the inputs: rows of PITCH elements of 16 bits.
 template <int PITCH> struct Input {
-    static constexpr int terms = IN_TYPE == BF16 ? 1 : 2;
+    static constexpr int terms = IN_TYPE == BF16 ? 1 : 2, pitch = PITCH;
     const u16 *at;
     __device__ __forceinline__ const u16 *row(int r, int c) const { return at + r * PITCH + c; }
     // Parts of four registers of a fragment.
@@ -73,7 +73,7 @@ template <int PITCH> struct Input {
 
 // A tile of computed numbers: T tiles of bf16 parts.
 template <int PITCH, int ROWS_OF, int T> struct Parts {
-    static constexpr int terms = T;
+    static constexpr int terms = T, pitch = PITCH;
     static constexpr int bytes = PITCH * ROWS_OF * T * 2;
     u16 *at;
     __device__ __forceinline__ const u16 *row(int r, int c) const { return at + r * PITCH + c; }
@@ -123,29 +123,38 @@ template <int PITCH, int ROWS_OF, int T> struct Fine : Parts<PITCH, ROWS_OF, T> 
 
 // Fragments. `left` takes rows m.. and steps k.. of a tile whose rows are m, `left_turned` of one whose rows are k;
 // `right` takes columns n.. of a tile whose rows are n, `right_turned` of one whose rows are k.
-template <int P> __device__ __forceinline__ void load(u32 (&to)[Input<P>::terms][4], const Input<P> &x, int r, int c, bool turned) {
+// What depends on the lane stands apart from the place in the tile, so that places that differ by constants share one
+// address.
+template <int P> __device__ __forceinline__ void load(u32 (&to)[Input<P>::terms][4], const Input<P> &x, u32 of_lane, u32 place, bool turned) {
     u32 raw[4];
-    if (turned) load_matrices_turned(raw, x.row(r, c));
-    else load_matrices(raw, x.row(r, c));
+    if (turned) load_matrices_turned(raw, x.at, of_lane + place * 2);
+    else load_matrices(raw, x.at, of_lane + place * 2);
     Input<P>::parts(to, raw);
 }
-template <int P, int R, int T> __device__ __forceinline__ void load(u32 (&to)[T][4], const Parts<P, R, T> &x, int r, int c, bool turned) {
+template <int P, int R, int T> __device__ __forceinline__ void load(u32 (&to)[T][4], const Parts<P, R, T> &x, u32 of_lane, u32 place, bool turned) {
 #pragma unroll
     for (int t = 0; t < T; t++) {
-        if (turned) load_matrices_turned(to[t], x.row(r, c) + t * x.step);
-        else load_matrices(to[t], x.row(r, c) + t * x.step);
+        if (turned) load_matrices_turned(to[t], x.at, of_lane + (place + t * x.step) * 2);
+        else load_matrices(to[t], x.at, of_lane + (place + t * x.step) * 2);
     }
 }
-template <class X> __device__ __forceinline__ Left<X::terms> left(const X &x, int m, int k) {
+// Of a lane whose row is that of its first sixteen or whose column is: bytes from the first of a fragment.
+template <int PITCH> __device__ __forceinline__ u32 rows_first() {
     u32 lane = threadIdx.x & 31;
+    return (lane & 15) * (PITCH * 2) + (lane >> 4) * 16;
+}
+template <int PITCH> __device__ __forceinline__ u32 columns_first() {
+    u32 lane = threadIdx.x & 31;
+    return (lane & 7) * (PITCH * 2) + (lane >> 4) * (PITCH * 16) + (lane >> 3 & 1) * 16;
+}
+template <class X> __device__ __forceinline__ Left<X::terms> left(const X &x, int m, int k) {
     Left<X::terms> a;
-    load(a.r, x, m + (lane & 15), k + (lane >> 4) * 8, false);
+    load(a.r, x, rows_first<X::pitch>(), m * X::pitch + k, false);
     return a;
 }
 template <class X> __device__ __forceinline__ Left<X::terms> left_turned(const X &x, int k, int m) {
-    u32 lane = threadIdx.x & 31;
     Left<X::terms> a;
-    load(a.r, x, k + (lane >> 4) * 8 + (lane & 7), m + (lane >> 3 & 1) * 8, true);
+    load(a.r, x, columns_first<X::pitch>(), k * X::pitch + m, true);
     return a;
 }
 template <int T> __device__ __forceinline__ Right<T> paired(const u32 (&r)[T][4]) {
@@ -160,15 +169,13 @@ template <int T> __device__ __forceinline__ Right<T> paired(const u32 (&r)[T][4]
     return b;
 }
 template <class X> __device__ __forceinline__ Right<X::terms> right(const X &x, int n, int k) {
-    u32 lane = threadIdx.x & 31;
     u32 r[X::terms][4];
-    load(r, x, n + (lane >> 4) * 8 + (lane & 7), k + (lane >> 3 & 1) * 8, false);
+    load(r, x, columns_first<X::pitch>(), n * X::pitch + k, false);
     return paired(r);
 }
 template <class X> __device__ __forceinline__ Right<X::terms> right_turned(const X &x, int k, int n) {
-    u32 lane = threadIdx.x & 31;
     u32 r[X::terms][4];
-    load(r, x, k + (lane & 15), n + (lane >> 4) * 8, true);
+    load(r, x, rows_first<X::pitch>(), k * X::pitch + n, true);
     return paired(r);
 }
 
