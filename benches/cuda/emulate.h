@@ -130,6 +130,7 @@ static bool any_of_warp(bool x) {
 }
 static inline float float_of(unsigned x) { float f; memcpy(&f, &x, 4); return f; }
 static inline unsigned bits_of(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
+static inline double inverse(double x) { return 1 / x; }
 static inline float bf16_float(unsigned short x) { return float_of((unsigned)x << 16); }
 static void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     unsigned b[2] = {b0, b1};

@@ -143,7 +143,7 @@ impl Race {
     #[cfg(any(feature = "wgpu", feature = "cuda"))]
     #[doc(hidden)]
     pub fn step_bytes(&self, batch: u64) -> u64 {
-        Geometry::new(&self.config, &self.shape).step_bytes(batch)
+        Geometry::new(&self.config, &self.shape).step_bytes(batch, self.device().path_name() != "cuda")
     }
 
     /// The hyperplanes in use, `[sets, ensembles * tables * planes, head_dim]`; sets is 1, or `num_kv_heads` where

@@ -123,10 +123,17 @@ impl Geometry {
         tokens * ((inputs + of_o) * self.dtype.size() + gradients) as u64
     }
 
-    /// Bytes that a step of one token of `batch` sequences moves at least, their states read and written too, as where
-    /// each step adds its token.
-    pub fn step_bytes(&self, batch: u64) -> u64 {
-        self.least_bytes(batch, None) + 2 * batch * self.state_bytes()
+    /// Bytes that a step of one token of `batch` sequences moves at least: their states too, read and written where each
+    /// step `adds` its token, else the high parts read.
+    pub fn step_bytes(&self, batch: u64, adds: bool) -> u64 {
+        let states = batch * self.state_bytes();
+        self.least_bytes(batch, None) + if adds { 2 * states } else { states / 2 }
+    }
+
+    /// Channels of v that a block of CUDA's step takes: few or many.
+    #[cfg(feature = "cuda")]
+    pub fn step_channels(&self) -> [usize; 2] {
+        [32, self.value_dim.next_power_of_two().clamp(32, 128)]
     }
 
     /// Tiles of 64 buckets.
@@ -296,7 +303,8 @@ mod tests {
         assert_eq!(g.least_bytes(10, None), 10 * 4 * (q + o + kv));
         assert_eq!(g.least_bytes(10, Some(DType::F32)), 10 * 4 * (q + o + kv + q + kv));
         assert_eq!(g.least_bytes(10, Some(DType::Bf16)), 10 * (4 * (q + o + kv) + 2 * (q + kv)));
-        assert_eq!(g.step_bytes(3), 3 * (4 * (q + o + kv) + 2 * g.state_bytes()));
+        assert_eq!(g.step_bytes(3, true), 3 * (4 * (q + o + kv) + 2 * g.state_bytes()));
+        assert_eq!(g.step_bytes(3, false), 3 * (4 * (q + o + kv) + g.state_bytes() / 2));
     }
 
     #[test]

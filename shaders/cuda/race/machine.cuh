@@ -108,6 +108,14 @@ __device__ __forceinline__ u32 count_up(u32 *counter) {
 }
 // x / y to two units in the last place, for y below 2^126.
 __device__ __forceinline__ float quotient(float x, float y) { return __fdividef(x, y); }
+// 1 / x to some units in the last place, for x that is normal, without the branches and registers of a call.
+__device__ __forceinline__ double inverse(double x) {
+    double r;
+    asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(r) : "d"(x));
+    // From 20 bits to 40 and 80.
+    r = fma(r, fma(-x, r, 1.0), r);
+    return fma(r, fma(-x, r, 1.0), r);
+}
 __device__ __forceinline__ u32 bits_of(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float float_of(u32 x) { return __uint_as_float(x); }
 #endif

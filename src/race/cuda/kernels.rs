@@ -10,32 +10,81 @@ use crate::tensor::DType;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Kernel {
     // Walking through spans, on the tensor cores.
-    Sums { terms: usize },
-    Forward { terms: usize, fit: Fit, output: DType },
-    BackwardQuery { terms: usize, fit: Fit, gradients: DType },
-    BackwardKey { terms: usize, fit: Fit, gradients: DType },
+    Sums {
+        terms: usize,
+    },
+    Forward {
+        terms: usize,
+        fit: Fit,
+        output: DType,
+    },
+    BackwardQuery {
+        terms: usize,
+        fit: Fit,
+        gradients: DType,
+    },
+    BackwardKey {
+        terms: usize,
+        fit: Fit,
+        gradients: DType,
+    },
     // For both.
-    Scan { reverse: bool },
+    Scan {
+        reverse: bool,
+    },
     AddParameters,
     FinishParameters,
-    Step { output: DType },
+    /// `channels` of v are a block's.
+    Step {
+        output: DType,
+        channels: usize,
+    },
     Fold,
     // For any shape.
-    Project { queries: bool },
-    Weights { queries: bool },
+    Project {
+        queries: bool,
+    },
+    Weights {
+        queries: bool,
+    },
     ChunkSums,
-    ReadWeights { read: bool },
+    ReadWeights {
+        read: bool,
+    },
     Products,
-    Output { output: DType, read: bool },
-    Gains { grad: DType },
-    Values { grad: DType, read: bool },
-    Query { read: bool },
-    QuerySums { grad: DType },
-    Key { absorb: bool },
-    Value { grad: DType, absorb: bool },
-    ThroughHash { queries: bool },
-    HashInputs { queries: bool },
-    HashParameters { queries: bool },
+    Output {
+        output: DType,
+        read: bool,
+    },
+    Gains {
+        grad: DType,
+    },
+    Values {
+        grad: DType,
+        read: bool,
+    },
+    Query {
+        read: bool,
+    },
+    QuerySums {
+        grad: DType,
+    },
+    Key {
+        absorb: bool,
+    },
+    Value {
+        grad: DType,
+        absorb: bool,
+    },
+    ThroughHash {
+        queries: bool,
+    },
+    HashInputs {
+        queries: bool,
+    },
+    HashParameters {
+        queries: bool,
+    },
 }
 
 /// One kernel.
@@ -63,6 +112,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("walk.cuh", include_str!("../../../shaders/cuda/race/walk.cuh")),
     ("tiles.cuh", include_str!("../../../shaders/cuda/race/tiles.cuh")),
     ("hash.cuh", include_str!("../../../shaders/cuda/race/hash.cuh")),
+    ("state.cuh", include_str!("../../../shaders/cuda/race/state.cuh")),
     ("any.cuh", include_str!("../../../shaders/cuda/race/any/any.cuh")),
     ("pending.cuh", include_str!("../../../shaders/cuda/race/any/pending.cuh")),
 ];
@@ -123,7 +173,7 @@ impl Kernel {
             Self::Scan { reverse } => flag("REVERSED", reverse),
             Self::ReadWeights { read } | Self::Query { read } => flag("READ", read),
             Self::Output { output, read } => [vec![("OUT_TYPE", code(output))], flag("READ", read)].concat(),
-            Self::Step { output } => vec![("OUT_TYPE", code(output))],
+            Self::Step { output, channels } => vec![("OUT_TYPE", code(output)), ("CHANNELS", channels.to_string())],
             Self::Gains { grad } | Self::QuerySums { grad } => vec![("GRAD_TYPE", code(grad))],
             Self::Values { grad, read } => [vec![("GRAD_TYPE", code(grad))], flag("READ", read)].concat(),
             Self::Key { absorb } => flag("ABSORB", absorb),

@@ -5,7 +5,7 @@
 //! | `walk` | passes on the tensor cores, for the shapes and types that they take |
 //! | `any` | passes for every other |
 //! | `step` | one token of each sequence |
-//! | `state` | states and sums, in doubles |
+//! | `state` | states, in pairs of floats, and sums in doubles |
 //! | `window`, `window_kernels` | the exact window beside it |
 //! | `kernels`, `params`, `shared` | the kernels, and what they are given |
 
@@ -216,7 +216,8 @@ impl RaceExecutor for CudaRace {
             kernels.extend([Kernel::ReadWeights { read }, Kernel::Products, Kernel::Output { output, read }]);
         }
         if self.causal {
-            kernels.extend([Kernel::Step { output }, Kernel::Fold]);
+            kernels.extend(self.geometry.step_channels().map(|channels| Kernel::Step { output, channels }));
+            kernels.push(Kernel::Fold);
         }
         let boxed = |kernel| Box::new(self.key(kernel)) as Box<dyn KernelKey>;
         WarmUp::cuda(self.ctx.clone(), kernels.into_iter().map(boxed).collect())

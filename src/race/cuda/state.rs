@@ -1,4 +1,4 @@
-//! States and sums of parameters' gradients on a device, both in doubles.
+//! States on a device, in pairs of floats, and sums of parameters' gradients, in doubles.
 
 use super::CudaRace;
 use super::kernels::Kernel;
@@ -9,9 +9,10 @@ use crate::race::executor::{StateData, StateStorage};
 use crate::tensor::{DType, Tensor};
 use std::sync::Arc;
 
-/// A and B, or gradients of them: `[batch, kv head, ensemble, bucket, value_dim + 1]` in doubles, the last column A. A
-/// step leaves its token in `pending`, which is added when there are some (see shaders/cuda/race/any/pending.cuh): how
-/// many wait is known to the device alone, since steps may be replays of a graph.
+/// A and B, or gradients of them: `[batch, kv head, ensemble, part, bucket, value_dim + 1]`, the last column A, all sums'
+/// high parts and then all their low ones (see shaders/cuda/race/state.cuh). A step leaves its token in `pending`, which is
+/// added when there are some (see shaders/cuda/race/any/pending.cuh): how many wait is known to the device alone, since
+/// steps may be replays of a graph.
 #[derive(Debug)]
 pub(crate) struct CudaState {
     pub buffer: Buffer,
@@ -107,22 +108,29 @@ impl CudaRace {
         let (dim, columns) = (self.geometry.value_dim, self.geometry.columns());
         let rows = bytes.len() / 8 / columns;
         let mut data = StateData { a: Vec::with_capacity(rows), b: Vec::with_capacity(rows * dim) };
-        for row in bytes.chunks_exact(columns * 8) {
-            data.b.extend(row.chunks_exact(8).map(bytemuck::pod_read_unaligned::<f64>));
-            data.a.extend(data.b.pop());
+        let part = |bytes: &[u8]| f64::from(bytemuck::pod_read_unaligned::<f32>(bytes));
+        for unit in bytes.chunks_exact(self.geometry.state_unit() * 8) {
+            let (high, low) = unit.split_at(unit.len() / 2);
+            let rows = high.chunks_exact(columns * 4).zip(low.chunks_exact(columns * 4));
+            for (high, low) in rows {
+                data.b.extend(high.chunks_exact(4).zip(low.chunks_exact(4)).map(|(high, low)| part(high) + part(low)));
+                data.a.extend(data.b.pop());
+            }
         }
         Ok(data)
     }
 
     pub(super) fn import_state(&self, op: &'static str, data: &StateData) -> Result<StateStorage> {
-        let mut values: Vec<f64> = Vec::with_capacity(data.a.len() + data.b.len());
-        for (a, row) in data.a.iter().zip(data.b.chunks_exact(self.geometry.value_dim)) {
-            values.extend_from_slice(row);
-            values.push(*a);
-        }
-        let buffer = self.ctx.buffer_with(op, bytemuck::cast_slice(&values))?;
         let g = &self.geometry;
-        let batch = values.len() / (g.num_kv_heads * g.ensembles * g.state_unit()).max(1);
+        let mut parts: Vec<f32> = Vec::with_capacity(2 * (data.a.len() + data.b.len()));
+        let units = data.a.chunks_exact(g.buckets()).zip(data.b.chunks_exact(g.buckets() * g.value_dim));
+        for (a, b) in units {
+            let sums = || a.iter().zip(b.chunks_exact(g.value_dim)).flat_map(|(a, row)| row.iter().chain([a]));
+            parts.extend(sums().map(|&sum| sum as f32));
+            parts.extend(sums().map(|&sum| (sum - f64::from(sum as f32)) as f32));
+        }
+        let buffer = self.ctx.buffer_with(op, bytemuck::cast_slice(&parts))?;
+        let batch = data.a.len() / (g.num_kv_heads * g.ensembles * g.buckets()).max(1);
         Ok(StateStorage::Cuda(CudaState { buffer, pending: self.none_pending(op, batch)? }))
     }
 

@@ -9,10 +9,15 @@ use crate::race::cuda::state::CudaState;
 use crate::race::executor::{Call, Inputs};
 use crate::tensor::Tensor;
 
-/// Channels that a block takes.
-const CHANNELS: usize = 32;
-
 impl CudaRace {
+    /// Channels of v that a block of a step over `units` (sequence, kv head) pairs takes: few where that many blocks run
+    /// at once, so that each has little to do; else all of a unit's, which is hashed once then.
+    fn step_channels(&self, units: usize) -> usize {
+        let [few, many] = self.geometry.step_channels();
+        let blocks = units.saturating_mul(self.geometry.value_dim.div_ceil(few));
+        if blocks <= 4 * self.ctx.caps().multiprocessors as usize { few } else { many }
+    }
+
     pub(super) fn step(&self, call: &Call, inputs: &Inputs<'_>, state: &CudaState) -> Result<Tensor> {
         let (op, g, ctx) = (call.op, self.geometry, self.ctx.clone());
         let staged = self.staged(call, inputs, false)?;
@@ -42,8 +47,9 @@ impl CudaRace {
         binds.extend([&self.planes, &self.heads].map(Bind::from));
         binds.push(lengths);
         binds.extend([&state.buffer, &state.pending, &o].map(Bind::from));
-        let grid = Grid::new((units * g.value_dim.div_ceil(CHANNELS)) as u64, 256);
-        passes.dispatch(self.key(Kernel::Step { output: call.output }), params, grid, binds)?;
+        let channels = self.step_channels(units);
+        let grid = Grid::new((units * g.value_dim.div_ceil(channels)) as u64, 256);
+        passes.dispatch(self.key(Kernel::Step { output: call.output, channels }), params, grid, binds)?;
         passes.ready()?.run(&ctx, op)?;
         Ok(Tensor::cuda(call.output, vec![call.batch(), 1, g.num_q_heads, g.value_dim], o))
     }

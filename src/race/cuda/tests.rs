@@ -9,7 +9,8 @@ use super::window_kernels::{Way, WindowKernel, WindowKey};
 use crate::engine::cuda::KernelKey;
 use crate::race::plan::Geometry;
 use crate::race::window::WindowGeometry;
-use crate::tensor::DType;
+use crate::tensor::{DType, TensorView};
+use crate::{Device, Error, Race, RaceConfig, RaceOptions, RaceShape, RaceState};
 
 fn geometry(
     heads: (usize, usize),
@@ -33,13 +34,13 @@ fn any(geometry: Geometry, output: DType, grad: DType) -> Vec<Key> {
         Kernel::Scan { reverse: true },
         Kernel::AddParameters,
         Kernel::FinishParameters,
-        Kernel::Step { output },
         Kernel::Fold,
         Kernel::ChunkSums,
         Kernel::Products,
         Kernel::Gains { grad },
         Kernel::QuerySums { grad },
     ];
+    kernels.extend(geometry.step_channels().map(|channels| Kernel::Step { output, channels }));
     for flag in [false, true] {
         kernels.extend([
             Kernel::Project { queries: flag },
@@ -135,6 +136,47 @@ fn structs_are_those_of_the_texts() {
         (text!("any/finish_parameters.cu"), "Finish", size_of::<Finish>()),
     ] {
         assert_eq!(size_in_text(text, name), size, "{name}");
+    }
+}
+
+/// An append with a window for which memory runs out, wherever it does, leaves both halves of the state as they were. The
+/// lengths of so many sequences take memory too.
+#[test]
+fn an_append_without_memory_moves_nothing() {
+    let Some(name) = std::env::var("SOFTHASH_TEST_DEVICE").ok().filter(|name| name.starts_with("cuda")) else { return };
+    let device = Device::by_name(&name).unwrap();
+    let ctx = device.cuda_context().unwrap();
+    let shape = RaceShape { num_q_heads: 2, num_kv_heads: 1, head_dim: 16, value_dim: 16, dtype: DType::F32 };
+    for tokens in [1, 3] {
+        let config = RaceConfig { window: 4, ..RaceConfig::default() };
+        let mut race = Race::new(&device, config, shape).unwrap();
+        let batch = 17;
+        let values: Vec<f32> = (0..batch * tokens * 32).map(|i| (i as f32 * 0.37).sin()).collect();
+        let view = |heads: usize| TensorView::f32(&values[..batch * tokens * heads * 16], [batch, tokens, heads, 16]);
+        let (q, kv) = (view(2), view(1));
+        let mut state = race.new_state(batch).unwrap();
+        // Where one sequence has no token a step takes lengths too.
+        let lengths = (0..batch).map(|b| if b == 3 { 0 } else { tokens }).collect();
+        let options = RaceOptions { lengths: Some(lengths), ..RaceOptions::default() };
+        let append = |race: &mut Race, state: &mut RaceState| race.append_with(state, &q, &kv, &kv, &options).map(drop);
+        append(&mut race, &mut state).unwrap();
+        let mut twin = race.fork(&state).unwrap();
+        let known = race.read_state(&state).unwrap();
+        let mut refusals = 0;
+        loop {
+            ctx.refuse_after(refusals);
+            let appended = append(&mut race, &mut state);
+            ctx.refuse_after(u64::MAX);
+            match appended {
+                Ok(()) => break,
+                Err(error) => assert!(matches!(error, Error::OutOfMemory { .. }), "{error}"),
+            }
+            assert!(race.read_state(&state).unwrap() == known, "{tokens} tokens, {refusals} pieces of memory");
+            refusals += 1;
+        }
+        assert!(refusals > 3, "{refusals}");
+        append(&mut race, &mut twin).unwrap();
+        assert!(race.read_state(&state).unwrap() == race.read_state(&twin).unwrap());
     }
 }
 

@@ -1,16 +1,16 @@
-// One token of each sequence: a block per (sequence, kv head, 32 channels) reads the sums and the tokens that wait (see
-// pending.cuh), the new one among them, for all query heads of the group; the last block of a (sequence, kv head) to come
-// counts it, and adds to A where the tokens that wait are many. Everything is summed in doubles, in which no centring is
-// needed.
+// One token of each sequence: a block per (sequence, kv head, CHANNELS channels) reads the sums and the tokens that wait
+// (see pending.cuh), the new one among them, for all query heads of the group; the last block of a (sequence, kv head) to
+// come counts it, and adds to A where the tokens that wait are many. Of the sums, which need no centring here, the high
+// parts are read, and summed in doubles.
 #include "pending.cuh"
 
 // Query heads at a time.
 constexpr int HEADS = GROUP < 4 ? GROUP : 4;
 constexpr int WARPS = BLOCK / 32;
-// Where one read of the sums is all, and a thread has room for its part, they are on their way while tokens are hashed.
-constexpr bool EARLY = ENSEMBLES == 1 && GROUP <= HEADS && BUCKETS <= BLOCK / 2;
-constexpr int OF_BUCKETS = EARLY ? (BUCKETS + WARPS - 1) / WARPS : 1, OF_TOKENS = (PENDING + WARPS - 1) / WARPS;
-constexpr int OF_BITS = (PENDING * BITS + BLOCK - 1) / BLOCK;
+// Buckets that a thread reads before it uses them, and that a block does.
+constexpr int EACH = (BUCKETS + STRANDS - 1) / STRANDS, OWN = EACH < 32 ? EACH : 32;
+constexpr int SLAB = OWN * STRANDS;
+constexpr int OF_TOKENS = (PENDING + STRANDS - 1) / STRANDS, OF_BITS = (PENDING * BITS + BLOCK - 1) / BLOCK;
 
 // The Rust twin is `Step` in src/race/cuda/params.rs.
 struct Step {
@@ -19,26 +19,45 @@ struct Step {
     float scale;
 };
 
-// 2βt of each bit of rows `first` to `end` of x.
-__device__ __forceinline__ void hash_rows(float *to, const float *x, int first, int end, const float *planes, float beta) {
+// The products of rows `first` to `end` of x with the planes of all bits.
+__device__ __forceinline__ void project_rows(float *to, const float *x, int first, int end, const float *planes) {
     int lane = threadIdx.x & 31;
     for (int i = first * BITS + (threadIdx.x >> 5); i < end * BITS; i += WARPS) {
         const float *w = planes + i % BITS * HEAD_DIM, *of_row = x + i / BITS * HEAD_DIM;
         float sum = 0.0f;
         for (int c = lane; c < HEAD_DIM; c += 32) sum += w[c] * of_row[c];
         for (int step = 16; step > 0; step >>= 1) sum += from_lane(sum, step);
-        if (lane == 0) to[i] = 2.0f * beta * tanhf(sum);
+        if (lane == 0) to[i] = sum;
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, EARLY ? 4 : 2) any_step(const Step p, const void *q, const void *k, const void *v, const float *planes, const float2 *heads,
-                                    const u32 *lengths, double *state, float *records, void *out) {
+__device__ __forceinline__ float logit_of(float product, float beta) { return 2.0f * beta * tanhf(product); }
+
+#ifdef RATIO
+// Σ φ(a)·φ(b) over all buckets: of each table a product, as its weights are.
+__device__ __forceinline__ float overlap(const float2 *a, const float2 *b) {
+    float sum = 0.0f;
+    for (int table = 0; table < TABLES; table++) {
+        float weight = 1.0f;
+#pragma unroll
+        for (int bit = table * PLANES; bit < (table + 1) * PLANES; bit++) {
+            float2 x = a[bit], y = b[bit];
+            weight *= x.x * y.x + x.y * y.y;
+        }
+        sum += weight;
+    }
+    return sum;
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(BLOCK, HEADS == 1 ? 4 : 2) any_step(const Step p, const void *q, const void *k, const void *v, const float *planes, const float2 *heads,
+                                    const u32 *lengths, float *state, float *records, void *out) {
     // Row 0 is the key, then come the queries.
     __shared__ float rows[(HEADS + 1) * HEAD_DIM];
     __shared__ float hashes[(HEADS + 1) * BITS];
     __shared__ float2 odds[HEADS * BITS];
     __shared__ float2 late[PENDING * BITS];
-    __shared__ float weights[HEADS * BLOCK];
+    __shared__ float weights[HEADS * SLAB];
     // What each query gives to each token that waits.
     __shared__ float shares[HEADS * PENDING];
     __shared__ double parts[HEADS * BLOCK];
@@ -47,36 +66,39 @@ extern "C" __global__ void __launch_bounds__(BLOCK, EARLY ? 4 : 2) any_step(cons
 #endif
     __shared__ u32 turn;
     int block = blockIdx.x % CHANNEL_BLOCKS, unit = blockIdx.x / CHANNEL_BLOCKS, head = unit % p.kv_heads, b = unit / p.kv_heads;
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, channel = block * CHANNELS + lane;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, strand = threadIdx.x / CHANNELS;
+    int channel = block * CHANNELS + threadIdx.x % CHANNELS;
     bool inside = channel < VALUE_DIM, live = !lengths || lengths[b] > 0;
     float beta = heads[head].x;
     float value = inside && live ? load<IN_TYPE>(v, b * p.v_batch + head * p.v_head + channel) : 0.0f;
     float *record = records + (i64)unit * RECORD;
-    double early[OF_BUCKETS], early_mass = 0.0;
-    float early_values[OF_TOKENS], early_bits[OF_BITS];
-    if (EARLY && live) {
-        const double *of_unit = state + (i64)unit * BUCKETS * COLUMNS;
+    // The first sums and hashes that wait are on their way while tokens are hashed; how many wait is not known yet.
+    float own[OWN], own_mass = 0.0f, of_tokens[OF_TOKENS], of_bits[OF_BITS];
+    auto fetch = [&](const float *of_unit, int base) {
 #pragma unroll
-        for (int i = 0; i < OF_BUCKETS; i++) {
-            int s = warp + i * WARPS;
-            early[i] = s < BUCKETS && inside ? of_unit[s * COLUMNS + channel] : 0.0;
+        for (int i = 0; i < OWN; i++) {
+            int s = base + strand * OWN + i;
+            own[i] = s < BUCKETS && inside ? of_unit[s * COLUMNS + channel] : 0.0f;
         }
-        if (threadIdx.x < BUCKETS) early_mass = of_unit[threadIdx.x * COLUMNS + VALUE_DIM];
-        // Whether they wait is not known yet.
-#pragma unroll
-        for (int i = 0; i < OF_TOKENS; i++) early_values[i] = warp + i * WARPS < PENDING && inside ? waiting(record, warp + i * WARPS)[BITS + channel] : 0.0f;
+        int s = base + threadIdx.x;
+        own_mass = threadIdx.x < SLAB && s < BUCKETS ? of_unit[s * COLUMNS + VALUE_DIM] : 0.0f;
+    };
+    auto fetch_bits = [&](int ensemble) {
 #pragma unroll
         for (int i = 0; i < OF_BITS; i++) {
             int at = threadIdx.x + i * BLOCK;
-            early_bits[i] = at < PENDING * BITS ? waiting(record, at / BITS)[at % BITS] : 0.0f;
+            of_bits[i] = at < PENDING * BITS ? waiting(record, at / BITS)[ensemble * BITS + at % BITS] : 0.0f;
         }
+    };
+    if (live) {
+        fetch(state + (i64)unit * ENSEMBLES * STATE_UNIT, 0);
+        fetch_bits(0);
     }
     // Tokens that wait before this one, which takes its place after them.
     int count = live ? (int)bits_of(record[0]) : 0;
 
     for (int first = 0; first < GROUP; first += HEADS) {
-        double result[HEADS];
-        for (int h = 0; h < HEADS; h++) result[h] = 0.0;
+        double result[HEADS] = {};
         barrier();
         for (int i = threadIdx.x; live && i < (HEADS + 1) * HEAD_DIM; i += BLOCK) {
             int h = i / HEAD_DIM, c = i % HEAD_DIM, q_head = first + h - 1 < GROUP ? first + h - 1 : GROUP - 1;
@@ -84,64 +106,75 @@ extern "C" __global__ void __launch_bounds__(BLOCK, EARLY ? 4 : 2) any_step(cons
                              : load<IN_TYPE>(q, b * p.q_batch + (head * GROUP + q_head) * p.q_head + c);
         }
         for (int ensemble = 0; live && ensemble < ENSEMBLES; ensemble++) {
-            double *of_unit = state + (i64)(unit * ENSEMBLES + ensemble) * BUCKETS * COLUMNS;
+            const float *of_unit = state + ((i64)unit * ENSEMBLES + ensemble) * STATE_UNIT;
             double sums[HEADS] = {};
 #ifdef RATIO
             double found[HEADS] = {};
 #endif
             barrier();
-            hash_rows(hashes, rows, 0, HEADS + 1, planes + head * p.planes_step + ensemble * BITS * HEAD_DIM, beta);
-            if (EARLY) {
+            project_rows(hashes, rows, 0, HEADS + 1, planes + head * p.planes_step + ensemble * BITS * HEAD_DIM);
+            if (first + ensemble > 0) fetch_bits(ensemble);
 #pragma unroll
-                for (int i = 0; i < OF_BITS; i++) {
-                    if ((int)threadIdx.x + i * BLOCK < count * BITS) late[threadIdx.x + i * BLOCK] = odds_of(early_bits[i]);
-                }
-            } else {
-                for (int i = threadIdx.x; i < count * BITS; i += BLOCK) late[i] = odds_of(waiting(record, i / BITS)[ensemble * BITS + i % BITS]);
+            for (int i = 0; i < OF_BITS; i++) {
+                if ((int)threadIdx.x + i * BLOCK < count * BITS) late[threadIdx.x + i * BLOCK] = odds_of(of_bits[i]);
             }
             for (int i = threadIdx.x; i < HEADS * PENDING; i += BLOCK) shares[i] = 0.0f;
             barrier();
-            for (int i = threadIdx.x; i < (HEADS + 1) * BITS; i += BLOCK) {
-                float2 pair = odds_of(hashes[i]);
-                if (i < BITS) late[count * BITS + i] = pair;
-                else odds[i - BITS] = pair;
+#pragma unroll
+            for (int n = 0; first + ensemble == 0 && n < OF_TOKENS; n++) {
+                int i = strand + n * STRANDS;
+                of_tokens[n] = i < count && inside ? waiting(record, i)[ENSEMBLES * BITS + channel] : 0.0f;
             }
-            for (int base = 0; base < BUCKETS; base += BLOCK) {
-                int bucket = base + threadIdx.x, end = BUCKETS - base < BLOCK ? BUCKETS - base : BLOCK;
-                double mass = EARLY ? early_mass : bucket < BUCKETS ? of_unit[bucket * COLUMNS + VALUE_DIM] : 0.0;
+            for (int i = threadIdx.x; i < (HEADS + 1) * BITS; i += BLOCK) {
+                float z = logit_of(hashes[i], beta);
+                float2 pair = odds_of(z);
+                if (i < BITS) {
+                    late[count * BITS + i] = pair;
+                    hashes[i] = z;
+                } else {
+                    odds[i - BITS] = pair;
+                }
+            }
+            for (int base = 0; base < BUCKETS; base += SLAB) {
+                int bucket = base + threadIdx.x;
+                if (first + ensemble + base > 0) fetch(of_unit, base);
                 barrier();
-                if (bucket < BUCKETS) {
+                if ((int)threadIdx.x < SLAB) {
+                    double mass = own_mass;
 #ifndef RATIO
-                    for (int i = 0; i <= count; i++) mass += phi_of(late + i * BITS, bucket);
+                    for (int i = 0; bucket < BUCKETS && i <= count; i++) mass += phi_of(late + i * BITS, bucket);
 #endif
                     for (int h = 0; h < HEADS; h++) {
-                        float phi = phi_of(odds + h * BITS, bucket);
+                        float phi = bucket < BUCKETS ? phi_of(odds + h * BITS, bucket) : 0.0f;
 #ifdef RATIO
                         found[h] += (double)phi * mass;
 #else
-                        phi = (float)(phi / (mass + 1e-6));
+                        phi = (float)(phi * inverse(mass + 1e-6));
 #endif
-                        weights[h * BLOCK + threadIdx.x] = phi;
+                        weights[h * SLAB + threadIdx.x] = phi;
                     }
                 }
+#ifdef RATIO
+                // By the threads that have no bucket, if there are such.
+                for (int i = BLOCK - 1 - threadIdx.x; base == 0 && i < HEADS * (count + 1); i += BLOCK) {
+                    int h = i / (count + 1), token = i % (count + 1);
+                    shares[h * PENDING + token] = overlap(odds + h * BITS, late + token * BITS);
+                }
+#endif
                 barrier();
-                if (EARLY) {
 #pragma unroll
-                    for (int i = 0; i < OF_BUCKETS; i++) {
-                        int s = warp + i * WARPS;
-                        for (int h = 0; s < BUCKETS && h < HEADS; h++) sums[h] += weights[h * BLOCK + s] * early[i];
-                    }
-                } else for (int s = warp; s < end && inside; s += WARPS) {
-                    double x = of_unit[(base + s) * COLUMNS + channel];
-                    for (int h = 0; h < HEADS; h++) sums[h] += weights[h * BLOCK + s] * x;
+                for (int i = 0; i < OWN; i++) {
+                    for (int h = 0; h < HEADS; h++) sums[h] += (double)weights[h * SLAB + strand * OWN + i] * own[i];
                 }
+#ifndef RATIO
                 for (int i = warp; i < HEADS * (count + 1); i += WARPS) {
                     int h = i / (count + 1), token = i % (count + 1);
                     float sum = 0.0f;
-                    for (int s = lane; s < end; s += 32) sum += weights[h * BLOCK + s] * phi_of(late + token * BITS, base + s);
+                    for (int s = lane; s < SLAB && base + s < BUCKETS; s += 32) sum += weights[h * SLAB + s] * phi_of(late + token * BITS, base + s);
                     for (int step = 16; step > 0; step >>= 1) sum += from_lane(sum, step);
                     if (lane == 0) shares[h * PENDING + token] += sum;
                 }
+#endif
             }
 #ifdef RATIO
             for (int h = 0; h < HEADS; h++) {
@@ -149,19 +182,19 @@ extern "C" __global__ void __launch_bounds__(BLOCK, EARLY ? 4 : 2) any_step(cons
                 for (int step = 16; step > 0; step >>= 1) mass += from_lane(mass, step);
                 if (lane == 0) masses[h * WARPS + warp] = mass;
             }
-#endif
+#else
             barrier();
-            // Each warp has some of the tokens that wait.
+#endif
+            // Each strand has some of the tokens that wait.
 #pragma unroll
             for (int n = 0; n < OF_TOKENS; n++) {
-                int i = warp + n * WARPS;
-                if (i > count) continue;
-                float x = i == count ? value : EARLY ? early_values[n] : inside ? waiting(record, i)[ENSEMBLES * BITS + channel] : 0.0f;
-                for (int h = 0; h < HEADS; h++) sums[h] += (double)shares[h * PENDING + i] * x;
+                int i = strand + n * STRANDS;
+                float x = i == count ? value : of_tokens[n];
+                for (int h = 0; i <= count && h < HEADS; h++) sums[h] += (double)shares[h * PENDING + i] * x;
             }
             for (int h = 0; h < HEADS; h++) parts[h * BLOCK + threadIdx.x] = sums[h];
             barrier();
-            if (warp == 0) {
+            if (threadIdx.x < CHANNELS) {
                 for (int h = 0; h < HEADS; h++) {
                     double divisor = 1.0, sum = 0.0;
 #ifdef RATIO
@@ -169,25 +202,27 @@ extern "C" __global__ void __launch_bounds__(BLOCK, EARLY ? 4 : 2) any_step(cons
                     for (int i = 0; i < WARPS; i++) divisor += masses[h * WARPS + i];
                     for (int i = 0; i <= count; i++) divisor += shares[h * PENDING + i];
 #endif
-                    for (int i = 0; i < WARPS; i++) sum += parts[h * BLOCK + i * 32 + lane];
-                    result[h] += divisor > 0.0 ? sum / divisor * p.scale : 0.0;
+                    for (int i = 0; i < STRANDS; i++) sum += parts[h * BLOCK + i * CHANNELS + threadIdx.x];
+                    result[h] += divisor > 0.0 ? sum * inverse(divisor) * p.scale : 0.0;
                 }
             }
         }
-        if (warp == 0 && inside) {
+        if (threadIdx.x < CHANNELS && inside) {
             for (int h = 0; h < HEADS; h++) {
-                if (first + h < GROUP) store<OUT_TYPE>(out, ((i64)unit * GROUP + first + h) * VALUE_DIM + channel, (float)(result[h] / ENSEMBLES));
+                if (first + h < GROUP) store<OUT_TYPE>(out, ((i64)unit * GROUP + first + h) * VALUE_DIM + channel, (float)(result[h] * (1.0 / ENSEMBLES)));
             }
         }
     }
     if (!live) return;
-    bool full = count + 1 == PENDING;
-    if (!full && warp == 0 && inside) record[HEADER + count * TOKEN + ENSEMBLES * BITS + channel] = value;
-    // All reads of A and of the count are done when all blocks have been counted.
-    barrier();
-    if (threadIdx.x == 0) turn = count_up((u32 *)record + 1);
-    barrier();
-    bool last = turn == CHANNEL_BLOCKS - 1;
+    bool full = count + 1 == PENDING, last = true;
+    if (!full && threadIdx.x < CHANNELS && inside) record[HEADER + count * TOKEN + ENSEMBLES * BITS + channel] = value;
+    if (CHANNEL_BLOCKS > 1) {
+        // All reads of A and of the count are done when all blocks have been counted.
+        barrier();
+        if (threadIdx.x == 0) turn = count_up((u32 *)record + 1);
+        barrier();
+        last = turn == CHANNEL_BLOCKS - 1;
+    }
     if (!full && !last) return;
     float values[PENDING];
     if (full) {
@@ -198,13 +233,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK, EARLY ? 4 : 2) any_step(cons
         if (ENSEMBLES > 1) {
             // The hashes at hand are those of the last.
             barrier();
-            hash_rows(hashes, rows, 0, 1, planes + head * p.planes_step + ensemble * BITS * HEAD_DIM, beta);
+            project_rows(hashes, rows, 0, 1, planes + head * p.planes_step + ensemble * BITS * HEAD_DIM);
             for (int i = threadIdx.x; full && i < count * BITS; i += BLOCK) late[i] = odds_of(waiting(record, i / BITS)[ensemble * BITS + i % BITS]);
             barrier();
-            for (int i = threadIdx.x; i < BITS; i += BLOCK) late[count * BITS + i] = odds_of(hashes[i]);
+            for (int i = threadIdx.x; i < BITS; i += BLOCK) {
+                hashes[i] = logit_of(hashes[i], beta);
+                late[count * BITS + i] = odds_of(hashes[i]);
+            }
             barrier();
         }
-        double *of_unit = state + (i64)(unit * ENSEMBLES + ensemble) * BUCKETS * COLUMNS;
+        float *of_unit = state + ((i64)unit * ENSEMBLES + ensemble) * STATE_UNIT;
         if (full) fold_values(of_unit, late, values, PENDING, channel);
         if (full && last) fold_masses(of_unit, late, PENDING);
         for (int i = threadIdx.x; !full && i < BITS; i += BLOCK) record[HEADER + count * TOKEN + ensemble * BITS + i] = hashes[i];
