@@ -10,6 +10,14 @@
 
 __device__ __forceinline__ double sum_at(const float *of_unit, int at) { return (double)of_unit[at] + (double)of_unit[STATE_PLANE + at]; }
 
+// Adds to a pair what is a float, to about 2^-48 of the sum.
+__device__ __forceinline__ void add_to_pair(float &high, float &low, float x) {
+    float sum = high + x, of_x = sum - high;
+    low += (high - (sum - of_x)) + (x - of_x);
+    high = sum + low;
+    low -= high - sum;
+}
+
 __device__ __forceinline__ void set_sum(float *of_unit, int at, double sum) {
     float high = (float)sum;
     of_unit[at] = high;

@@ -40,7 +40,6 @@ fn any(geometry: Geometry, output: DType, grad: DType) -> Vec<Key> {
         Kernel::Gains { grad },
         Kernel::QuerySums { grad },
     ];
-    kernels.extend(geometry.step_channels().map(|channels| Kernel::Step { output, channels }));
     for flag in [false, true] {
         kernels.extend([
             Kernel::Project { queries: flag },
@@ -56,7 +55,15 @@ fn any(geometry: Geometry, output: DType, grad: DType) -> Vec<Key> {
             Kernel::HashParameters { queries: flag },
         ]);
     }
-    kernels.into_iter().map(|kernel| Key { kernel, geometry }).collect()
+    let all = kernels.into_iter().map(|kernel| Key { kernel, geometry });
+    all.chain(steps(geometry, output)).collect()
+}
+
+/// Those of a step.
+fn steps(geometry: Geometry, output: DType) -> Vec<Key> {
+    let mut channels = geometry.step_channels().to_vec();
+    channels.dedup();
+    channels.into_iter().map(|channels| Key { kernel: Kernel::Step { output, channels }, geometry }).collect()
 }
 
 /// Kernels that walk.
@@ -78,6 +85,7 @@ pub(crate) fn test_keys() -> Vec<Box<dyn KernelKey>> {
     for (tables, planes) in [(2, 2), (3, 3), (4, 4)] {
         let geometry = geometry((4, 4), (128, 128), (1, tables, planes), bf16, true);
         keys.extend(walking(geometry, 1, bf16, bf16));
+        keys.extend(steps(geometry, bf16));
         keys.extend(walking(geometry, 2, full, full));
     }
     keys.extend(walking(geometry((8, 2), (64, 64), (1, 5, 3), half, true), 2, half, full));

@@ -3,6 +3,7 @@
 
 extern "C" __global__ void __launch_bounds__(BLOCK) any_fold(float *state, float *records) {
     __shared__ float2 odds[PENDING * BITS];
+    __shared__ __align__(16) float phis[FOLD * PENDING];
     float *record = records + (i64)blockIdx.x * RECORD;
     int count = (int)bits_of(record[0]);
     if (count == 0) return;
@@ -15,9 +16,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) any_fold(float *state, float
             int channel = first + threadIdx.x % CHANNELS;
             float values[PENDING];
             for (int i = 0; i < PENDING; i++) values[i] = i < count && channel < VALUE_DIM ? waiting(record, i)[ENSEMBLES * BITS + channel] : 0.0f;
-            fold_values(of_ensemble, odds, values, count, channel);
+            fold(of_ensemble, odds, phis, values, count, channel, first == 0);
         }
-        fold_masses(of_ensemble, odds, count);
     }
     barrier();
     if (threadIdx.x == 0) record[0] = float_of(0);

@@ -36,22 +36,47 @@ __device__ __forceinline__ float phi_of(const float2 *odds, int bucket) {
 
 __device__ __forceinline__ const float *waiting(const float *record, int token) { return record + HEADER + token * TOKEN; }
 
-// Adds `count` tokens, whose odds are given, to B of one ensemble in the block's channels; `values` are those of the
-// thread's channel.
-__device__ __forceinline__ void fold_values(float *of_ensemble, const float2 *odds, const float (&values)[PENDING], int count, int channel) {
-    int lane = threadIdx.x & 31;
-    for (int s = threadIdx.x / CHANNELS; s < BUCKETS; s += STRANDS) {
-        float phi = lane < count ? phi_of(odds + lane * BITS, s) : 0.0f, sum = 0.0f;
+// Buckets that are added to at a time.
+#define FOLD 64
+// Adds `count` tokens, whose odds are given, to B of one ensemble in the block's channels, and to A if it is `with_masses`;
+// `values` are those of the thread's channel. `phis` is room for the weights of FOLD buckets.
+__device__ __forceinline__ void fold(float *of_ensemble, const float2 *odds, float *phis, const float (&values)[PENDING], int count, int channel, bool with_masses) {
+    constexpr int EACH = 8;
+    for (int base = 0; base < BUCKETS; base += FOLD) {
+        barrier();
+        for (int i = threadIdx.x; i < FOLD * PENDING; i += BLOCK) {
+            int s = base + i / PENDING, token = i % PENDING;
+            phis[i] = s < BUCKETS && token < count ? phi_of(odds + token * BITS, s) : 0.0f;
+        }
+        barrier();
+        for (int first = threadIdx.x / CHANNELS; first < FOLD && base + first < BUCKETS; first += EACH * STRANDS) {
+            float high[EACH], low[EACH];
 #pragma unroll
-        for (int i = 0; i < PENDING; i++) sum += of_lane(phi, i) * values[i];
-        if (channel < VALUE_DIM) set_sum(of_ensemble, s * COLUMNS + channel, sum_at(of_ensemble, s * COLUMNS + channel) + sum);
-    }
-}
-// The same of A.
-__device__ __forceinline__ void fold_masses(float *of_ensemble, const float2 *odds, int count) {
-    for (int s = threadIdx.x; s < BUCKETS; s += BLOCK) {
-        float sum = 0.0f;
-        for (int i = 0; i < count; i++) sum += phi_of(odds + i * BITS, s);
-        set_sum(of_ensemble, s * COLUMNS + VALUE_DIM, sum_at(of_ensemble, s * COLUMNS + VALUE_DIM) + sum);
+            for (int i = 0; i < EACH; i++) {
+                int s = first + i * STRANDS;
+                const float *at = of_ensemble + (base + s) * COLUMNS + channel;
+                bool there = s < FOLD && base + s < BUCKETS && channel < VALUE_DIM;
+                high[i] = there ? at[0] : 0.0f;
+                low[i] = there ? at[STATE_PLANE] : 0.0f;
+            }
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                int s = first + i * STRANDS;
+                if (s >= FOLD || base + s >= BUCKETS || channel >= VALUE_DIM) continue;
+                float sum = 0.0f;
+#pragma unroll
+                for (int token = 0; token < PENDING; token++) sum += phis[s * PENDING + token] * values[token];
+                add_to_pair(high[i], low[i], sum);
+                float *at = of_ensemble + (base + s) * COLUMNS + channel;
+                at[0] = high[i];
+                at[STATE_PLANE] = low[i];
+            }
+        }
+        int s = threadIdx.x;
+        if (with_masses && s < FOLD && base + s < BUCKETS) {
+            float sum = 0.0f, *at = of_ensemble + (base + s) * COLUMNS + VALUE_DIM;
+            for (int token = 0; token < PENDING; token++) sum += phis[s * PENDING + token];
+            add_to_pair(at[0], at[STATE_PLANE], sum);
+        }
     }
 }

@@ -8,8 +8,8 @@
 constexpr int HEADS = GROUP < 4 ? GROUP : 4;
 constexpr int WARPS = BLOCK / 32;
 // Buckets that a thread reads before it uses them, and that a block does.
-constexpr int EACH = (BUCKETS + STRANDS - 1) / STRANDS, OWN = EACH < 32 ? EACH : 32;
-constexpr int SLAB = OWN * STRANDS;
+constexpr int EACH = (BUCKETS + STRANDS - 1) / STRANDS, MOST = HEADS == 1 ? 32 : 16, OWN = EACH < MOST ? EACH : MOST;
+constexpr int SLAB = OWN * STRANDS, MASSES = (SLAB + 31) / 32;
 constexpr int OF_TOKENS = (PENDING + STRANDS - 1) / STRANDS, OF_BITS = (PENDING * BITS + BLOCK - 1) / BLOCK;
 
 // The Rust twin is `Step` in src/race/cuda/params.rs.
@@ -19,15 +19,32 @@ struct Step {
     float scale;
 };
 
-// The products of rows `first` to `end` of x with the planes of all bits.
-__device__ __forceinline__ void project_rows(float *to, const float *x, int first, int end, const float *planes) {
+// The products of the first ROWS rows of x with the planes of all bits, which are read once: a warp has a bit.
+template <int ROWS> __device__ __forceinline__ void project_rows(float *to, const float *x, const float *planes) {
+    // Channels that are read at once.
+    constexpr int WIDE = HEAD_DIM % 4 == 0 ? 4 : 1;
     int lane = threadIdx.x & 31;
-    for (int i = first * BITS + (threadIdx.x >> 5); i < end * BITS; i += WARPS) {
-        const float *w = planes + i % BITS * HEAD_DIM, *of_row = x + i / BITS * HEAD_DIM;
-        float sum = 0.0f;
-        for (int c = lane; c < HEAD_DIM; c += 32) sum += w[c] * of_row[c];
-        for (int step = 16; step > 0; step >>= 1) sum += from_lane(sum, step);
-        if (lane == 0) to[i] = sum;
+#pragma unroll 2
+    for (int bit = threadIdx.x >> 5; bit < BITS; bit += WARPS) {
+        float sums[ROWS] = {};
+#pragma unroll
+        for (int c = lane * WIDE; c < HEAD_DIM; c += 32 * WIDE) {
+            float w[WIDE];
+            const float *from = planes + bit * HEAD_DIM + c;
+            if constexpr (WIDE == 4) {
+                float4 four = *(const float4 *)from;
+                w[0] = four.x, w[1] = four.y, w[2] = four.z, w[3] = four.w;
+            } else {
+                w[0] = from[0];
+            }
+            for (int row = 0; row < ROWS; row++) {
+                for (int i = 0; i < WIDE; i++) sums[row] += w[i] * x[row * HEAD_DIM + c + i];
+            }
+        }
+        for (int row = 0; row < ROWS; row++) {
+            for (int step = 16; step > 0; step >>= 1) sums[row] += from_lane(sums[row], step);
+            if (lane == 0) to[row * BITS + bit] = sums[row];
+        }
     }
 }
 
@@ -53,16 +70,17 @@ __device__ __forceinline__ float overlap(const float2 *a, const float2 *b) {
 extern "C" __global__ void __launch_bounds__(BLOCK, HEADS == 1 ? 4 : 2) any_step(const Step p, const void *q, const void *k, const void *v, const float *planes, const float2 *heads,
                                     const u32 *lengths, float *state, float *records, void *out) {
     // Row 0 is the key, then come the queries.
-    __shared__ float rows[(HEADS + 1) * HEAD_DIM];
+    __shared__ __align__(16) float rows[(HEADS + 1) * HEAD_DIM];
     __shared__ float hashes[(HEADS + 1) * BITS];
     __shared__ float2 odds[HEADS * BITS];
     __shared__ float2 late[PENDING * BITS];
-    __shared__ float weights[HEADS * SLAB];
+    __shared__ __align__(16) float weights[HEADS * SLAB];
+    __shared__ __align__(16) float phis[FOLD * PENDING];
     // What each query gives to each token that waits.
     __shared__ float shares[HEADS * PENDING];
     __shared__ double parts[HEADS * BLOCK];
 #ifdef RATIO
-    __shared__ double masses[HEADS * WARPS];
+    __shared__ double masses[HEADS * MASSES];
 #endif
     __shared__ u32 turn;
     int block = blockIdx.x % CHANNEL_BLOCKS, unit = blockIdx.x / CHANNEL_BLOCKS, head = unit % p.kv_heads, b = unit / p.kv_heads;
@@ -112,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, HEADS == 1 ? 4 : 2) any_step
             double found[HEADS] = {};
 #endif
             barrier();
-            project_rows(hashes, rows, 0, HEADS + 1, planes + head * p.planes_step + ensemble * BITS * HEAD_DIM);
+            project_rows<HEADS + 1>(hashes, rows, planes + head * p.planes_step + ensemble * BITS * HEAD_DIM);
             if (first + ensemble > 0) fetch_bits(ensemble);
 #pragma unroll
             for (int i = 0; i < OF_BITS; i++) {
@@ -162,9 +180,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK, HEADS == 1 ? 4 : 2) any_step
                 }
 #endif
                 barrier();
+                // Four in floats.
 #pragma unroll
-                for (int i = 0; i < OWN; i++) {
-                    for (int h = 0; h < HEADS; h++) sums[h] += (double)weights[h * SLAB + strand * OWN + i] * own[i];
+                for (int i = 0; i < OWN; i += 4) {
+                    for (int h = 0; h < HEADS; h++) {
+                        float sum = 0.0f;
+                        for (int j = i; j < i + 4 && j < OWN; j++) sum += weights[h * SLAB + strand * OWN + j] * own[j];
+                        sums[h] += sum;
+                    }
                 }
 #ifndef RATIO
                 for (int i = warp; i < HEADS * (count + 1); i += WARPS) {
@@ -177,10 +200,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK, HEADS == 1 ? 4 : 2) any_step
 #endif
             }
 #ifdef RATIO
-            for (int h = 0; h < HEADS; h++) {
+            // Other warps have none.
+            for (int h = 0; warp < MASSES && h < HEADS; h++) {
                 double mass = found[h];
                 for (int step = 16; step > 0; step >>= 1) mass += from_lane(mass, step);
-                if (lane == 0) masses[h * WARPS + warp] = mass;
+                if (lane == 0) masses[h * MASSES + warp] = mass;
             }
 #else
             barrier();
@@ -199,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, HEADS == 1 ? 4 : 2) any_step
                     double divisor = 1.0, sum = 0.0;
 #ifdef RATIO
                     divisor = 0.0;
-                    for (int i = 0; i < WARPS; i++) divisor += masses[h * WARPS + i];
+                    for (int i = 0; i < MASSES; i++) divisor += masses[h * MASSES + i];
                     for (int i = 0; i <= count; i++) divisor += shares[h * PENDING + i];
 #endif
                     for (int i = 0; i < STRANDS; i++) sum += parts[h * BLOCK + i * CHANNELS + threadIdx.x];
@@ -233,7 +257,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, HEADS == 1 ? 4 : 2) any_step
         if (ENSEMBLES > 1) {
             // The hashes at hand are those of the last.
             barrier();
-            project_rows(hashes, rows, 0, 1, planes + head * p.planes_step + ensemble * BITS * HEAD_DIM);
+            project_rows<1>(hashes, rows, planes + head * p.planes_step + ensemble * BITS * HEAD_DIM);
             for (int i = threadIdx.x; full && i < count * BITS; i += BLOCK) late[i] = odds_of(waiting(record, i / BITS)[ensemble * BITS + i % BITS]);
             barrier();
             for (int i = threadIdx.x; i < BITS; i += BLOCK) {
@@ -243,8 +267,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, HEADS == 1 ? 4 : 2) any_step
             barrier();
         }
         float *of_unit = state + ((i64)unit * ENSEMBLES + ensemble) * STATE_UNIT;
-        if (full) fold_values(of_unit, late, values, PENDING, channel);
-        if (full && last) fold_masses(of_unit, late, PENDING);
+        if (full) fold(of_unit, late, phis, values, PENDING, channel, last);
         for (int i = threadIdx.x; !full && i < BITS; i += BLOCK) record[HEADER + count * TOKEN + ensemble * BITS + i] = hashes[i];
     }
     if (last && threadIdx.x == 0) {
