@@ -10,8 +10,7 @@
 #include "../../shaders/cuda/race/any/any.cuh"
 #define PER_HEAD 1
 #define W_ROW BUCKETS
-#include "../../shaders/cuda/race/any/project.cu"
-#include "../../shaders/cuda/race/any/weights.cu"
+#include "../../shaders/cuda/race/any/hash.cu"
 #include "../../shaders/cuda/race/any/through_hash.cu"
 #include "../../shaders/cuda/race/any/hash_inputs.cu"
 #include "../../shaders/cuda/race/any/hash_parameters.cu"
@@ -19,18 +18,25 @@
 #undef W_ROW
 #define PER_HEAD GROUP
 #define W_ROW (BUCKETS + 1)
-#define any_project any_project_q
-#define any_weights any_weights_q
+#define any_hash any_hash_q
 #define any_through_hash any_through_hash_q
 #define any_hash_inputs any_hash_inputs_q
 #define any_hash_parameters any_hash_parameters_q
-#include "../../shaders/cuda/race/any/project.cu"
-#include "../../shaders/cuda/race/any/weights.cu"
+#define TABLES_AT_ONCE TABLES_AT_ONCE_Q
+#define TABLE_TILES TABLE_TILES_Q
+#define BITS_AT_ONCE BITS_AT_ONCE_Q
+#define BITS_TILE BITS_TILE_Q
+#define ROWS_AT_ONCE ROWS_AT_ONCE_Q
+#include "../../shaders/cuda/race/any/hash.cu"
 #include "../../shaders/cuda/race/any/through_hash.cu"
 #include "../../shaders/cuda/race/any/hash_inputs.cu"
 #include "../../shaders/cuda/race/any/hash_parameters.cu"
-#undef any_project
-#undef any_weights
+#undef any_hash
+#undef TABLES_AT_ONCE
+#undef TABLE_TILES
+#undef BITS_AT_ONCE
+#undef BITS_TILE
+#undef ROWS_AT_ONCE
 #undef any_through_hash
 #undef any_hash_inputs
 #undef any_hash_parameters

@@ -157,6 +157,25 @@ static void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1)
         }
     });
 }
+static void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    collective({d, a, b, nullptr}, [](Lane *l) {
+        float A[16][8], B[8][8];
+        for (int lane = 0; lane < 32; lane++) {
+            const unsigned *a = (const unsigned *)l[lane].a, *b = (const unsigned *)l[lane].b;
+            for (int i = 0; i < 4; i++) A[lane / 4 + (i & 1) * 8][lane % 4 + (i >> 1) * 4] = float_of(a[i] & 0xffffe000);
+            for (int i = 0; i < 2; i++) B[lane % 4 + i * 4][lane / 4] = float_of(b[i] & 0xffffe000);
+        }
+        for (int lane = 0; lane < 32; lane++) {
+            float *d = (float *)l[lane].out;
+            for (int i = 0; i < 4; i++) {
+                int r = lane / 4 + (i >> 1) * 8, c = lane % 4 * 2 + (i & 1);
+                float sum = d[i];
+                for (int k = 0; k < 8; k++) sum += A[r][k] * B[k][c];
+                d[i] = sum;
+            }
+        }
+    });
+}
 template <bool TURNED> static void matrices(unsigned (&r)[4], const void *row) {
     collective({r, row, nullptr, nullptr}, [](Lane *l) {
         for (int lane = 0; lane < 32; lane++) {
@@ -231,6 +250,7 @@ static float2 f16_floats(unsigned pair) {
 }
 static float exp2_fast(float x) { return exp2f(x); }
 static unsigned count_up(unsigned *counter) { return (*counter)++; }
+static int opaque(int x) { return x; }
 static float quotient(float x, float y) { return x / y; }
 template <int TYPE> static unsigned larger_sizes(unsigned a, unsigned b) {
     unsigned r = 0;

@@ -152,13 +152,12 @@ struct Run {
         values = make<float>(rows * GROUP * (BUCKETS + 1)); masses = make<float>(rows * GROUP * (BUCKETS + 1)); stats = make<float>(rows * GROUP * STATISTICS);
         wk = make<float>(rows * BUCKETS); du = make<float2>(rows * GROUP * BITS);
     }
+    u32 chunks(u32 parts) { return batch * kv_heads * piece().chunks * parts; }
     size_t rows() { return (size_t)batch * tokens * kv_heads; }
     void hashes() {
         Piece p = piece();
-        LAUNCH(any_project, blocks(rows() * BITS), BLOCK, 0, x(p, kv_heads, HEAD_DIM), w.k, w.planes, w.lengths, tk);
-        LAUNCH(any_weights, blocks(rows() * BUCKETS), BLOCK, 0, p, tk, heads, w.lengths, ak);
-        LAUNCH(any_project_q, blocks(rows() * GROUP * BITS), BLOCK, 0, x(p, q_heads(), HEAD_DIM), w.q, w.planes, w.lengths, tq);
-        LAUNCH(any_weights_q, blocks(rows() * GROUP * BUCKETS), BLOCK, 0, p, tq, heads, w.lengths, aq);
+        LAUNCH(any_hash, chunks(TABLE_TILES), BLOCK, 0, x(p, kv_heads, HEAD_DIM), w.k, w.planes, heads, w.lengths, tk, ak);
+        LAUNCH(any_hash_q, chunks(GROUP * TABLE_TILES), BLOCK, 0, x(p, q_heads(), HEAD_DIM), w.q, w.planes, heads, w.lengths, tq, aq);
     }
     void scan_any(bool back, bool keep) {
         u32 c = piece().chunks;
@@ -170,13 +169,13 @@ struct Run {
     void sums(bool keep) {
         scratch();
         hashes();
-        LAUNCH(any_chunk_sums, blocks((size_t)batch * kv_heads * piece().chunks * MATRIX), BLOCK, 0, x(piece(), kv_heads, VALUE_DIM), w.v, ak, w.lengths, m);
+        LAUNCH(any_chunk_sums, chunks(tiles_of(BUCKETS + 1, MOST_ROWS) * tiles_of(VALUE_DIM, MOST_COLUMNS)), BLOCK, 0, x(piece(), kv_heads, VALUE_DIM), w.v, ak, w.lengths, m);
         scan_any(false, keep);
     }
     void forward() {
-        LAUNCH(any_read_weights, rows() * GROUP, BLOCK, 0, piece(), ak, m, heads, w.lengths, aq, stats);
-        LAUNCH(any_products, blocks(rows() * GROUP * CHUNK), BLOCK, 0, piece(), aq, ak, stats, w.lengths, products);
-        LAUNCH(any_output, blocks(rows() * GROUP * VALUE_DIM), BLOCK, 0, out(x(piece(), kv_heads, VALUE_DIM), q_heads(), VALUE_DIM), w.v, aq, products, stats, m, heads, w.lengths, nullptr, w.o);
+        LAUNCH(any_read_weights, chunks(GROUP), BLOCK, 0, piece(), ak, m, heads, w.lengths, aq, stats);
+        LAUNCH(any_products, chunks(GROUP), BLOCK, 0, piece(), aq, ak, stats, w.lengths, products);
+        LAUNCH(any_output, chunks(GROUP * tiles_of(VALUE_DIM, MOST_COLUMNS)), BLOCK, 0, out(x(piece(), kv_heads, VALUE_DIM), q_heads(), VALUE_DIM), w.v, aq, products, stats, m, heads, w.lengths, nullptr, w.o);
     }
     // All tokens one by one.
     void steps() {
@@ -205,12 +204,12 @@ struct Run {
         w.shares = make<float>(shares * kv_heads * BITS * (HEAD_DIM + 1));
         if (q) {
             LAUNCH(any_through_hash_q, blocks(n * BITS), BLOCK, 0, p, values, tq, heads, du);
-            LAUNCH(any_hash_inputs_q, blocks(n * HEAD_DIM), BLOCK, 0, out(p, q_heads(), HEAD_DIM), du, w.planes, (float *)w.dq);
-            LAUNCH(any_hash_parameters_q, blocks(shares * kv_heads * BITS * (HEAD_DIM + 1)), BLOCK, 0, p, w.q, du, w.lengths, w.shares);
+            LAUNCH(any_hash_inputs_q, chunks(GROUP * tiles_of(HEAD_DIM, MOST_COLUMNS)), BLOCK, 0, out(p, q_heads(), HEAD_DIM), du, w.planes, w.lengths, (float *)w.dq);
+            LAUNCH(any_hash_parameters_q, shares * kv_heads * tiles_of(BITS, MOST_ROWS) * tiles_of(HEAD_DIM, MOST_COLUMNS), BLOCK, 0, p, w.q, du, w.lengths, w.shares);
         } else {
             LAUNCH(any_through_hash, blocks(n * BITS), BLOCK, 0, p, wk, tk, heads, du);
-            LAUNCH(any_hash_inputs, blocks(n * HEAD_DIM), BLOCK, 0, out(p, kv_heads, HEAD_DIM), du, w.planes, (float *)w.dk);
-            LAUNCH(any_hash_parameters, blocks(shares * kv_heads * BITS * (HEAD_DIM + 1)), BLOCK, 0, p, w.k, du, w.lengths, w.shares);
+            LAUNCH(any_hash_inputs, chunks(tiles_of(HEAD_DIM, MOST_COLUMNS)), BLOCK, 0, out(p, kv_heads, HEAD_DIM), du, w.planes, w.lengths, (float *)w.dk);
+            LAUNCH(any_hash_parameters, shares * kv_heads * tiles_of(BITS, MOST_ROWS) * tiles_of(HEAD_DIM, MOST_COLUMNS), BLOCK, 0, p, w.k, du, w.lengths, w.shares);
         }
         Shares s = {(u32)shares, (u32)kv_heads, (u32)kv_heads, (u32)(BITS * (HEAD_DIM + 1)), 0};
         LAUNCH(race_add_parameters, (s.elements + 31) / 32, 256, 0, s, w.shares, totals);
@@ -219,18 +218,18 @@ struct Run {
         sums(true);
         Piece p = piece(), g = x(p, q_heads(), VALUE_DIM), v = x(p, kv_heads, VALUE_DIM);
         p.flags = 0;
-        LAUNCH(any_gains, blocks(rows() * GROUP * CHUNK), BLOCK, 0, y(g, kv_heads, VALUE_DIM), w.grad_o, w.v, w.lengths, gains);
-        LAUNCH(any_values, blocks(rows() * GROUP * (BUCKETS + 1)), BLOCK, 0, g, w.grad_o, gains, ak, m, w.lengths, values);
-        LAUNCH(any_query, rows() * GROUP, BLOCK, 0, p, ak, m, heads, w.lengths, values, aq, masses, stats);
+        LAUNCH(any_gains, chunks(GROUP), BLOCK, 0, y(g, kv_heads, VALUE_DIM), w.grad_o, w.v, w.lengths, gains);
+        LAUNCH(any_values, chunks(GROUP * tiles_of(BUCKETS + 1, MOST_COLUMNS)), BLOCK, 0, g, w.grad_o, gains, ak, m, w.lengths, values);
+        LAUNCH(any_query, chunks(GROUP), BLOCK, 0, p, ak, m, heads, w.lengths, values, aq, masses, stats);
         unhash(true);
-        LAUNCH(any_query_sums, blocks((size_t)batch * kv_heads * p.chunks * MATRIX), BLOCK, 0, g, w.grad_o, aq, masses, stats, w.lengths, m);
+        LAUNCH(any_query_sums, chunks(tiles_of(BUCKETS + 1, MOST_ROWS) * tiles_of(VALUE_DIM, MOST_COLUMNS)), BLOCK, 0, g, w.grad_o, aq, masses, stats, w.lengths, m);
         scan_any(true, false);
-        LAUNCH(any_key, blocks(rows() * BUCKETS), BLOCK, 0, v, w.v, ak, gains, aq, masses, m, heads, w.lengths, wk);
+        LAUNCH(any_key, chunks(tiles_of(BUCKETS, MOST_COLUMNS)), BLOCK, 0, v, w.v, ak, gains, aq, masses, m, heads, w.lengths, wk);
         unhash(false);
-        LAUNCH(any_products, blocks(rows() * GROUP * CHUNK), BLOCK, 0, p, aq, ak, stats, w.lengths, products);
+        LAUNCH(any_products, chunks(GROUP), BLOCK, 0, p, aq, ak, stats, w.lengths, products);
         Piece of_v = out(g, kv_heads, VALUE_DIM);
         of_v.flags = 0;
-        LAUNCH(any_value, blocks(rows() * VALUE_DIM), BLOCK, 0, of_v, w.grad_o, ak, products, m, w.lengths, (float *)w.dv);
+        LAUNCH(any_value, chunks(tiles_of(VALUE_DIM, MOST_COLUMNS)), BLOCK, 0, of_v, w.grad_o, ak, products, m, w.lengths, (float *)w.dv);
     }
 #else
     void sums(bool keep) { LAUNCH(race_sums, batch * spans() * kv_heads, THREADS, SUMS_SHARED, w, w.k, w.v, w.planes, heads, w.lengths, w.matrices, w.bits); scan(keep); }

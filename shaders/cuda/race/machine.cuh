@@ -24,6 +24,13 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u3
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// D += A·B of 16 x 8 x 8 in TF32: of the operands only the upper 19 bits count; f32 sums.
+__device__ __forceinline__ void mma_tf32(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // Four matrices of 8 x 8 elements of 16 bits; lane i names a row of matrix i / 8, in bytes from `base` on.
 __device__ __forceinline__ void load_matrices(u32 (&r)[4], const void *base, u32 at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -105,6 +112,11 @@ __device__ __forceinline__ float exp2_fast(float x) {
 __device__ __forceinline__ u32 count_up(u32 *counter) {
     __threadfence();
     return atomicAdd(counter, 1u);
+}
+// A number that nothing is known of: what is made of it is not kept in registers from one round of a loop to the next.
+__device__ __forceinline__ int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
 }
 // x / y to two units in the last place, for y below 2^126.
 __device__ __forceinline__ float quotient(float x, float y) { return __fdividef(x, y); }

@@ -1,6 +1,7 @@
 //! Passes for any shape: a call is cut into pieces ([`crate::race::plan::Piece`]), each worked on block by block of kv
-//! heads and ensemble by ensemble, by kernels of one thread an element. Sums and scans are those of
-//! [`crate::race::cuda::walk`], with chunks of 64 tokens in the place of spans.
+//! heads and ensemble by ensemble. Sums and scans are those of [`crate::race::cuda::walk`], with chunks of 64 tokens in
+//! the place of spans; what a chunk takes is products of tiles of 64 tokens, on the tensor cores at the precision of f32
+//! (shaders/cuda/race/any/product.cuh).
 
 use super::CudaRace;
 use super::kernels::Kernel;
@@ -20,6 +21,9 @@ const NO_LIMIT: u64 = 1 << 50;
 /// Rows of a share of the parameters' gradients at least, and bytes of all shares of a piece.
 const SHARE_ROWS: usize = 256;
 const SHARES: usize = 32 << 20;
+/// Columns of a tile at most, and rows of one of buckets or bits.
+const MOST_COLUMNS: usize = 128;
+const MOST_ROWS: usize = 80;
 /// Flags of kernels: add to what is there; write the result.
 const ADD: u32 = 1;
 const WRITE: u32 = 2;
@@ -59,6 +63,11 @@ impl Block<'_> {
         self.piece.sequences.len() * self.heads.len()
     }
 
+    /// Chunks of all units.
+    fn chunks(&self) -> usize {
+        self.units() * self.piece.chunks()
+    }
+
     /// (token, kv head) pairs.
     fn rows(&self) -> usize {
         self.units() * self.piece.tokens.len()
@@ -73,8 +82,28 @@ fn row_elements(g: &Geometry) -> usize {
         + 2 * g.bits()
 }
 
+/// One thread an element.
 fn grid(elements: usize) -> Grid {
     Grid::new(elements.div_ceil(256) as u64, 256)
+}
+
+/// One block a tile.
+fn tiles(count: usize) -> Grid {
+    Grid::new(count as u64, 256)
+}
+
+/// Tiles of `n` columns, and of rows that are buckets or bits: twins of shaders/cuda/race/any/product.cuh.
+fn column_tiles(n: usize) -> usize {
+    n.div_ceil(MOST_COLUMNS)
+}
+
+fn row_tiles(n: usize) -> usize {
+    n.div_ceil(MOST_ROWS)
+}
+
+/// Tiles of the matrix of a chunk.
+fn matrix_tiles(g: &Geometry) -> usize {
+    row_tiles(g.buckets() + 1) * column_tiles(g.value_dim)
 }
 
 fn with(params: PieceParams, x: Option<&Input>, y: Option<&Input>) -> PieceParams {
@@ -192,20 +221,21 @@ impl CudaRace {
     /// t and α of keys or queries.
     fn hashes(&self, passes: &mut Passes<'_>, block: &Block<'_>, x: &Input, queries: bool, room: &Room) -> Result<()> {
         let g = &self.geometry;
-        let rows = block.rows() * if queries { g.group } else { 1 };
+        let per_head = if queries { g.group } else { 1 };
         let (t, alpha) = if queries { (&room.t_q, &room.alpha_q) } else { (&room.t_k, &room.alpha_k) };
         let params = with(block.params, Some(x), None);
-        let binds = vec![x.bind.clone(), block.planes.clone(), block.lengths.clone(), Bind::from(t)];
-        passes.dispatch(self.key(Kernel::Project { queries }), params, grid(rows * g.bits()), binds)?;
-        let binds = vec![Bind::from(t), Bind::from(&self.heads), block.lengths.clone(), Bind::from(alpha)];
-        passes.dispatch(self.key(Kernel::Weights { queries }), block.params, grid(rows * g.buckets()), binds)
+        let heads = Bind::from(&self.heads);
+        let mut binds = vec![x.bind.clone(), block.planes.clone(), heads, block.lengths.clone()];
+        binds.extend([t, alpha].map(Bind::from));
+        let parts = per_head * g.tables.div_ceil((MOST_COLUMNS / g.planes).max(1));
+        passes.dispatch(self.key(Kernel::Hash { queries }), params, tiles(block.chunks() * parts), binds)
     }
 
     /// Sums over the keys of each chunk, from their hashes.
     fn chunk_sums(&self, passes: &mut Passes<'_>, block: &Block<'_>, v: &Input, room: &Room) -> Result<()> {
-        let elements = block.units() * block.piece.chunks() * self.geometry.matrix();
+        let grid = tiles(block.chunks() * matrix_tiles(&self.geometry));
         let binds = vec![v.bind.clone(), Bind::from(&room.alpha_k), block.lengths.clone(), Bind::from(&room.matrices)];
-        passes.dispatch(self.key(Kernel::ChunkSums), with(block.params, Some(v), None), grid(elements), binds)
+        passes.dispatch(self.key(Kernel::ChunkSums), with(block.params, Some(v), None), grid, binds)
     }
 
     /// From sums of chunks to those before (reverse: after) each, `state` included, which moves on but with `keep`. The
@@ -300,7 +330,7 @@ impl CudaRace {
         room: &Room,
     ) -> Result<()> {
         let g = &self.geometry;
-        let queries = block.rows() * g.group;
+        let queries = block.chunks() * g.group;
         let read = v.is_none();
         let (heads, lengths) = (Bind::from(&self.heads), block.lengths.clone());
         let [keys, psi, matrices, statistics, products, sums] =
@@ -308,11 +338,10 @@ impl CudaRace {
                 .map(Bind::from);
         let binds =
             vec![keys.clone(), matrices.clone(), heads.clone(), lengths.clone(), psi.clone(), statistics.clone()];
-        let rows = Grid::new(queries as u64, 256);
-        passes.dispatch(self.key(Kernel::ReadWeights { read }), block.params, rows, binds)?;
+        passes.dispatch(self.key(Kernel::ReadWeights { read }), block.params, tiles(queries), binds)?;
         if !read {
             let binds = vec![psi.clone(), keys, statistics.clone(), lengths.clone(), products.clone()];
-            passes.dispatch(self.key(Kernel::Products), block.params, grid(queries * CHUNK), binds)?;
+            passes.dispatch(self.key(Kernel::Products), block.params, tiles(queries), binds)?;
         }
         let params = with(block.params, v, None);
         let row = g.num_q_heads * g.value_dim;
@@ -323,7 +352,7 @@ impl CudaRace {
         let values = v.map_or_else(Bind::null, |v| v.bind.clone());
         let binds = vec![values, psi, products, statistics, matrices, heads, lengths, sums, out];
         let kernel = Kernel::Output { output: call.output, read };
-        passes.dispatch(self.key(kernel), params, grid(queries * g.value_dim), binds)
+        passes.dispatch(self.key(kernel), params, tiles(queries * column_tiles(g.value_dim)), binds)
     }
 
     /// A backward pass.
@@ -477,7 +506,7 @@ impl CudaRace {
         room: &Room,
     ) -> Result<()> {
         let g = &self.geometry;
-        let queries = block.rows() * g.group;
+        let queries = block.chunks() * g.group;
         let read = v.is_none();
         let lengths = block.lengths.clone();
         let [keys, psi, matrices, statistics, gains, values, masses] =
@@ -486,14 +515,14 @@ impl CudaRace {
         let with_grad = with(params, Some(grad_o), v);
         if let Some(v) = v {
             let binds = vec![grad_o.bind.clone(), v.bind.clone(), lengths.clone(), gains.clone()];
-            passes.dispatch(self.key(Kernel::Gains { grad }), with_grad, grid(queries * CHUNK), binds)?;
+            passes.dispatch(self.key(Kernel::Gains { grad }), with_grad, tiles(queries), binds)?;
         }
         let binds = vec![grad_o.bind.clone(), gains, keys.clone(), matrices.clone(), lengths.clone(), values.clone()];
-        let elements = queries * (g.buckets() + 1);
-        passes.dispatch(self.key(Kernel::Values { grad, read }), with_grad, grid(elements), binds)?;
+        let grid = tiles(queries * column_tiles(g.buckets() + 1));
+        passes.dispatch(self.key(Kernel::Values { grad, read }), with_grad, grid, binds)?;
         let heads = Bind::from(&self.heads);
         let binds = vec![keys, matrices, heads, lengths, values, psi, masses, statistics];
-        passes.dispatch(self.key(Kernel::Query { read }), params, Grid::new(queries as u64, 256), binds)
+        passes.dispatch(self.key(Kernel::Query { read }), params, tiles(queries), binds)
     }
 
     fn query_sums(
@@ -504,12 +533,12 @@ impl CudaRace {
         grad: DType,
         room: &Room,
     ) -> Result<()> {
-        let elements = block.units() * block.piece.chunks() * self.geometry.matrix();
+        let grid = tiles(block.chunks() * matrix_tiles(&self.geometry));
         let mut binds = vec![grad_o.bind.clone()];
         binds.extend([&room.alpha_q, &room.masses, &room.statistics].map(Bind::from));
         binds.extend([block.lengths.clone(), Bind::from(&room.matrices)]);
         let params = with(block.params, Some(grad_o), None);
-        passes.dispatch(self.key(Kernel::QuerySums { grad }), params, grid(elements), binds)
+        passes.dispatch(self.key(Kernel::QuerySums { grad }), params, grid, binds)
     }
 
     /// Gradients of keys' weights, and dv.
@@ -526,7 +555,7 @@ impl CudaRace {
         room: &Room,
     ) -> Result<()> {
         let g = &self.geometry;
-        let keys = block.rows();
+        let keys = block.chunks();
         let absorb = grad_o.is_none();
         let lengths = block.lengths.clone();
         let mut binds = vec![v.bind.clone()];
@@ -534,13 +563,12 @@ impl CudaRace {
         binds.extend(arrays.map(Bind::from));
         binds.extend([Bind::from(&self.heads), lengths.clone(), Bind::from(&room.w)]);
         let params = with(block.params, Some(v), None);
-        passes.dispatch(self.key(Kernel::Key { absorb }), params, grid(keys * g.buckets()), binds)?;
+        passes.dispatch(self.key(Kernel::Key { absorb }), params, tiles(keys * column_tiles(g.buckets())), binds)?;
         let Some(dv) = dv else { return Ok(()) };
-        let queries = keys * g.group;
         if !absorb {
             let mut binds: Vec<Bind> = [&room.alpha_q, &room.alpha_k, &room.statistics].map(Bind::from).into();
             binds.extend([lengths.clone(), Bind::from(&room.products)]);
-            passes.dispatch(self.key(Kernel::Products), block.params, grid(queries * CHUNK), binds)?;
+            passes.dispatch(self.key(Kernel::Products), block.params, tiles(keys * g.group), binds)?;
         }
         let params = with(block.params, grad_o, None);
         let (out, params) = self.rows_of(call, block.piece, dv, 4, g.num_kv_heads * g.value_dim, params);
@@ -548,7 +576,8 @@ impl CudaRace {
         let mut binds = vec![grad_o.map_or_else(Bind::null, |input| input.bind.clone())];
         binds.extend([&room.alpha_k, &room.products, &room.matrices].map(Bind::from));
         binds.extend([lengths, out]);
-        passes.dispatch(self.key(Kernel::Value { grad, absorb }), params, grid(keys * g.value_dim), binds)
+        let grid = tiles(keys * column_tiles(g.value_dim));
+        passes.dispatch(self.key(Kernel::Value { grad, absorb }), params, grid, binds)
     }
 
     /// From gradients of weights to those of `x` (q or k), of hyperplanes and of β.
@@ -574,15 +603,16 @@ impl CudaRace {
             let row = g.num_kv_heads * per_head * g.head_dim;
             let (out, params) = self.rows_of(call, block.piece, dx, 4, row, block.params);
             let params = PieceParams { flags: if block.ensemble > 0 { ADD } else { 0 }, ..params };
-            let binds = vec![Bind::from(&room.du), block.planes.clone(), out];
-            passes.dispatch(self.key(Kernel::HashInputs { queries }), params, grid(rows * g.head_dim), binds)?;
+            let binds = vec![Bind::from(&room.du), block.planes.clone(), block.lengths.clone(), out];
+            let grid = tiles(block.chunks() * per_head * column_tiles(g.head_dim));
+            passes.dispatch(self.key(Kernel::HashInputs { queries }), params, grid, binds)?;
         }
         let heads = block.heads.len();
         let parts = (rows / heads).div_ceil(room.share);
         let params = PieceParams { share: room.share as u32, ..with(block.params, Some(x), None) };
         let binds = vec![x.bind.clone(), Bind::from(&room.du), block.lengths.clone(), Bind::from(&room.shares)];
-        let elements = parts * heads * g.bits() * (g.head_dim + 1);
-        passes.dispatch(self.key(Kernel::HashParameters { queries }), params, grid(elements), binds)?;
+        let grid = tiles(parts * heads * row_tiles(g.bits()) * column_tiles(g.head_dim));
+        passes.dispatch(self.key(Kernel::HashParameters { queries }), params, grid, binds)?;
         self.add_shares(passes, &room.shares, parts, heads, 1, block.heads.start, block.ensemble, sums)
     }
 }

@@ -41,10 +41,7 @@ pub(super) enum Kernel {
     },
     Fold,
     // For any shape.
-    Project {
-        queries: bool,
-    },
-    Weights {
+    Hash {
         queries: bool,
     },
     ChunkSums,
@@ -114,6 +111,8 @@ const HEADERS: &[(&str, &str)] = &[
     ("hash.cuh", include_str!("../../../shaders/cuda/race/hash.cuh")),
     ("state.cuh", include_str!("../../../shaders/cuda/race/state.cuh")),
     ("any.cuh", include_str!("../../../shaders/cuda/race/any/any.cuh")),
+    ("product.cuh", include_str!("../../../shaders/cuda/race/any/product.cuh")),
+    ("masses.cuh", include_str!("../../../shaders/cuda/race/any/masses.cuh")),
     ("pending.cuh", include_str!("../../../shaders/cuda/race/any/pending.cuh")),
 ];
 
@@ -131,8 +130,7 @@ impl Kernel {
             Self::FinishParameters => kernel!("any/", "finish_parameters", "any_finish_parameters"),
             Self::Step { .. } => kernel!("any/", "step", "any_step"),
             Self::Fold => kernel!("any/", "fold", "any_fold"),
-            Self::Project { .. } => kernel!("any/", "project", "any_project"),
-            Self::Weights { .. } => kernel!("any/", "weights", "any_weights"),
+            Self::Hash { .. } => kernel!("any/", "hash", "any_hash"),
             Self::ChunkSums => kernel!("any/", "chunk_sums", "any_chunk_sums"),
             Self::ReadWeights { .. } => kernel!("any/", "read_weights", "any_read_weights"),
             Self::Products => kernel!("any/", "products", "any_products"),
@@ -178,8 +176,7 @@ impl Kernel {
             Self::Values { grad, read } => [vec![("GRAD_TYPE", code(grad))], flag("READ", read)].concat(),
             Self::Key { absorb } => flag("ABSORB", absorb),
             Self::Value { grad, absorb } => [vec![("GRAD_TYPE", code(grad))], flag("ABSORB", absorb)].concat(),
-            Self::Project { queries }
-            | Self::Weights { queries }
+            Self::Hash { queries }
             | Self::ThroughHash { queries }
             | Self::HashInputs { queries }
             | Self::HashParameters { queries } => per_head(queries),

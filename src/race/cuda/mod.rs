@@ -204,16 +204,12 @@ impl RaceExecutor for CudaRace {
             Some(walk::Gait { terms, fit }) => {
                 kernels.extend([Kernel::Sums { terms }, Kernel::Forward { terms, fit, output }]);
             }
-            None => kernels.extend([
-                Kernel::Project { queries: false },
-                Kernel::Weights { queries: false },
-                Kernel::ChunkSums,
-            ]),
+            None => kernels.extend([Kernel::Hash { queries: false }, Kernel::ChunkSums]),
         }
         if !self.causal || self.walks(&call, &Inputs::default(), false).is_none() {
             let read = !self.causal;
-            kernels.extend([Kernel::Project { queries: true }, Kernel::Weights { queries: true }]);
-            kernels.extend([Kernel::ReadWeights { read }, Kernel::Products, Kernel::Output { output, read }]);
+            kernels.extend([Kernel::Hash { queries: true }, Kernel::ReadWeights { read }]);
+            kernels.extend([Kernel::Products, Kernel::Output { output, read }]);
         }
         if self.causal {
             kernels.extend(self.geometry.step_channels().map(|channels| Kernel::Step { output, channels }));

@@ -42,8 +42,7 @@ fn any(geometry: Geometry, output: DType, grad: DType) -> Vec<Key> {
     ];
     for flag in [false, true] {
         kernels.extend([
-            Kernel::Project { queries: flag },
-            Kernel::Weights { queries: flag },
+            Kernel::Hash { queries: flag },
             Kernel::ReadWeights { read: flag },
             Kernel::Output { output, read: flag },
             Kernel::Values { grad, read: flag },

@@ -39,7 +39,7 @@ struct Place {
     int b, token, head, in_group;
 };
 // Of row `row` with `per_head` rows for each kv head.
-__device__ __forceinline__ Place place_of(const Piece &p, i64 row, int per_head) {
+__device__ __forceinline__ Place place_of(const Piece &p, u32 row, int per_head) {
     Place x;
     x.in_group = row % per_head;
     x.head = row / per_head % p.heads;
@@ -66,16 +66,39 @@ __device__ __forceinline__ i64 matrix_at(const Piece &p, const Place &r) {
     return (((i64)r.b * p.heads + r.head) * p.slots + chunk) * MATRIX;
 }
 
-// Sum over the block, the same for all of its threads.
-__device__ __forceinline__ float block_sum(float *parts, float x) {
-    barrier();
-    parts[threadIdx.x] = x;
-    barrier();
-    for (int step = BLOCK / 2; step > 0; step >>= 1) {
-        if ((int)threadIdx.x < step) parts[threadIdx.x] += parts[threadIdx.x + step];
-        barrier();
-    }
-    return parts[0];
+// A chunk of a unit (sequence and head), which a block works on: tokens `first` up to `end`, or those of its tensors up to
+// `last`. Blocks are numbered `[unit, chunk, part]`.
+struct Chunk {
+    Place r;
+    int part, first, end, last;
+    i64 matrix;
+    __device__ __forceinline__ int count() const { return end - first; }
+};
+__device__ __forceinline__ Chunk chunk_of(const Piece &p, const u32 *lengths, int parts) {
+    Chunk x;
+    u32 at = blockIdx.x / parts;
+    int chunk = at % p.chunks;
+    x.part = blockIdx.x % parts;
+    x.r.b = at / p.chunks / p.heads;
+    x.r.head = at / p.chunks % p.heads;
+    x.r.token = x.first = chunk * CHUNK;
+    x.r.in_group = 0;
+    x.last = x.first + CHUNK < (int)p.tokens ? x.first + CHUNK : (int)p.tokens;
+    x.end = (int)lengths[x.r.b] < x.last ? (int)lengths[x.r.b] : x.last;
+    if (x.end < x.first) x.end = x.first;
+    x.matrix = matrix_at(p, x.r);
+    return x;
+}
+// Of the chunk's `i`-th token: its row among those of keys, or of queries.
+__device__ __forceinline__ u32 row_of(const Piece &p, const Chunk &x, int i, int per_head) {
+    return (((u32)x.r.b * p.tokens + x.first + i) * p.heads + x.r.head) * per_head + x.r.in_group;
+}
+
+// Sum over a warp.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int step = 16; step > 0; step >>= 1) x += from_lane(x, step);
+    return x;
 }
 
 // Per row of queries: factor of the weighted sum, weight of the last row, weight of the mean, Σ Ψ·(mass column).

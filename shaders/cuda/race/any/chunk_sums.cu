@@ -1,17 +1,24 @@
-// [α, 1]ᵀ[v, 1] of the keys of each chunk: a thread per element of a matrix.
-#include "any.cuh"
+// [α, 1]ᵀ[v, 1] of the keys of each chunk: a block per (chunk, tile of the matrix).
+#include "product.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK) any_chunk_sums(const Piece p, const void *v, const float *alpha, const u32 *lengths, float *matrices) {
-    i64 at;
-    if (!element_of(at, (i64)p.batch * p.heads * p.chunks * MATRIX)) return;
-    int column = at % COLUMNS, bucket = at / COLUMNS % (BUCKETS + 1);
-    i64 matrix = at / MATRIX;
-    Place r = {(int)(matrix / p.chunks / p.heads), (int)(matrix % p.chunks) * CHUNK, (int)(matrix / p.chunks % p.heads), 0};
-    int end = (int)lengths[r.b] < r.token + CHUNK ? (int)lengths[r.b] : r.token + CHUNK;
-    float sum = 0.0f;
-    for (; r.token < end; r.token++) {
-        float weight = bucket < BUCKETS ? alpha[key_row(p, r, r.token) * BUCKETS + bucket] : 1.0f;
-        sum += column < VALUE_DIM ? weight * load<IN_TYPE>(v, x_at(p, r, 1) + column) : weight;
+extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_chunk_sums(const Piece p, const void *v, const float *alpha, const u32 *lengths, float *matrices) {
+    constexpr int M = tile_of(BUCKETS + 1, MOST_ROWS), N = wide_tile(VALUE_DIM), ROW_TILES = tiles_of(BUCKETS + 1, MOST_ROWS);
+    __shared__ float room[OfBuckets<M, N>::ROOM];
+    Chunk at = chunk_of(p, lengths, ROW_TILES * tiles_of(VALUE_DIM, MOST_COLUMNS));
+    int bucket = at.part % ROW_TILES * M, channel = at.part / ROW_TILES * N;
+    const float *weights = alpha + (i64)row_of(p, at, 0, 1) * BUCKETS;
+    i64 from = x_at(p, at.r, 1);
+    auto weight = [&](int s, int i) { return bucket + s < BUCKETS ? weights[(u32)i * p.heads * BUCKETS + bucket + s] : bucket + s == BUCKETS ? 1.0f : 0.0f; };
+    OfBuckets<M, N> sums;
+    sums.template add<false, false>(room, at.count(), weight, [&](int c, int i) { return channel + c < VALUE_DIM ? load<IN_TYPE>(v, from + i * p.x_token + channel + c) : 0.0f; });
+    float *to = matrices + at.matrix;
+    sums.each([&](int s, int c, float sum) {
+        if (bucket + s <= BUCKETS && channel + c < VALUE_DIM) to[(bucket + s) * COLUMNS + channel + c] = sum;
+    });
+    if (channel > 0) return;
+    for (int s = threadIdx.x; s < M && bucket + s <= BUCKETS; s += BLOCK) {
+        float sum = 0.0f;
+        for (int i = 0; i < at.count(); i++) sum += weight(s, i);
+        to[(bucket + s) * COLUMNS + VALUE_DIM] = sum;
     }
-    matrices[((i64)(r.b * p.heads + r.head) * p.slots + matrix % p.chunks) * MATRIX + bucket * COLUMNS + column] = sum;
 }

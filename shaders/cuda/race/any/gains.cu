@@ -1,16 +1,17 @@
-// G·v of each query with the keys of its chunk up to its own, 0 else: a thread per (query, key).
-#include "any.cuh"
+// G·v of each query with the keys of its chunk up to its own, 0 else: a block per (chunk, head of the group).
+#include "product.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK) any_gains(const Piece p, const void *grad_o, const void *v, const u32 *lengths, float *gains) {
-    i64 at;
-    if (!element_of(at, (i64)p.batch * p.tokens * p.heads * GROUP * CHUNK)) return;
-    Place r = place_of(p, at / CHUNK, GROUP), key = r;
-    key.in_group = 0;
-    key.token = r.token / CHUNK * CHUNK + at % CHUNK;
-    float sum = 0.0f;
-    if (key.token <= r.token && r.token < (int)lengths[r.b]) {
-        i64 g = x_at(p, r, GROUP), x = y_at(p, key, 1);
-        for (int c = 0; c < VALUE_DIM; c++) sum += load<GRAD_TYPE>(grad_o, g + c) * load<IN_TYPE>(v, x + c);
-    }
-    gains[at] = sum;
+extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_gains(const Piece p, const void *grad_o, const void *v, const u32 *lengths, float *gains) {
+    __shared__ float room[OfRows<CHUNK>::ROOM];
+    Chunk at = chunk_of(p, lengths, GROUP);
+    i64 x = y_at(p, at.r, 1);
+    at.r.in_group = at.part;
+    i64 g = x_at(p, at.r, GROUP);
+    OfRows<CHUNK> sums;
+    sums.template add<true, true>(
+        room, VALUE_DIM, [&](int i, int c) { return i < at.count() ? load<GRAD_TYPE>(grad_o, g + i * p.x_token + c) : 0.0f; },
+        [&](int i, int c) { return i < at.count() ? load<IN_TYPE>(v, x + i * p.y_token + c) : 0.0f; });
+    sums.each([&](int i, int key, float sum) {
+        if (at.first + i < at.last) gains[(i64)row_of(p, at, i, GROUP) * CHUNK + key] = key <= i && i < at.count() ? sum : 0.0f;
+    });
 }

@@ -1,15 +1,22 @@
-// dq or dk = Wᵀ·du: a thread per (row, channel). FLAG 1 adds to what earlier ensembles gave.
-#include "any.cuh"
+// dq or dk = Wᵀ·du: a block per (chunk, head of the group, tile of channels). FLAG 1 adds to what earlier ensembles gave.
+#include "product.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK) any_hash_inputs(const Piece p, const float2 *du, const float *planes, float *dx) {
-    i64 at;
-    if (!element_of(at, (i64)p.batch * p.tokens * p.heads * PER_HEAD * HEAD_DIM)) return;
-    i64 row = at / HEAD_DIM;
-    int c = at % HEAD_DIM;
-    Place r = place_of(p, row, PER_HEAD);
-    const float *w = planes + (p.head + r.head) * p.planes_step + c;
-    float sum = 0.0f;
-    for (int bit = 0; bit < BITS; bit++) sum += du[row * BITS + bit].x * w[bit * HEAD_DIM];
-    i64 to = out_at(p, r, PER_HEAD, HEAD_DIM) + c;
-    dx[to] = p.flags & 1 ? dx[to] + sum : sum;
+extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_hash_inputs(const Piece p, const float2 *du, const float *planes, const u32 *lengths, float *dx) {
+    constexpr int N = tile_of(HEAD_DIM, MOST_COLUMNS);
+    __shared__ float room[OfRows<N>::ROOM];
+    Chunk at = chunk_of(p, lengths, PER_HEAD * tiles_of(HEAD_DIM, MOST_COLUMNS));
+    int channel = at.part / PER_HEAD * N;
+    at.r.in_group = at.part % PER_HEAD;
+    const float *w = planes + (p.head + at.r.head) * p.planes_step + channel;
+    const float2 *of_rows = du + (i64)row_of(p, at, 0, PER_HEAD) * BITS;
+    i64 to = out_at(p, at.r, PER_HEAD, HEAD_DIM) + channel;
+    OfRows<N> sums;
+    sums.template add<true, false>(
+        room, BITS, [&](int i, int bit) { return i < at.count() ? of_rows[(i64)(i * p.heads * PER_HEAD) * BITS + bit].x : 0.0f; },
+        [&](int c, int bit) { return channel + c < HEAD_DIM ? w[bit * HEAD_DIM + c] : 0.0f; });
+    sums.each([&](int i, int c, float sum) {
+        if (at.first + i >= at.last || channel + c >= HEAD_DIM) return;
+        float *here = dx + to + i * p.out_token + c;
+        *here = p.flags & 1 ? *here + sum : sum;
+    });
 }

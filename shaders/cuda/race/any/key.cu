@@ -1,31 +1,35 @@
 // w = dα·R·φ of each key and bucket, from the gradient of the sums after its chunk and, but for ABSORB, the chunk's own
-// later queries: a thread each.
-#include "any.cuh"
+// later queries: a block per (chunk, tile of buckets).
+#include "product.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK) any_key(const Piece p, const void *v, const float *alpha, const float *gains, const float *psi, const float *masses,
+extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_key(const Piece p, const void *v, const float *alpha, const float *gains, const float *psi, const float *masses,
                                    const float *matrices, const float2 *heads, const u32 *lengths, float *w) {
-    i64 at;
-    if (!element_of(at, (i64)p.batch * p.tokens * p.heads * BUCKETS)) return;
-    i64 row = at / BUCKETS;
-    int s = at % BUCKETS;
-    Place r = place_of(p, row, 1);
-    float sum = 0.0f;
-    if (r.token < (int)lengths[r.b]) {
-        const float *of_bucket = matrices + matrix_at(p, r) + s * COLUMNS;
-        i64 x = x_at(p, r, 1);
-        sum = of_bucket[VALUE_DIM];
-        for (int c = 0; c < VALUE_DIM; c++) sum += load<IN_TYPE>(v, x + c) * of_bucket[c];
+    constexpr int N = tile_of(BUCKETS, MOST_COLUMNS);
+    __shared__ float room[OfRows<N>::ROOM];
+    Chunk at = chunk_of(p, lengths, tiles_of(BUCKETS, MOST_COLUMNS));
+    int bucket = at.part * N;
+    i64 x = x_at(p, at.r, 1);
+    const float *matrix = matrices + at.matrix;
+    OfRows<N> sums;
+    sums.template add<true, true>(
+        room, VALUE_DIM, [&](int i, int c) { return i < at.count() ? load<IN_TYPE>(v, x + i * p.x_token + c) : 0.0f; },
+        [&](int s, int c) { return bucket + s < BUCKETS ? matrix[(bucket + s) * COLUMNS + c] : 0.0f; });
 #ifndef ABSORB
-        int end = r.token / CHUNK * CHUNK + CHUNK;
-        end = end < (int)lengths[r.b] ? end : (int)lengths[r.b];
-        for (int i = r.token; i < end; i++) {
-            for (int g = 0; g < GROUP; g++) {
-                i64 query = key_row(p, r, i) * GROUP + g;
-                sum += gains[query * CHUNK + r.token % CHUNK] * psi[query * BUCKETS + s] + masses[query * (BUCKETS + 1) + s];
-            }
-        }
-#endif
-        sum *= alpha[at] + heads[p.head + r.head].y;
+    for (at.r.in_group = 0; at.r.in_group < GROUP; at.r.in_group++) {
+        u32 first = row_of(p, at, 0, GROUP), step = p.heads * GROUP;
+        sums.template add<false, false>(
+            room, at.count(), [&](int key, int i) { return gains[(i64)(first + i * step) * CHUNK + key]; },
+            [&](int s, int i) { return bucket + s < BUCKETS ? psi[(i64)(first + i * step) * BUCKETS + bucket + s] : 0.0f; });
+        sums.template add<false, false>(
+            room, at.count(), [&](int key, int i) { return key <= i ? 1.0f : 0.0f; },
+            [&](int s, int i) { return bucket + s < BUCKETS ? masses[(i64)(first + i * step) * (BUCKETS + 1) + bucket + s] : 0.0f; });
     }
-    w[at] = sum;
+    at.r.in_group = 0;
+#endif
+    float centre = heads[p.head + at.r.head].y;
+    sums.each([&](int i, int s, float sum) {
+        if (at.first + i >= at.last || bucket + s >= BUCKETS) return;
+        i64 to = (i64)row_of(p, at, i, 1) * BUCKETS + bucket + s;
+        w[to] = i < at.count() ? (sum + matrix[(bucket + s) * COLUMNS + VALUE_DIM]) * (alpha[to] + centre) : 0.0f;
+    });
 }

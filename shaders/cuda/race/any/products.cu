@@ -1,17 +1,19 @@
-// Σ Ψ·α + last of each query with the keys of its chunk up to its own, 0 else: a thread per (query, key).
-#include "any.cuh"
+// Σ Ψ·α + last of each query with the keys of its chunk up to its own, 0 else: a block per (chunk, head of the group).
+#include "product.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK) any_products(const Piece p, const float *psi, const float *keys, const float *statistics, const u32 *lengths, float *products) {
-    i64 at;
-    if (!element_of(at, (i64)p.batch * p.tokens * p.heads * GROUP * CHUNK)) return;
-    i64 row = at / CHUNK;
-    Place r = place_of(p, row, GROUP);
-    int token = r.token / CHUNK * CHUNK + at % CHUNK;
-    float sum = 0.0f;
-    if (token <= r.token && r.token < (int)lengths[r.b]) {
-        const float *key = keys + key_row(p, r, token) * BUCKETS, *query = psi + row * BUCKETS;
-        for (int s = 0; s < BUCKETS; s++) sum += query[s] * key[s];
-        sum += statistics[row * STATISTICS + 1];
-    }
-    products[at] = sum;
+extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_products(const Piece p, const float *psi, const float *keys, const float *statistics, const u32 *lengths, float *products) {
+    __shared__ float room[OfRows<CHUNK>::ROOM];
+    Chunk at = chunk_of(p, lengths, GROUP);
+    i64 of_keys = (i64)row_of(p, at, 0, 1) * BUCKETS;
+    at.r.in_group = at.part;
+    u32 first = row_of(p, at, 0, GROUP), step = p.heads * GROUP;
+    OfRows<CHUNK> sums;
+    sums.template add<true, true>(
+        room, BUCKETS, [&](int i, int s) { return i < at.count() ? psi[(i64)(first + i * step) * BUCKETS + s] : 0.0f; },
+        [&](int i, int s) { return i < at.count() ? keys[of_keys + (i64)(i * p.heads) * BUCKETS + s] : 0.0f; });
+    sums.each([&](int i, int key, float sum) {
+        if (at.first + i >= at.last) return;
+        i64 row = first + i * step;
+        products[row * CHUNK + key] = key <= i && i < at.count() ? sum + statistics[row * STATISTICS + 1] : 0.0f;
+    });
 }

@@ -1,25 +1,36 @@
-// What the queries of a chunk give to the gradient of the sums that they read: a thread per element of a matrix.
-#include "any.cuh"
+// What the queries of a chunk give to the gradient of the sums that they read: a block per (chunk, tile of the matrix).
+#include "product.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK) any_query_sums(const Piece p, const void *grad_o, const float *psi, const float *masses, const float *statistics,
+extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_query_sums(const Piece p, const void *grad_o, const float *psi, const float *masses, const float *statistics,
                                           const u32 *lengths, float *matrices) {
-    i64 at;
-    if (!element_of(at, (i64)p.batch * p.heads * p.chunks * MATRIX)) return;
-    int column = at % COLUMNS, bucket = at / COLUMNS % (BUCKETS + 1);
-    i64 matrix = at / MATRIX;
-    Place r = {(int)(matrix / p.chunks / p.heads), (int)(matrix % p.chunks) * CHUNK, (int)(matrix / p.chunks % p.heads), 0};
-    int end = (int)lengths[r.b] < r.token + CHUNK ? (int)lengths[r.b] : r.token + CHUNK;
-    float sum = 0.0f;
-    for (; r.token < end; r.token++) {
-        for (r.in_group = 0; r.in_group < GROUP; r.in_group++) {
-            i64 row = key_row(p, r, r.token) * GROUP + r.in_group;
-            if (column == VALUE_DIM) {
-                sum += masses[row * (BUCKETS + 1) + bucket];
-            } else {
-                float weight = bucket < BUCKETS ? psi[row * BUCKETS + bucket] : statistics[row * STATISTICS + 1];
-                sum += weight * load<GRAD_TYPE>(grad_o, x_at(p, r, GROUP) + column);
-            }
-        }
+    constexpr int M = tile_of(BUCKETS + 1, MOST_ROWS), N = wide_tile(VALUE_DIM), ROW_TILES = tiles_of(BUCKETS + 1, MOST_ROWS);
+    __shared__ float room[OfBuckets<M, N>::ROOM];
+    Chunk at = chunk_of(p, lengths, ROW_TILES * tiles_of(VALUE_DIM, MOST_COLUMNS));
+    int bucket = at.part % ROW_TILES * M, channel = at.part / ROW_TILES * N;
+    OfBuckets<M, N> sums;
+    for (at.r.in_group = 0; at.r.in_group < GROUP; at.r.in_group++) {
+        i64 from = x_at(p, at.r, GROUP);
+        u32 first = row_of(p, at, 0, GROUP), step = p.heads * GROUP;
+        sums.template add<false, false>(
+            room, at.count(),
+            [&](int s, int i) {
+                i64 row = first + i * step;
+                return bucket + s < BUCKETS ? psi[row * BUCKETS + bucket + s] : bucket + s == BUCKETS ? statistics[row * STATISTICS + 1] : 0.0f;
+            },
+            [&](int c, int i) { return channel + c < VALUE_DIM ? load<GRAD_TYPE>(grad_o, from + i * p.x_token + channel + c) : 0.0f; });
     }
-    matrices[((i64)(r.b * p.heads + r.head) * p.slots + matrix % p.chunks) * MATRIX + bucket * COLUMNS + column] = sum;
+    float *to = matrices + at.matrix;
+    sums.each([&](int s, int c, float sum) {
+        if (bucket + s <= BUCKETS && channel + c < VALUE_DIM) to[(bucket + s) * COLUMNS + channel + c] = sum;
+    });
+    if (channel > 0) return;
+    at.r.in_group = 0;
+    for (int s = threadIdx.x; s < M && bucket + s <= BUCKETS; s += BLOCK) {
+        float sum = 0.0f;
+        for (int i = 0; i < at.count(); i++) {
+            i64 row = row_of(p, at, i, GROUP);
+            for (int g = 0; g < GROUP; g++) sum += masses[(row + g) * (BUCKETS + 1) + bucket + s];
+        }
+        to[(bucket + s) * COLUMNS + VALUE_DIM] = sum;
+    }
 }

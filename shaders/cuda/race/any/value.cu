@@ -1,30 +1,31 @@
-// dv: a thread per (key, channel). FLAG 1 adds to what earlier ensembles gave.
-#include "any.cuh"
+// dv: a block per (chunk, tile of channels). FLAG 1 adds to what earlier ensembles gave.
+#include "product.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK) any_value(const Piece p, const void *grad_o, const float *alpha, const float *products, const float *matrices,
+extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_value(const Piece p, const void *grad_o, const float *alpha, const float *products, const float *matrices,
                                      const u32 *lengths, float *dv) {
-    i64 at;
-    if (!element_of(at, (i64)p.batch * p.tokens * p.heads * VALUE_DIM)) return;
-    i64 row = at / VALUE_DIM;
-    int c = at % VALUE_DIM;
-    Place r = place_of(p, row, 1);
-    float sum = 0.0f;
-    if (r.token < (int)lengths[r.b]) {
-        const float *matrix = matrices + matrix_at(p, r) + c;
-        sum = matrix[BUCKETS * COLUMNS];
-        for (int s = 0; s < BUCKETS; s++) sum += alpha[row * BUCKETS + s] * matrix[s * COLUMNS];
+    constexpr int N = tile_of(VALUE_DIM, MOST_COLUMNS);
+    __shared__ float room[OfRows<N>::ROOM];
+    Chunk at = chunk_of(p, lengths, tiles_of(VALUE_DIM, MOST_COLUMNS));
+    int channel = at.part * N;
+    const float *matrix = matrices + at.matrix + channel, *weights = alpha + (i64)row_of(p, at, 0, 1) * BUCKETS;
+    i64 to = out_at(p, at.r, 1, VALUE_DIM) + channel;
+    OfRows<N> sums;
+    sums.template add<true, false>(
+        room, BUCKETS, [&](int i, int s) { return i < at.count() ? weights[(i64)(i * p.heads) * BUCKETS + s] : 0.0f; },
+        [&](int c, int s) { return channel + c < VALUE_DIM ? matrix[s * COLUMNS + c] : 0.0f; });
 #ifndef ABSORB
-        int end = r.token / CHUNK * CHUNK + CHUNK;
-        end = end < (int)lengths[r.b] ? end : (int)lengths[r.b];
-        Place query = r;
-        for (query.token = r.token; query.token < end; query.token++) {
-            for (query.in_group = 0; query.in_group < GROUP; query.in_group++) {
-                i64 of_query = key_row(p, r, query.token) * GROUP + query.in_group;
-                sum += products[of_query * CHUNK + r.token % CHUNK] * load<GRAD_TYPE>(grad_o, x_at(p, query, GROUP) + c);
-            }
-        }
-#endif
+    for (at.r.in_group = 0; at.r.in_group < GROUP; at.r.in_group++) {
+        i64 g = x_at(p, at.r, GROUP) + channel;
+        u32 first = row_of(p, at, 0, GROUP), step = p.heads * GROUP;
+        sums.template add<false, false>(
+            room, at.count(), [&](int key, int i) { return products[(i64)(first + i * step) * CHUNK + key]; },
+            [&](int c, int i) { return channel + c < VALUE_DIM ? load<GRAD_TYPE>(grad_o, g + i * p.x_token + c) : 0.0f; });
     }
-    i64 to = out_at(p, r, 1, VALUE_DIM) + c;
-    dv[to] = p.flags & 1 ? dv[to] + sum : sum;
+#endif
+    sums.each([&](int i, int c, float sum) {
+        if (at.first + i >= at.last || channel + c >= VALUE_DIM) return;
+        float *here = dv + to + i * p.out_token + c;
+        sum = i < at.count() ? sum + matrix[BUCKETS * COLUMNS + c] : 0.0f;
+        *here = p.flags & 1 ? *here + sum : sum;
+    });
 }

@@ -1,25 +1,27 @@
-// G·M + Σ (G·v)·α of each query and bucket, the row of sums included as the last: a thread each.
-#include "any.cuh"
+// G·M + Σ (G·v)·α of each query and bucket, the row of sums included as the last: a block per (chunk, head of the group,
+// tile of buckets).
+#include "product.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK) any_values(const Piece p, const void *grad_o, const float *gains, const float *keys, const float *matrices, const u32 *lengths,
+extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_values(const Piece p, const void *grad_o, const float *gains, const float *keys, const float *matrices, const u32 *lengths,
                                       float *values) {
-    i64 at;
-    if (!element_of(at, (i64)p.batch * p.tokens * p.heads * GROUP * (BUCKETS + 1))) return;
-    i64 row = at / (BUCKETS + 1);
-    int s = at % (BUCKETS + 1);
-    Place r = place_of(p, row, GROUP);
-    float sum = 0.0f;
-    if (r.token < (int)lengths[r.b]) {
-        const float *of_bucket = matrices + matrix_at(p, r) + s * COLUMNS;
-        i64 g = x_at(p, r, GROUP);
-        for (int c = 0; c < VALUE_DIM; c++) sum += load<GRAD_TYPE>(grad_o, g + c) * of_bucket[c];
+    constexpr int N = tile_of(BUCKETS + 1, MOST_COLUMNS);
+    __shared__ float room[OfRows<N>::ROOM];
+    Chunk at = chunk_of(p, lengths, GROUP * tiles_of(BUCKETS + 1, MOST_COLUMNS));
+    int bucket = at.part / GROUP * N;
+    i64 of_keys = (i64)row_of(p, at, 0, 1) * BUCKETS;
+    at.r.in_group = at.part % GROUP;
+    i64 g = x_at(p, at.r, GROUP);
+    const float *matrix = matrices + at.matrix;
+    OfRows<N> sums;
+    sums.template add<true, true>(
+        room, VALUE_DIM, [&](int i, int c) { return i < at.count() ? load<GRAD_TYPE>(grad_o, g + i * p.x_token + c) : 0.0f; },
+        [&](int s, int c) { return bucket + s <= BUCKETS ? matrix[(bucket + s) * COLUMNS + c] : 0.0f; });
 #ifndef READ
-        for (int i = 0; i <= r.token % CHUNK; i++) {
-            float weight = s < BUCKETS ? keys[key_row(p, r, r.token / CHUNK * CHUNK + i) * BUCKETS + s] : 1.0f;
-            sum += gains[row * CHUNK + i] * weight;
-        }
+    sums.template add<true, false>(
+        room, at.count(), [&](int i, int key) { return i < at.count() ? gains[(i64)row_of(p, at, i, GROUP) * CHUNK + key] : 0.0f; },
+        [&](int s, int i) { return bucket + s < BUCKETS ? keys[of_keys + (i64)(i * p.heads) * BUCKETS + bucket + s] : bucket + s == BUCKETS ? 1.0f : 0.0f; });
 #endif
-        sum *= p.scale;
-    }
-    values[at] = sum;
+    sums.each([&](int i, int s, float sum) {
+        if (at.first + i < at.last && bucket + s <= BUCKETS) values[(i64)row_of(p, at, i, GROUP) * (BUCKETS + 1) + bucket + s] = sum * p.scale;
+    });
 }

@@ -1,0 +1,139 @@
+// Products of tiles for any shape, by 256 threads on the tensor cores at the precision of f32: of each operand its
+// rounding to TF32 and what that leaves, of their product all but the two rests.
+//
+// A tile of the result has M rows and N columns. Operands are given as functions (row or column, step) of their element,
+// zero outside; a slice of 32 steps of both is in shared memory at a time. An operand is ALONG where its elements of
+// neighbouring steps are neighbours in memory, and not where those of neighbouring rows or columns are.
+#pragma once
+#include "any.cuh"
+
+constexpr int SLICE = 32;
+// The most columns of a tile, and the most rows of one of buckets or bits. The Rust twins are in src/race/cuda/any.rs.
+constexpr int MOST_COLUMNS = 128;
+constexpr int MOST_ROWS = 80;
+
+__device__ constexpr int tiles_of(int all, int most) { return (all + most - 1) / most; }
+// Of `all` in as few tiles as there can be, each a multiple of sixteen.
+__device__ constexpr int tile_of(int all, int most) { return (tiles_of(all, tiles_of(all, most)) + 15) / 16 * 16; }
+
+template <int N> constexpr int SIDE = N * (SLICE + 4) + 192;
+
+// Where the slice of an operand keeps an element: no bank twice, neither when it is filled nor when fragments are read.
+template <int N, bool ALONG> __device__ __forceinline__ int place_in(int i, int k) { return ALONG ? i * (SLICE + 4) + k : k * (N + 8) + i; }
+// The thread's `e`-th element of a slice; `thread` is its number.
+template <int N, bool ALONG> __device__ __forceinline__ void element_in(int thread, int e, int &i, int &k) {
+    int at = thread + e * BLOCK;
+    i = ALONG ? thread / SLICE + e * (BLOCK / SLICE) : at % N;
+    k = ALONG ? thread % SLICE : at / N;
+}
+
+// The two parts of a number, both rounded to nearest: what is below the bits that count is cut off.
+__device__ __forceinline__ void split_tf32(u32 &high, u32 &rest, float x) {
+    high = (bits_of(x) + 0x1000u) & 0xffffe000u;
+    rest = bits_of(x - float_of(high)) + 0x1000u;
+}
+
+// ROW_WARPS of the block's eight warps share the rows.
+template <int M, int N, int ROW_WARPS> struct Product {
+    static constexpr int COLUMN_WARPS = BLOCK / 32 / ROW_WARPS;
+    static constexpr int OWN_ROWS = M / ROW_WARPS, OWN_COLUMNS = N / COLUMN_WARPS;
+    static_assert(OWN_ROWS % 16 == 0 && OWN_COLUMNS % 8 == 0 && M % 16 == 0 && N % 16 == 0, "whole fragments");
+    static constexpr int ROOM = SIDE<M> + SIDE<N>;
+    float sums[OWN_ROWS / 16][OWN_COLUMNS / 8][4];
+
+    __device__ __forceinline__ Product() {
+#pragma unroll
+        for (int i = 0; i < OWN_ROWS / 16; i++) {
+#pragma unroll
+            for (int j = 0; j < OWN_COLUMNS / 8; j++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) sums[i][j][e] = 0.0f;
+            }
+        }
+    }
+    __device__ __forceinline__ static int first_row() { return (threadIdx.x >> 5) / COLUMN_WARPS * OWN_ROWS; }
+    __device__ __forceinline__ static int first_column() { return (threadIdx.x >> 5) % COLUMN_WARPS * OWN_COLUMNS; }
+
+    // Calls work(row, column, sum) for every element that the thread has.
+    template <class F> __device__ __forceinline__ void each(F work) {
+        int lane = opaque(threadIdx.x & 31);
+#pragma unroll
+        for (int i = 0; i < OWN_ROWS / 16; i++) {
+#pragma unroll
+            for (int j = 0; j < OWN_COLUMNS / 8; j++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) work(first_row() + i * 16 + lane / 4 + (e >> 1) * 8, first_column() + j * 8 + lane % 4 * 2 + (e & 1), sums[i][j][e]);
+            }
+        }
+    }
+
+    // Adds Σ over `steps` of left(row, step)·right(column, step).
+    template <bool LEFT_ALONG, bool RIGHT_ALONG, class L, class R> __device__ __forceinline__ void add(float *room, int steps, L left, R right) {
+        float *lefts = room, *rights = room + SIDE<M>;
+        float next_left[M / 8], next_right[N / 8];
+        auto fetch = [&](int first) {
+            int thread = opaque(threadIdx.x);
+#pragma unroll
+            for (int e = 0; e < M / 8; e++) {
+                int i, k;
+                element_in<M, LEFT_ALONG>(thread, e, i, k);
+                next_left[e] = first + k < steps ? left(i, first + k) : 0.0f;
+            }
+#pragma unroll
+            for (int e = 0; e < N / 8; e++) {
+                int i, k;
+                element_in<N, RIGHT_ALONG>(thread, e, i, k);
+                next_right[e] = first + k < steps ? right(i, first + k) : 0.0f;
+            }
+        };
+        fetch(0);
+#pragma unroll 1
+        for (int first = 0; first < steps; first += SLICE) {
+            // Everyone is done with the slice before.
+            barrier();
+#pragma unroll
+            for (int e = 0; e < M / 8; e++) {
+                int i, k;
+                element_in<M, LEFT_ALONG>(threadIdx.x, e, i, k);
+                lefts[place_in<M, LEFT_ALONG>(i, k)] = next_left[e];
+            }
+#pragma unroll
+            for (int e = 0; e < N / 8; e++) {
+                int i, k;
+                element_in<N, RIGHT_ALONG>(threadIdx.x, e, i, k);
+                rights[place_in<N, RIGHT_ALONG>(i, k)] = next_right[e];
+            }
+            barrier();
+            if (first + SLICE < steps) fetch(first + SLICE);
+            int row = first_row() + (threadIdx.x >> 2 & 7), column = first_column() + (threadIdx.x >> 2 & 7), step = threadIdx.x & 3;
+#pragma unroll
+            for (int k = 0; k < SLICE; k += 8) {
+                if (first + k >= steps) break;
+                u32 high[OWN_ROWS / 16][4], rest[OWN_ROWS / 16][4];
+#pragma unroll
+                for (int i = 0; i < OWN_ROWS / 16; i++) {
+#pragma unroll
+                    for (int e = 0; e < 4; e++) split_tf32(high[i][e], rest[i][e], lefts[place_in<M, LEFT_ALONG>(row + i * 16 + (e & 1) * 8, k + step + (e >> 1) * 4)]);
+                }
+#pragma unroll
+                for (int j = 0; j < OWN_COLUMNS / 8; j++) {
+                    u32 of_high[2], of_rest[2];
+#pragma unroll
+                    for (int e = 0; e < 2; e++) split_tf32(of_high[e], of_rest[e], rights[place_in<N, RIGHT_ALONG>(column + j * 8, k + step + e * 4)]);
+#pragma unroll
+                    for (int i = 0; i < OWN_ROWS / 16; i++) {
+                        mma_tf32(sums[i][j], rest[i], of_high);
+                        mma_tf32(sums[i][j], high[i], of_rest);
+                        mma_tf32(sums[i][j], high[i], of_high);
+                    }
+                }
+            }
+        }
+    }
+};
+
+// Products whose rows are a chunk's tokens.
+template <int N> using OfRows = Product<CHUNK, N, 4>;
+// Products whose rows are buckets or bits, and whose columns are channels.
+template <int M, int N> using OfBuckets = Product<M, N, 1>;
+__device__ constexpr int wide_tile(int all) { return all <= 64 ? 64 : MOST_COLUMNS; }
