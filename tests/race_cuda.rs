@@ -1,4 +1,5 @@
-//! RACE's passes on the tensor cores of a CUDA device against the CPU, and its steps in a graph. Needs
+//! RACE's passes on the tensor cores of a CUDA device against the CPU and the f64 reference, and its steps in a graph.
+//! Needs
 //! `SOFTHASH_TEST_DEVICE=cuda`; without it there is nothing to test.
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -9,6 +10,7 @@ mod common {
 }
 
 use common::race::{Case, Data, Elements, error, wide};
+use softhash::race::reference as math;
 use softhash::{DType, Device, Normalization, Race, RaceOptions, RaceState, StateGradient, StateParts, TensorView};
 use std::ops::Range;
 
@@ -48,6 +50,14 @@ fn bound(case: &Case, name: &str) -> f64 {
     let operands = match (case.dtype, case.output) {
         // In one part, or two of them.
         (DType::Bf16, DType::Bf16) => 4e-3,
+        // At the precision of f32.
+        (DType::F32, DType::F32) => {
+            return match name {
+                "A" | "B" => 2e-6,
+                "o" | "dv" | "dA" | "dB" => 5e-6,
+                _ => 3e-5,
+            };
+        }
         _ => 3e-5,
     };
     let narrow = if case.gradients == DType::Bf16 { 2.4e-3 } else { 0.0 };
@@ -145,6 +155,112 @@ fn a_planted_error_is_seen() {
     assert_eq!(wrong(&case, &got, &want), Vec::<String>::new());
     got[4].1[0..6400].iter_mut().for_each(|x| *x *= 1.05);
     assert_eq!(wrong(&case, &got, &want).len(), 1);
+}
+
+/// Gradients of inputs, hyperplanes, initial state; and what a forward gives, in f64.
+fn reference(case: &Case, data: &Data) -> Vec<(&'static str, Vec<f64>)> {
+    let ((hq, hkv), (_, width)) = (case.heads, case.dims);
+    let group = hq / hkv;
+    let [mut dq, mut dk, mut dv, mut o] = case.shapes().map(|shape| vec![0.0; shape.iter().product()]);
+    let (mut a, mut b, mut da, mut db) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let mut planes = vec![0.0; data.planes.len()];
+    case.each_unit(data, &mut |unit| {
+        let (batch, head) = (unit.batch, unit.kv_head);
+        let (outputs, last) = math::forward(&unit.problem, &unit.initial);
+        let rows: Vec<_> = (0..group).map(|i| case.rows(&data.grad_o, batch, hq, head * group + i, width)).collect();
+        let rows: Vec<&[f64]> = rows.iter().map(Vec::as_slice).collect();
+        let after = case.state(&data.grad_final, batch, head, unit.ensemble);
+        let found = math::backward(&unit.problem, &unit.initial, &rows, &after);
+        for i in 0..group {
+            case.add_rows(&mut o, batch, hq, head * group + i, &outputs[i], 1.0);
+            case.add_rows(&mut dq, batch, hq, head * group + i, &found.dq[i], 1.0);
+        }
+        case.add_rows(&mut dk, batch, hkv, head, &found.dk, 1.0);
+        case.add_rows(&mut dv, batch, hkv, head, &found.dv, 1.0);
+        a.extend(last.a);
+        b.extend(last.b);
+        da.extend(found.dinitial.a);
+        db.extend(found.dinitial.b);
+        planes.iter_mut().zip(&found.dplanes).for_each(|(sum, x)| *sum += x);
+    });
+    let named = [("o", o), ("A", a), ("B", b), ("dq", dq), ("dk", dk), ("dv", dv), ("dplanes", planes)];
+    named.into_iter().chain([("dA", da), ("dB", db)]).collect()
+}
+
+/// f32 inputs, and a bucket normalisation, against the f64 reference.
+fn judge(cases: impl IntoIterator<Item = Case>) {
+    let Some(device) = device() else { return };
+    let mut failures = Vec::new();
+    for case in cases {
+        let data = case.data();
+        failures.extend(wrong(&case, &run(&case, &data, &device), &reference(&case, &data)));
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+fn of_any_length(normalization: Normalization) {
+    judge([1, 2, 63, 65, 100, 2047].map(|tokens| {
+        let (heads, hash) = if tokens == 2047 { ((1, 1), (3, 3)) } else { ((2, 1), (4, 4)) };
+        Case { normalization, heads, hash, tokens, lengths: vec![tokens], ..Case::default() }
+    }));
+}
+
+#[test]
+fn f32_of_any_length() {
+    of_any_length(Normalization::Ratio);
+}
+
+#[test]
+fn bucket_means_of_any_length() {
+    of_any_length(Normalization::BucketMean);
+}
+
+/// Both normalisations over heads, widths, tables and planes, β.
+fn of_any_shape(shapes: [((usize, usize), (usize, usize), (usize, usize), f32); 2]) {
+    judge(shapes.into_iter().flat_map(|(heads, dims, hash, beta)| {
+        [Normalization::Ratio, Normalization::BucketMean].map(|normalization| {
+            let lengths = vec![150, 0, 77];
+            let case = Case { heads, dims, hash, normalization, tokens: 150, lengths, ..Case::default() };
+            Case { initial: true, betas: vec![beta], ..case }
+        })
+    }));
+}
+
+#[test]
+fn f32_of_64_and_80_channels() {
+    of_any_shape([((1, 1), (64, 64), (2, 2), 0.1), ((4, 1), (80, 80), (3, 3), 1.0)]);
+}
+
+#[test]
+fn f32_of_96_and_128_channels() {
+    of_any_shape([((8, 1), (96, 96), (4, 4), 1.0), ((1, 1), (128, 128), (4, 4), 4.0)]);
+}
+
+#[test]
+fn f32_of_256_channels_and_of_few() {
+    of_any_shape([((2, 2), (256, 256), (2, 2), 1.0), ((1, 1), (24, 40), (9, 4), 1.0)]);
+}
+
+/// More buckets, bits and channels than a tile has.
+#[test]
+fn f32_of_several_tiles() {
+    of_any_shape([((2, 1), (33, 130), (3, 7), 1.0), ((2, 1), (130, 33), (70, 2), 0.1)]);
+}
+
+#[test]
+fn a_planted_error_in_f32_is_seen() {
+    let Some(device) = device() else { return };
+    let case = Case { tokens: 100, lengths: vec![100], normalization: Normalization::BucketMean, ..Case::default() };
+    let data = case.data();
+    let want = reference(&case, &data);
+    let got = run(&case, &data, &device);
+    assert_eq!(wrong(&case, &got, &want), Vec::<String>::new());
+    for result in 0..got.len() {
+        // What operands of one part alone would make of it: some 2⁻¹².
+        let mut got = got.clone();
+        got[result].1.iter_mut().step_by(2).for_each(|x| *x *= 1.0 + 2e-4);
+        assert_eq!(wrong(&case, &got, &want).len(), 1, "{}", got[result].0);
+    }
 }
 
 /// Steps that are replays of one are those that were not captured, bit for bit, past the number of tokens that wait

@@ -3,13 +3,14 @@
 //! | file | what it holds |
 //! |---|---|
 //! | `walk` | passes on the tensor cores, for the shapes and types that they take |
-//! | `any` | passes for every other |
+//! | `any`, `any_backward` | passes for every other |
 //! | `step` | one token of each sequence |
 //! | `state` | states, in pairs of floats, and sums in doubles |
 //! | `window`, `window_kernels` | the exact window beside it |
 //! | `kernels`, `params`, `shared` | the kernels, and what they are given |
 
 mod any;
+mod any_backward;
 mod kernels;
 mod params;
 mod shared;

@@ -1,7 +1,7 @@
 // [α, 1]ᵀ[v, 1] of the keys of each chunk: a block per (chunk, tile of the matrix).
 #include "product.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_chunk_sums(const Piece p, const void *v, const float *alpha, const u32 *lengths, float *matrices) {
+extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) any_chunk_sums(const Piece p, const void *v, const float *alpha, const u32 *lengths, float *matrices) {
     constexpr int M = tile_of(BUCKETS + 1, MOST_ROWS), N = wide_tile(VALUE_DIM), ROW_TILES = tiles_of(BUCKETS + 1, MOST_ROWS);
     __shared__ float room[OfBuckets<M, N>::ROOM];
     Chunk at = chunk_of(p, lengths, ROW_TILES * tiles_of(VALUE_DIM, MOST_COLUMNS));
@@ -16,7 +16,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_chunk_sums(const Piec
         if (bucket + s <= BUCKETS && channel + c < VALUE_DIM) to[(bucket + s) * COLUMNS + channel + c] = sum;
     });
     if (channel > 0) return;
-    for (int s = threadIdx.x; s < M && bucket + s <= BUCKETS; s += BLOCK) {
+    for (int s = threadIdx.x; s < M && bucket + s <= BUCKETS; s += PRODUCT_THREADS) {
         float sum = 0.0f;
         for (int i = 0; i < at.count(); i++) sum += weight(s, i);
         to[(bucket + s) * COLUMNS + VALUE_DIM] = sum;

@@ -1,7 +1,7 @@
 // G·v of each query with the keys of its chunk up to its own, 0 else: a block per (chunk, head of the group).
 #include "product.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_gains(const Piece p, const void *grad_o, const void *v, const u32 *lengths, float *gains) {
+extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) any_gains(const Piece p, const void *grad_o, const void *v, const u32 *lengths, float *gains) {
     __shared__ float room[OfRows<CHUNK>::ROOM];
     Chunk at = chunk_of(p, lengths, GROUP);
     i64 x = y_at(p, at.r, 1);

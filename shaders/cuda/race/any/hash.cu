@@ -8,7 +8,7 @@ constexpr int BITS_TILE = (BITS_AT_ONCE + 15) / 16 * 16;
 // Rows whose odds are in shared memory at a time.
 constexpr int ROWS_AT_ONCE = BITS_AT_ONCE <= 64 ? 32 : 16;
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_hash(const Piece p, const void *x, const float *planes, const float2 *heads, const u32 *lengths, float *t, float *alpha) {
+extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) any_hash(const Piece p, const void *x, const float *planes, const float2 *heads, const u32 *lengths, float *t, float *alpha) {
     __shared__ float room[OfRows<BITS_TILE>::ROOM];
     __shared__ float2 odds[ROWS_AT_ONCE * BITS_AT_ONCE];
     Chunk at = chunk_of(p, lengths, PER_HEAD * TABLE_TILES);
@@ -35,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_hash(const Piece p, c
         });
         barrier();
         int buckets = bits / PLANES * RADIX;
-        for (int e = threadIdx.x; e < ROWS_AT_ONCE * buckets; e += BLOCK) {
+        for (int e = threadIdx.x; e < ROWS_AT_ONCE * buckets; e += PRODUCT_THREADS) {
             int i = e / buckets, bucket = e % buckets;
             if (first + i >= rows) break;
             const float2 *of_table = odds + i * BITS_AT_ONCE + bucket / RADIX * PLANES;

@@ -1,7 +1,7 @@
 // dq or dk = Wᵀ·du: a block per (chunk, head of the group, tile of channels). FLAG 1 adds to what earlier ensembles gave.
 #include "product.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_hash_inputs(const Piece p, const float2 *du, const float *planes, const u32 *lengths, float *dx) {
+extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) any_hash_inputs(const Piece p, const float2 *du, const float *planes, const u32 *lengths, float *dx) {
     constexpr int N = tile_of(HEAD_DIM, MOST_COLUMNS);
     __shared__ float room[OfRows<N>::ROOM];
     Chunk at = chunk_of(p, lengths, PER_HEAD * tiles_of(HEAD_DIM, MOST_COLUMNS));

@@ -2,7 +2,7 @@
 // block per (share, head, tile of bits and channels). A share is `share` rows of a head.
 #include "product.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_hash_parameters(const Piece p, const void *x, const float2 *du, const u32 *lengths, float *shares) {
+extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) any_hash_parameters(const Piece p, const void *x, const float2 *du, const u32 *lengths, float *shares) {
     constexpr int M = tile_of(BITS, MOST_ROWS), N = wide_tile(HEAD_DIM), ROW_TILES = tiles_of(BITS, MOST_ROWS), TILES = ROW_TILES * tiles_of(HEAD_DIM, MOST_COLUMNS);
     __shared__ float room[OfBuckets<M, N>::ROOM];
     int part = blockIdx.x % TILES, head = blockIdx.x / TILES % p.heads;
@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_hash_parameters(const
         if (bit + b < BITS && channel + c < HEAD_DIM) to[b * (HEAD_DIM + 1) + channel + c] = sum;
     });
     if (channel > 0) return;
-    for (int b = threadIdx.x >> 5; b < M && bit + b < BITS; b += BLOCK / 32) {
+    for (int b = threadIdx.x >> 5; b < M && bit + b < BITS; b += PRODUCT_THREADS / 32) {
         float sum = 0.0f;
         for (int step = threadIdx.x & 31; step < steps; step += 32) sum += of_row(b, step).y;
         sum = warp_sum(sum);

@@ -2,7 +2,7 @@
 // later queries: a block per (chunk, tile of buckets).
 #include "product.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_key(const Piece p, const void *v, const float *alpha, const float *gains, const float *psi, const float *masses,
+extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) any_key(const Piece p, const void *v, const float *alpha, const float *gains, const float *psi, const float *masses,
                                    const float *matrices, const float2 *heads, const u32 *lengths, float *w) {
     constexpr int N = tile_of(BUCKETS, MOST_COLUMNS);
     __shared__ float room[OfRows<N>::ROOM];

@@ -2,7 +2,7 @@
 // all weights bring back. FLAG 1 adds to `sums` of earlier ensembles, FLAG 2 writes the result.
 #include "product.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_output(const Piece p, const void *v, const float *psi, const float *products, const float *statistics, const float *matrices,
+extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) any_output(const Piece p, const void *v, const float *psi, const float *products, const float *statistics, const float *matrices,
                                       const float2 *heads, const u32 *lengths, float *sums, void *out) {
     constexpr int N = tile_of(VALUE_DIM, MOST_COLUMNS);
     __shared__ float room[OfRows<N>::ROOM], means[N];
@@ -14,7 +14,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_output(const Piece p,
     float centre = heads[p.head + at.r.head].y, seen = matrices[at.matrix + BUCKETS * COLUMNS + VALUE_DIM];
     u32 first = row_of(p, at, 0, GROUP), step = p.heads * GROUP;
     i64 to = out_at(p, at.r, GROUP, VALUE_DIM) + channel;
-    for (int c = threadIdx.x; c < N; c += BLOCK) {
+    for (int c = threadIdx.x; c < N; c += PRODUCT_THREADS) {
         float mean = 0.0f;
         if (channel + c < VALUE_DIM && at.count() > 0) {
             if (seen > 0.0f) mean = centre * matrix[BUCKETS * COLUMNS + c] / seen;

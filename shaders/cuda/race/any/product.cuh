@@ -2,19 +2,27 @@
 // rounding to TF32 and what that leaves, of their product all but the two rests.
 //
 // A tile of the result has M rows and N columns. Operands are given as functions (row or column, step) of their element,
-// zero outside; a slice of 32 steps of both is in shared memory at a time. An operand is ALONG where its elements of
+// zero outside; a slice of steps of both is in shared memory at a time. An operand is ALONG where its elements of
 // neighbouring steps are neighbours in memory, and not where those of neighbouring rows or columns are.
 #pragma once
 #include "any.cuh"
 
-constexpr int SLICE = 32;
+#ifndef PRODUCT_THREADS
+#define PRODUCT_THREADS 256
+#endif
+#ifndef PRODUCT_BLOCKS
+#define PRODUCT_BLOCKS 2
+#endif
+#ifndef SLICE
+#define SLICE 16
+#endif
 // The most columns of a tile, and the most rows of one of buckets or bits. The Rust twins are in src/race/cuda/any.rs.
 constexpr int MOST_COLUMNS = 128;
 constexpr int MOST_ROWS = 80;
 
-__device__ constexpr int tiles_of(int all, int most) { return (all + most - 1) / most; }
+__host__ __device__ constexpr int tiles_of(int all, int most) { return (all + most - 1) / most; }
 // Of `all` in as few tiles as there can be, each a multiple of sixteen.
-__device__ constexpr int tile_of(int all, int most) { return (tiles_of(all, tiles_of(all, most)) + 15) / 16 * 16; }
+__host__ __device__ constexpr int tile_of(int all, int most) { return (tiles_of(all, tiles_of(all, most)) + 15) / 16 * 16; }
 
 template <int N> constexpr int SIDE = N * (SLICE + 4) + 192;
 
@@ -22,8 +30,8 @@ template <int N> constexpr int SIDE = N * (SLICE + 4) + 192;
 template <int N, bool ALONG> __device__ __forceinline__ int place_in(int i, int k) { return ALONG ? i * (SLICE + 4) + k : k * (N + 8) + i; }
 // The thread's `e`-th element of a slice; `thread` is its number.
 template <int N, bool ALONG> __device__ __forceinline__ void element_in(int thread, int e, int &i, int &k) {
-    int at = thread + e * BLOCK;
-    i = ALONG ? thread / SLICE + e * (BLOCK / SLICE) : at % N;
+    int at = thread + e * PRODUCT_THREADS;
+    i = ALONG ? thread / SLICE + e * (PRODUCT_THREADS / SLICE) : at % N;
     k = ALONG ? thread % SLICE : at / N;
 }
 
@@ -35,9 +43,10 @@ __device__ __forceinline__ void split_tf32(u32 &high, u32 &rest, float x) {
 
 // ROW_WARPS of the block's eight warps share the rows.
 template <int M, int N, int ROW_WARPS> struct Product {
-    static constexpr int COLUMN_WARPS = BLOCK / 32 / ROW_WARPS;
+    static constexpr int COLUMN_WARPS = PRODUCT_THREADS / 32 / ROW_WARPS;
     static constexpr int OWN_ROWS = M / ROW_WARPS, OWN_COLUMNS = N / COLUMN_WARPS;
     static_assert(OWN_ROWS % 16 == 0 && OWN_COLUMNS % 8 == 0 && M % 16 == 0 && N % 16 == 0, "whole fragments");
+    static constexpr int LEFTS = M * SLICE / PRODUCT_THREADS, RIGHTS = N * SLICE / PRODUCT_THREADS;
     static constexpr int ROOM = SIDE<M> + SIDE<N>;
     float sums[OWN_ROWS / 16][OWN_COLUMNS / 8][4];
 
@@ -70,17 +79,17 @@ template <int M, int N, int ROW_WARPS> struct Product {
     // Adds Σ over `steps` of left(row, step)·right(column, step).
     template <bool LEFT_ALONG, bool RIGHT_ALONG, class L, class R> __device__ __forceinline__ void add(float *room, int steps, L left, R right) {
         float *lefts = room, *rights = room + SIDE<M>;
-        float next_left[M / 8], next_right[N / 8];
+        float next_left[LEFTS], next_right[RIGHTS];
         auto fetch = [&](int first) {
             int thread = opaque(threadIdx.x);
 #pragma unroll
-            for (int e = 0; e < M / 8; e++) {
+            for (int e = 0; e < LEFTS; e++) {
                 int i, k;
                 element_in<M, LEFT_ALONG>(thread, e, i, k);
                 next_left[e] = first + k < steps ? left(i, first + k) : 0.0f;
             }
 #pragma unroll
-            for (int e = 0; e < N / 8; e++) {
+            for (int e = 0; e < RIGHTS; e++) {
                 int i, k;
                 element_in<N, RIGHT_ALONG>(thread, e, i, k);
                 next_right[e] = first + k < steps ? right(i, first + k) : 0.0f;
@@ -92,13 +101,13 @@ template <int M, int N, int ROW_WARPS> struct Product {
             // Everyone is done with the slice before.
             barrier();
 #pragma unroll
-            for (int e = 0; e < M / 8; e++) {
+            for (int e = 0; e < LEFTS; e++) {
                 int i, k;
                 element_in<M, LEFT_ALONG>(threadIdx.x, e, i, k);
                 lefts[place_in<M, LEFT_ALONG>(i, k)] = next_left[e];
             }
 #pragma unroll
-            for (int e = 0; e < N / 8; e++) {
+            for (int e = 0; e < RIGHTS; e++) {
                 int i, k;
                 element_in<N, RIGHT_ALONG>(threadIdx.x, e, i, k);
                 rights[place_in<N, RIGHT_ALONG>(i, k)] = next_right[e];
@@ -133,7 +142,7 @@ template <int M, int N, int ROW_WARPS> struct Product {
 };
 
 // Products whose rows are a chunk's tokens.
-template <int N> using OfRows = Product<CHUNK, N, 4>;
+template <int N> using OfRows = Product<CHUNK, N, PRODUCT_THREADS == 128 || N % 32 == 0 ? 2 : 4>;
 // Products whose rows are buckets or bits, and whose columns are channels.
 template <int M, int N> using OfBuckets = Product<M, N, 1>;
-__device__ constexpr int wide_tile(int all) { return all <= 64 ? 64 : MOST_COLUMNS; }
+__host__ __device__ constexpr int wide_tile(int all) { return all <= 64 ? 64 : MOST_COLUMNS; }

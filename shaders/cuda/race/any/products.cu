@@ -1,7 +1,7 @@
 // Σ Ψ·α + last of each query with the keys of its chunk up to its own, 0 else: a block per (chunk, head of the group).
 #include "product.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_products(const Piece p, const float *psi, const float *keys, const float *statistics, const u32 *lengths, float *products) {
+extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) any_products(const Piece p, const float *psi, const float *keys, const float *statistics, const u32 *lengths, float *products) {
     __shared__ float room[OfRows<CHUNK>::ROOM];
     Chunk at = chunk_of(p, lengths, GROUP);
     i64 of_keys = (i64)row_of(p, at, 0, 1) * BUCKETS;

@@ -1,7 +1,7 @@
 // What the queries of a chunk give to the gradient of the sums that they read: a block per (chunk, tile of the matrix).
 #include "product.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_query_sums(const Piece p, const void *grad_o, const float *psi, const float *masses, const float *statistics,
+extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) any_query_sums(const Piece p, const void *grad_o, const float *psi, const float *masses, const float *statistics,
                                           const u32 *lengths, float *matrices) {
     constexpr int M = tile_of(BUCKETS + 1, MOST_ROWS), N = wide_tile(VALUE_DIM), ROW_TILES = tiles_of(BUCKETS + 1, MOST_ROWS);
     __shared__ float room[OfBuckets<M, N>::ROOM];
@@ -25,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_query_sums(const Piec
     });
     if (channel > 0) return;
     at.r.in_group = 0;
-    for (int s = threadIdx.x; s < M && bucket + s <= BUCKETS; s += BLOCK) {
+    for (int s = threadIdx.x; s < M && bucket + s <= BUCKETS; s += PRODUCT_THREADS) {
         float sum = 0.0f;
         for (int i = 0; i < at.count(); i++) {
             i64 row = row_of(p, at, i, GROUP);

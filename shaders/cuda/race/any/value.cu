@@ -1,7 +1,7 @@
 // dv: a block per (chunk, tile of channels). FLAG 1 adds to what earlier ensembles gave.
 #include "product.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_value(const Piece p, const void *grad_o, const float *alpha, const float *products, const float *matrices,
+extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) any_value(const Piece p, const void *grad_o, const float *alpha, const float *products, const float *matrices,
                                      const u32 *lengths, float *dv) {
     constexpr int N = tile_of(VALUE_DIM, MOST_COLUMNS);
     __shared__ float room[OfRows<N>::ROOM];

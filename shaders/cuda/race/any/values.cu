@@ -2,7 +2,7 @@
 // tile of buckets).
 #include "product.cuh"
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 2) any_values(const Piece p, const void *grad_o, const float *gains, const float *keys, const float *matrices, const u32 *lengths,
+extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) any_values(const Piece p, const void *grad_o, const float *gains, const float *keys, const float *matrices, const u32 *lengths,
                                       float *values) {
     constexpr int N = tile_of(BUCKETS + 1, MOST_COLUMNS);
     __shared__ float room[OfRows<N>::ROOM];
