@@ -41,6 +41,12 @@
 #undef any_hash_inputs
 #undef any_hash_parameters
 #include "../../shaders/cuda/race/any/chunk_sums.cu"
+#include "../../shaders/cuda/race/any/group_totals.cu"
+#define any_group_prefix any_group_prefix_back
+#include "../../shaders/cuda/race/any/group_prefix.cu"
+#undef any_group_prefix
+#undef REVERSED
+#include "../../shaders/cuda/race/any/group_prefix.cu"
 #include "../../shaders/cuda/race/any/read_weights.cu"
 #include "../../shaders/cuda/race/any/products.cu"
 #include "../../shaders/cuda/race/any/output.cu"

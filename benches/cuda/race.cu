@@ -160,11 +160,21 @@ struct Run {
         LAUNCH(any_hash_q, chunks(GROUP * TABLE_TILES), BLOCK, 0, x(p, q_heads(), HEAD_DIM), w.q, w.planes, heads, w.lengths, tq, aq);
     }
     void scan_any(bool back, bool keep) {
-        u32 c = piece().chunks;
+        u32 c = piece().chunks, groups = (c + GROUP_CHUNKS - 1) / GROUP_CHUNKS;
+        // Now and then in groups, as long calls are.
+        bool grouped = c > 2;
+        Groups g = {(u32)(batch * kv_heads), c, groups, 0};
+        float *all = m, *m = grouped ? make<float>((size_t)batch * kv_heads * groups * MATRIX) : all;
+        u32 of_groups = blocks((size_t)batch * kv_heads * groups * MATRIX);
+        if (grouped) LAUNCH(any_group_totals, of_groups, BLOCK, 0, g, all, m);
+        c = grouped ? groups : c;
         Scan s = {(i64)(kv_heads * unit()), (i64)unit(), c, c, 1, (u32)kv_heads, keep};
         ScanAgain t = {s.state_batch, s.state_head, c, c, 1, (u32)kv_heads, keep};
         if (back) LAUNCH(race_scan_back, batch * kv_heads * ((COLUMNS + 7) / 8), SCAN_THREADS, 0, t, m, m, heads, gradient);
         else LAUNCH(race_scan, batch * kv_heads * ((COLUMNS + 7) / 8), SCAN_THREADS, 0, s, m, m, heads, state);
+        if (!grouped) return;
+        if (back) LAUNCH(any_group_prefix_back, of_groups, BLOCK, 0, g, m, all);
+        else LAUNCH(any_group_prefix, of_groups, BLOCK, 0, g, m, all);
     }
     void sums(bool keep) {
         scratch();
@@ -200,7 +210,7 @@ struct Run {
     void unhash(bool q) {
         Piece p = x(piece(), q ? q_heads() : kv_heads, HEAD_DIM);
         p.flags = 0;
-        size_t n = rows() * (q ? GROUP : 1), shares = ((size_t)batch * tokens * (q ? GROUP : 1) + p.share - 1) / p.share;
+        size_t n = rows() * (q ? GROUP : 1), shares = (size_t)batch * ((tokens + p.share - 1) / p.share);
         w.shares = make<float>(shares * kv_heads * BITS * (HEAD_DIM + 1));
         if (q) {
             LAUNCH(any_through_hash_q, blocks(n * BITS), BLOCK, 0, p, values, tq, heads, du);

@@ -5,7 +5,7 @@
 
 use super::CudaRace;
 use super::kernels::Kernel;
-use super::params::{PieceParams, Scan};
+use super::params::{Groups, PieceParams, Scan};
 use super::state::CudaState;
 use crate::engine::cuda::{Bind, Buffer, Grid, Input, Passes, bytes_of, stage};
 use crate::error::{Error, Result};
@@ -18,11 +18,13 @@ use std::ops::Range;
 const SCRATCH: usize = 256 << 20;
 /// No binding has a limit here.
 const NO_LIMIT: u64 = 1 << 50;
-/// Rows of a share of the parameters' gradients at least, and bytes of all shares of a piece.
-const SHARE_ROWS: usize = 256;
+/// Chunks of a group of the scan: twin of shaders/cuda/race/any/groups.cuh.
+const GROUP_CHUNKS: usize = 16;
+/// Chunks of a share of the parameters' gradients at least, and bytes of all shares of a piece.
+const SHARE_CHUNKS: usize = 4;
 const SHARES: usize = 32 << 20;
 /// Columns of a tile at most, and rows of one of buckets or bits.
-const MOST_COLUMNS: usize = 128;
+const MOST_COLUMNS: usize = 64;
 const MOST_ROWS: usize = 80;
 /// Flags of kernels: add to what is there; write the result.
 pub(super) const ADD: u32 = 1;
@@ -44,8 +46,11 @@ pub(super) struct Room {
     pub du: Buffer,
     pub shares: Buffer,
     pub sums: Buffer,
-    /// Rows of a share.
+    /// Of the chunks of each group, then of all before it.
+    totals: Buffer,
+    /// Chunks of a share, and all shares.
     pub share: usize,
+    pub parts: usize,
 }
 
 /// One block of a piece's kv heads in one ensemble.
@@ -139,9 +144,10 @@ impl CudaRace {
         let queries = keys * g.group;
         let w = &mut self.workspace;
         let one = piece.heads * g.bits() * (g.head_dim + 1) * 4;
-        let most = (SHARES / one).max(1);
-        let rows = queries / piece.heads;
-        let share = rows.div_ceil(most).max(SHARE_ROWS);
+        let most = (SHARES / one / piece.sequences.len()).max(1);
+        let share = piece.chunks().div_ceil(most).max(SHARE_CHUNKS);
+        let parts = piece.sequences.len() * piece.chunks().div_ceil(share);
+        let groups = piece.chunks().div_ceil(GROUP_CHUNKS);
         let of_backward = |elements: usize| if backward { elements } else { 0 };
         let mut get = |at: usize, elements: usize| w.any[at].get(&ctx, op, (elements * 4) as u64);
         let (t_q, t_k) = (get(0, queries * g.bits())?, get(1, keys * g.bits())?);
@@ -155,7 +161,7 @@ impl CudaRace {
             masses: get(9, of_backward(queries * wide))?,
             w: get(10, of_backward(keys * g.buckets()))?,
             du: get(11, of_backward(queries * g.bits() * 2))?,
-            shares: w.shares.get(&ctx, op, of_backward(rows.div_ceil(share) * one) as u64)?,
+            shares: w.shares.get(&ctx, op, of_backward(parts * one) as u64)?,
             matrices: w.matrices.get(&ctx, op, (units * piece.chunks() * g.matrix() * 4) as u64)?,
             t_q,
             t_k,
@@ -164,7 +170,9 @@ impl CudaRace {
             products,
             statistics,
             sums,
+            totals: get(12, units * groups * g.matrix())?,
             share,
+            parts,
         })
     }
 
@@ -266,21 +274,32 @@ impl CudaRace {
         alone: bool,
     ) -> Result<()> {
         let g = &self.geometry;
-        let chunks = if alone { 1 } else { block.piece.chunks() as u32 };
+        let chunks = if alone { 1 } else { block.piece.chunks() };
+        let groups = chunks.div_ceil(GROUP_CHUNKS);
+        let spans = if groups > 1 { groups } else { chunks } as u32;
         let scan = Scan {
             state_batch: (g.units() * g.state_unit()) as u64,
             state_head: (g.ensembles * g.state_unit()) as u64,
-            spans: chunks,
-            slots: chunks,
+            spans,
+            slots: spans,
             group: 1,
             heads: block.heads.len() as u32,
             keep: u32::from(keep || alone),
             reserved: 0,
         };
         let at = (first * g.units() + block.heads.start * g.ensembles + block.ensemble) * g.state_unit() * 8;
-        let matrices = [&room.matrices, &room.matrices];
-        let state = Bind::at(state, at as u64);
-        self.scan(passes, scan, block.units() as u64, matrices, block.heads.start, state, reverse)
+        let (units, head, state) = (block.units(), block.heads.start, Bind::at(state, at as u64));
+        if groups == 1 {
+            return self.scan(passes, scan, units as u64, [&room.matrices, &room.matrices], head, state, reverse);
+        }
+        let of_groups = grid(units * groups * g.matrix());
+        let (units, chunks) = (units as u32, chunks as u32);
+        let params = Groups { units, chunks, groups: groups as u32, reserved: 0 };
+        let binds = vec![Bind::from(&room.matrices), Bind::from(&room.totals)];
+        passes.dispatch(self.key(Kernel::GroupTotals), params, of_groups, binds)?;
+        self.scan(passes, scan, units.into(), [&room.totals, &room.totals], head, state, reverse)?;
+        let binds = vec![Bind::from(&room.totals), Bind::from(&room.matrices)];
+        passes.dispatch(self.key(Kernel::GroupPrefix { reverse }), params, of_groups, binds)
     }
 
     /// A forward pass; o where it reads.

@@ -9,7 +9,7 @@ use super::state::{CudaParameterSums, CudaState};
 use crate::engine::cuda::{Bind, Buffer, Input, Passes, bytes_of};
 use crate::error::Result;
 use crate::race::executor::{Call, InputGradients, Inputs, Pass};
-use crate::race::plan::Piece;
+use crate::race::plan::{CHUNK, Piece};
 use crate::tensor::{DType, Tensor, TensorView};
 
 /// Where a call's results go.
@@ -273,8 +273,8 @@ impl CudaRace {
             passes.dispatch(self.key(Kernel::HashInputs { queries }), params, grid, binds)?;
         }
         let heads = block.heads.len();
-        let parts = (rows / heads).div_ceil(room.share);
-        let params = PieceParams { share: room.share as u32, ..with(block.params, Some(x), None) };
+        let parts = room.parts;
+        let params = PieceParams { share: (room.share * CHUNK) as u32, ..with(block.params, Some(x), None) };
         let binds = vec![x.bind.clone(), Bind::from(&room.du), block.lengths.clone(), Bind::from(&room.shares)];
         let grid = tiles(parts * heads * row_tiles(g.bits()) * column_tiles(g.head_dim));
         passes.dispatch(self.key(Kernel::HashParameters { queries }), params, grid, binds)?;

@@ -6,82 +6,37 @@ use crate::race::plan::Geometry;
 use crate::tensor::DType;
 
 /// What a kernel does; with a [`Geometry`] it names one. `terms` is the number of bf16 parts that computed numbers are
-/// kept in, `grad` the dtype of the gradient of o.
+/// kept in, `grad` the dtype of the gradient of o, `channels` those of v that a block has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Kernel {
     // Walking through spans, on the tensor cores.
-    Sums {
-        terms: usize,
-    },
-    Forward {
-        terms: usize,
-        fit: Fit,
-        output: DType,
-    },
-    BackwardQuery {
-        terms: usize,
-        fit: Fit,
-        gradients: DType,
-    },
-    BackwardKey {
-        terms: usize,
-        fit: Fit,
-        gradients: DType,
-    },
+    Sums { terms: usize },
+    Forward { terms: usize, fit: Fit, output: DType },
+    BackwardQuery { terms: usize, fit: Fit, gradients: DType },
+    BackwardKey { terms: usize, fit: Fit, gradients: DType },
     // For both.
-    Scan {
-        reverse: bool,
-    },
+    Scan { reverse: bool },
     AddParameters,
     FinishParameters,
-    /// `channels` of v are a block's.
-    Step {
-        output: DType,
-        channels: usize,
-    },
+    Step { output: DType, channels: usize },
     Fold,
     // For any shape.
-    Hash {
-        queries: bool,
-    },
+    Hash { queries: bool },
     ChunkSums,
-    ReadWeights {
-        read: bool,
-    },
+    GroupTotals,
+    GroupPrefix { reverse: bool },
+    ReadWeights { read: bool },
     Products,
-    Output {
-        output: DType,
-        read: bool,
-    },
-    Gains {
-        grad: DType,
-    },
-    Values {
-        grad: DType,
-        read: bool,
-    },
-    Query {
-        read: bool,
-    },
-    QuerySums {
-        grad: DType,
-    },
-    Key {
-        absorb: bool,
-    },
-    Value {
-        grad: DType,
-        absorb: bool,
-    },
-    ThroughHash {
-        queries: bool,
-    },
-    HashInputs {
-        queries: bool,
-    },
-    HashParameters {
-        queries: bool,
-    },
+    Output { output: DType, read: bool },
+    Gains { grad: DType },
+    Values { grad: DType, read: bool },
+    Query { read: bool },
+    QuerySums { grad: DType },
+    Key { absorb: bool },
+    Value { grad: DType, absorb: bool },
+    ThroughHash { queries: bool },
+    HashInputs { queries: bool },
+    HashParameters { queries: bool },
 }
 
 /// One kernel.
@@ -113,6 +68,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("any.cuh", include_str!("../../../shaders/cuda/race/any/any.cuh")),
     ("product.cuh", include_str!("../../../shaders/cuda/race/any/product.cuh")),
     ("masses.cuh", include_str!("../../../shaders/cuda/race/any/masses.cuh")),
+    ("groups.cuh", include_str!("../../../shaders/cuda/race/any/groups.cuh")),
     ("pending.cuh", include_str!("../../../shaders/cuda/race/any/pending.cuh")),
 ];
 
@@ -132,6 +88,8 @@ impl Kernel {
             Self::Fold => kernel!("any/", "fold", "any_fold"),
             Self::Hash { .. } => kernel!("any/", "hash", "any_hash"),
             Self::ChunkSums => kernel!("any/", "chunk_sums", "any_chunk_sums"),
+            Self::GroupTotals => kernel!("any/", "group_totals", "any_group_totals"),
+            Self::GroupPrefix { .. } => kernel!("any/", "group_prefix", "any_group_prefix"),
             Self::ReadWeights { .. } => kernel!("any/", "read_weights", "any_read_weights"),
             Self::Products => kernel!("any/", "products", "any_products"),
             Self::Output { .. } => kernel!("any/", "output", "any_output"),
@@ -168,7 +126,7 @@ impl Kernel {
                 ("FORWARD_BLOCKS", fit.blocks.to_string()),
                 ("FORWARD_STAGES", fit.stages.to_string()),
             ],
-            Self::Scan { reverse } => flag("REVERSED", reverse),
+            Self::Scan { reverse } | Self::GroupPrefix { reverse } => flag("REVERSED", reverse),
             Self::ReadWeights { read } | Self::Query { read } => flag("READ", read),
             Self::Output { output, read } => [vec![("OUT_TYPE", code(output))], flag("READ", read)].concat(),
             Self::Step { output, channels } => vec![("OUT_TYPE", code(output)), ("CHANNELS", channels.to_string())],
@@ -180,7 +138,8 @@ impl Kernel {
             | Self::ThroughHash { queries }
             | Self::HashInputs { queries }
             | Self::HashParameters { queries } => per_head(queries),
-            Self::AddParameters | Self::FinishParameters | Self::Fold | Self::ChunkSums | Self::Products => Vec::new(),
+            Self::AddParameters | Self::FinishParameters | Self::Fold => Vec::new(),
+            Self::ChunkSums | Self::GroupTotals | Self::Products => Vec::new(),
         };
         // Headers speak of both kinds of kernels that walk.
         for (name, value) in [("STAGES", "1".into()), ("GRADIENT_TYPE", code(DType::F32))] {

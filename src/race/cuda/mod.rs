@@ -51,7 +51,7 @@ struct Workspace {
     /// Shares of the parameters' gradients.
     shares: Scratch,
     /// Of passes for any shape.
-    any: [Scratch; 12],
+    any: [Scratch; 13],
 }
 
 /// The CUDA executor.

@@ -66,6 +66,16 @@ pub(super) struct PieceParams {
     pub reserved: u32,
 }
 
+/// Twin of `Groups` in shaders/cuda/race/any/groups.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub(super) struct Groups {
+    pub units: u32,
+    pub chunks: u32,
+    pub groups: u32,
+    pub reserved: u32,
+}
+
 /// Twin of `Step` in shaders/cuda/race/any/step.cu.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use super::kernels::{Kernel, Key};
-use super::params::{Finish, PieceParams, Scan, Shares, Step, Walk};
+use super::params::{Finish, Groups, PieceParams, Scan, Shares, Step, Walk};
 use super::shared;
 use super::window_kernels::{Way, WindowKernel, WindowKey};
 use crate::engine::cuda::KernelKey;
@@ -36,6 +36,7 @@ fn any(geometry: Geometry, output: DType, grad: DType) -> Vec<Key> {
         Kernel::FinishParameters,
         Kernel::Fold,
         Kernel::ChunkSums,
+        Kernel::GroupTotals,
         Kernel::Products,
         Kernel::Gains { grad },
         Kernel::QuerySums { grad },
@@ -43,6 +44,7 @@ fn any(geometry: Geometry, output: DType, grad: DType) -> Vec<Key> {
     for flag in [false, true] {
         kernels.extend([
             Kernel::Hash { queries: flag },
+            Kernel::GroupPrefix { reverse: flag },
             Kernel::ReadWeights { read: flag },
             Kernel::Output { output, read: flag },
             Kernel::Values { grad, read: flag },
@@ -139,6 +141,7 @@ fn structs_are_those_of_the_texts() {
         (text!("scan.cu"), "Scan", size_of::<Scan>()),
         (text!("add_parameters.cu"), "Shares", size_of::<Shares>()),
         (text!("any/any.cuh"), "Piece", size_of::<PieceParams>()),
+        (text!("any/groups.cuh"), "Groups", size_of::<Groups>()),
         (text!("any/step.cu"), "Step", size_of::<Step>()),
         (text!("any/finish_parameters.cu"), "Finish", size_of::<Finish>()),
     ] {

@@ -16,9 +16,7 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) an
         if (bucket + s <= BUCKETS && channel + c < VALUE_DIM) to[(bucket + s) * COLUMNS + channel + c] = sum;
     });
     if (channel > 0) return;
-    for (int s = threadIdx.x; s < M && bucket + s <= BUCKETS; s += PRODUCT_THREADS) {
-        float sum = 0.0f;
-        for (int i = 0; i < at.count(); i++) sum += weight(s, i);
-        to[(bucket + s) * COLUMNS + VALUE_DIM] = sum;
-    }
+    sum_rows<M>(room, at.count(), weight, [&](int s, float sum) {
+        if (bucket + s <= BUCKETS) to[(bucket + s) * COLUMNS + VALUE_DIM] = sum;
+    });
 }

@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) an
     const float *w = planes + (p.head + at.r.head) * p.planes_step + (i64)table * PLANES * HEAD_DIM;
     i64 from = x_at(p, at.r, PER_HEAD);
     OfRows<BITS_TILE> of_bits;
-    of_bits.template add<true, true>(
+    of_bits.template add<true, true, (HEAD_DIM > SHORT)>(
         room, HEAD_DIM, [&](int i, int c) { return i < at.count() ? load<IN_TYPE>(x, from + i * p.x_token + c) : 0.0f; },
         [&](int bit, int c) { return bit < bits ? w[bit * HEAD_DIM + c] : 0.0f; });
     float beta = heads[p.head + at.r.head].x, centre = heads[p.head + at.r.head].y;
@@ -34,10 +34,11 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) an
             if (i < rows) t[(i64)row_of(p, at, i, PER_HEAD) * BITS + table * PLANES + bit] = of_bit;
         });
         barrier();
-        int buckets = bits / PLANES * RADIX;
-        for (int e = threadIdx.x; e < ROWS_AT_ONCE * buckets; e += PRODUCT_THREADS) {
-            int i = e / buckets, bucket = e % buckets;
+        constexpr int BUCKETS_AT_ONCE = TABLES_AT_ONCE * RADIX;
+        for (int e = threadIdx.x; e < ROWS_AT_ONCE * BUCKETS_AT_ONCE; e += PRODUCT_THREADS) {
+            int i = e / BUCKETS_AT_ONCE, bucket = e % BUCKETS_AT_ONCE;
             if (first + i >= rows) break;
+            if (bucket >= bits / PLANES * RADIX) continue;
             const float2 *of_table = odds + i * BITS_AT_ONCE + bucket / RADIX * PLANES;
             float weight = 1.0f;
 #pragma unroll

@@ -11,12 +11,17 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) an
     const float2 *of_rows = du + (i64)row_of(p, at, 0, PER_HEAD) * BITS;
     i64 to = out_at(p, at.r, PER_HEAD, HEAD_DIM) + channel;
     OfRows<N> sums;
-    sums.template add<true, false>(
+    sums.template add<true, false, (BITS > SHORT)>(
         room, BITS, [&](int i, int bit) { return i < at.count() ? of_rows[(i64)(i * p.heads * PER_HEAD) * BITS + bit].x : 0.0f; },
         [&](int c, int bit) { return channel + c < HEAD_DIM ? w[bit * HEAD_DIM + c] : 0.0f; });
-    sums.each([&](int i, int c, float sum) {
+    sums.pairs([&](int i, int c, float x, float y) {
         if (at.first + i >= at.last || channel + c >= HEAD_DIM) return;
         float *here = dx + to + i * p.out_token + c;
-        *here = p.flags & 1 ? *here + sum : sum;
+        bool both = channel + c + 1 < HEAD_DIM;
+        if (p.flags & 1) {
+            x += here[0];
+            if (both) y += here[1];
+        }
+        put_pair<HEAD_DIM>(here, x, y, both);
     });
 }

@@ -11,13 +11,16 @@
 #define PRODUCT_THREADS 256
 #endif
 #ifndef PRODUCT_BLOCKS
-#define PRODUCT_BLOCKS 2
+// Blocks of a multiprocessor: sums that are added up from short ones need more registers.
+#define PRODUCT_BLOCKS (HEAD_DIM > 128 || VALUE_DIM > 128 || BUCKETS > 128 || GROUP > 2 ? 2 : 3)
 #endif
 #ifndef SLICE
 #define SLICE 16
 #endif
 // The most columns of a tile, and the most rows of one of buckets or bits. The Rust twins are in src/race/cuda/any.rs.
-constexpr int MOST_COLUMNS = 128;
+#ifndef MOST_COLUMNS
+#define MOST_COLUMNS 64
+#endif
 constexpr int MOST_ROWS = 80;
 
 __host__ __device__ constexpr int tiles_of(int all, int most) { return (all + most - 1) / most; }
@@ -76,8 +79,22 @@ template <int M, int N, int ROW_WARPS> struct Product {
         }
     }
 
-    // Adds Σ over `steps` of left(row, step)·right(column, step).
-    template <bool LEFT_ALONG, bool RIGHT_ALONG, class L, class R> __device__ __forceinline__ void add(float *room, int steps, L left, R right) {
+    // Calls work(row, column, sum, sum of the next column) for every pair of columns that the thread has.
+    template <class F> __device__ __forceinline__ void pairs(F work) {
+        int lane = opaque(threadIdx.x & 31);
+#pragma unroll
+        for (int i = 0; i < OWN_ROWS / 16; i++) {
+#pragma unroll
+            for (int e = 0; e < 4; e += 2) {
+#pragma unroll
+                for (int j = 0; j < OWN_COLUMNS / 8; j++) work(first_row() + i * 16 + lane / 4 + e * 4, first_column() + j * 8 + lane % 4 * 2, sums[i][j][e], sums[i][j][e + 1]);
+            }
+        }
+    }
+
+    // Adds Σ over `steps` of left(row, step)·right(column, step). The tensor cores cut off what a sum has no bits for, all
+    // one way: LONG sums are added up from short ones.
+    template <bool LEFT_ALONG, bool RIGHT_ALONG, bool LONG = false, class L, class R> __device__ __forceinline__ void add(float *room, int steps, L left, R right) {
         float *lefts = room, *rights = room + SIDE<M>;
         float next_left[LEFTS], next_right[RIGHTS];
         auto fetch = [&](int first) {
@@ -96,6 +113,8 @@ template <int M, int N, int ROW_WARPS> struct Product {
             }
         };
         fetch(0);
+        Product part;
+        auto &of_slice = LONG ? part.sums : sums;
 #pragma unroll 1
         for (int first = 0; first < steps; first += SLICE) {
             // Everyone is done with the slice before.
@@ -131,15 +150,56 @@ template <int M, int N, int ROW_WARPS> struct Product {
                     for (int e = 0; e < 2; e++) split_tf32(of_high[e], of_rest[e], rights[place_in<N, RIGHT_ALONG>(column + j * 8, k + step + e * 4)]);
 #pragma unroll
                     for (int i = 0; i < OWN_ROWS / 16; i++) {
-                        mma_tf32(sums[i][j], rest[i], of_high);
-                        mma_tf32(sums[i][j], high[i], of_rest);
-                        mma_tf32(sums[i][j], high[i], of_high);
+                        mma_tf32(of_slice[i][j], rest[i], of_high);
+                        mma_tf32(of_slice[i][j], high[i], of_rest);
+                        mma_tf32(of_slice[i][j], high[i], of_high);
+                    }
+                }
+            }
+            if (LONG && (first / SLICE % 4 == 3 || first + SLICE >= steps)) {
+#pragma unroll
+                for (int i = 0; i < OWN_ROWS / 16; i++) {
+#pragma unroll
+                    for (int j = 0; j < OWN_COLUMNS / 8; j++) {
+#pragma unroll
+                        for (int e = 0; e < 4; e++) {
+                            sums[i][j][e] += part.sums[i][j][e];
+                            part.sums[i][j][e] = 0.0f;
+                        }
                     }
                 }
             }
         }
     }
 };
+// Steps that a sum on the tensor cores may have.
+constexpr int SHORT = 128;
+
+// Two neighbours of a row of WIDTH elements, of which there may be one only; rows are apart by multiples of WIDTH.
+template <int WIDTH> __device__ __forceinline__ void put_pair(float *to, float x, float y, bool both) {
+    if constexpr (WIDTH % 2 == 0) {
+        float2 pair = {x, y};
+        *(float2 *)to = pair;
+    } else {
+        to[0] = x;
+        if (both) to[1] = y;
+    }
+}
+
+// Sums of M rows' elements over `steps` by the whole block, whose threads take some steps each: work(row, sum).
+template <int M, class F, class W> __device__ __forceinline__ void sum_rows(float *room, int steps, F element, W work) {
+    constexpr int PARTS = PRODUCT_THREADS / M;
+    int row = threadIdx.x % M, part = threadIdx.x / M;
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int i = part; part < PARTS && i < steps; i += PARTS) sum += element(row, i);
+    barrier();
+    if (part < PARTS) room[threadIdx.x] = sum;
+    barrier();
+    if (part > 0) return;
+    for (int i = 1; i < PARTS; i++) sum += room[i * M + row];
+    work(row, sum);
+}
 
 // Products whose rows are a chunk's tokens.
 template <int N> using OfRows = Product<CHUNK, N, PRODUCT_THREADS == 128 || N % 32 == 0 ? 2 : 4>;

@@ -11,7 +11,7 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) an
     for (at.r.in_group = 0; at.r.in_group < GROUP; at.r.in_group++) {
         i64 from = x_at(p, at.r, GROUP);
         u32 first = row_of(p, at, 0, GROUP), step = p.heads * GROUP;
-        sums.template add<false, false>(
+        sums.template add<false, false, (GROUP * CHUNK > SHORT)>(
             room, at.count(),
             [&](int s, int i) {
                 i64 row = first + i * step;
@@ -25,12 +25,10 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) an
     });
     if (channel > 0) return;
     at.r.in_group = 0;
-    for (int s = threadIdx.x; s < M && bucket + s <= BUCKETS; s += PRODUCT_THREADS) {
-        float sum = 0.0f;
-        for (int i = 0; i < at.count(); i++) {
-            i64 row = row_of(p, at, i, GROUP);
-            for (int g = 0; g < GROUP; g++) sum += masses[(row + g) * (BUCKETS + 1) + bucket + s];
-        }
-        to[(bucket + s) * COLUMNS + VALUE_DIM] = sum;
-    }
+    u32 first = row_of(p, at, 0, GROUP), step = p.heads * GROUP;
+    sum_rows<M>(
+        room, at.count() * GROUP, [&](int s, int i) { return bucket + s <= BUCKETS ? masses[(i64)(first + i / GROUP * step + i % GROUP) * (BUCKETS + 1) + bucket + s] : 0.0f; },
+        [&](int s, float sum) {
+            if (bucket + s <= BUCKETS) to[(bucket + s) * COLUMNS + VALUE_DIM] = sum;
+        });
 }

@@ -13,7 +13,7 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) an
     i64 g = x_at(p, at.r, GROUP);
     const float *matrix = matrices + at.matrix;
     OfRows<N> sums;
-    sums.template add<true, true>(
+    sums.template add<true, true, (VALUE_DIM > SHORT)>(
         room, VALUE_DIM, [&](int i, int c) { return i < at.count() ? load<GRAD_TYPE>(grad_o, g + i * p.x_token + c) : 0.0f; },
         [&](int s, int c) { return bucket + s <= BUCKETS ? matrix[(bucket + s) * COLUMNS + c] : 0.0f; });
 #ifndef READ
