@@ -10,7 +10,7 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) an
     i64 from = x_at(p, at.r, 1);
     auto weight = [&](int s, int i) { return bucket + s < BUCKETS ? weights[(u32)i * p.heads * BUCKETS + bucket + s] : bucket + s == BUCKETS ? 1.0f : 0.0f; };
     OfBuckets<M, N> sums;
-    sums.template add<false, false>(room, at.count(), weight, [&](int c, int i) { return channel + c < VALUE_DIM ? load<IN_TYPE>(v, from + i * p.x_token + channel + c) : 0.0f; });
+    sums.template add<false, false>(room, at.count(), weight, [&](int c, int i) { return channel + c < VALUE_DIM ? load_raw<IN_TYPE>(v, from + i * p.x_token + channel + c) : 0.0f; }, AsItIs(), Finite());
     float *to = matrices + at.matrix;
     sums.each([&](int s, int c, float sum) {
         if (bucket + s <= BUCKETS && channel + c < VALUE_DIM) to[(bucket + s) * COLUMNS + channel + c] = sum;

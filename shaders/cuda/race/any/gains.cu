@@ -9,8 +9,8 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) an
     i64 g = x_at(p, at.r, GROUP);
     OfRows<CHUNK> sums;
     sums.template add<true, true, (VALUE_DIM > SHORT)>(
-        room, VALUE_DIM, [&](int i, int c) { return i < at.count() ? load<GRAD_TYPE>(grad_o, g + i * p.x_token + c) : 0.0f; },
-        [&](int i, int c) { return i < at.count() ? load<IN_TYPE>(v, x + i * p.y_token + c) : 0.0f; });
+        room, VALUE_DIM, [&](int i, int c) { return i < at.count() ? load_raw<GRAD_TYPE>(grad_o, g + i * p.x_token + c) : 0.0f; },
+        [&](int i, int c) { return i < at.count() ? load_raw<IN_TYPE>(v, x + i * p.y_token + c) : 0.0f; }, Finite(), Finite());
     sums.pairs([&](int i, int key, float x, float y) {
         if (at.first + i >= at.last) return;
         put_pair<CHUNK>(gains + (i64)row_of(p, at, i, GROUP) * CHUNK + key, key <= i && i < at.count() ? x : 0.0f, key < i && i < at.count() ? y : 0.0f, true);

@@ -18,8 +18,8 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) an
     i64 from = x_at(p, at.r, PER_HEAD);
     OfRows<BITS_TILE> of_bits;
     of_bits.template add<true, true, (HEAD_DIM > SHORT)>(
-        room, HEAD_DIM, [&](int i, int c) { return i < at.count() ? load<IN_TYPE>(x, from + i * p.x_token + c) : 0.0f; },
-        [&](int bit, int c) { return bit < bits ? w[bit * HEAD_DIM + c] : 0.0f; });
+        room, HEAD_DIM, [&](int i, int c) { return i < at.count() ? load_raw<IN_TYPE>(x, from + i * p.x_token + c) : 0.0f; },
+        [&](int bit, int c) { return bit < bits ? w[bit * HEAD_DIM + c] : 0.0f; }, Finite());
     float beta = heads[p.head + at.r.head].x, centre = heads[p.head + at.r.head].y;
     int rows = at.last - at.first;
     for (int first = 0; first < CHUNK; first += ROWS_AT_ONCE) {

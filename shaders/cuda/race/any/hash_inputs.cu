@@ -12,7 +12,7 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) an
     i64 to = out_at(p, at.r, PER_HEAD, HEAD_DIM) + channel;
     OfRows<N> sums;
     sums.template add<true, false, (BITS > SHORT)>(
-        room, BITS, [&](int i, int bit) { return i < at.count() ? of_rows[(i64)(i * p.heads * PER_HEAD) * BITS + bit].x : 0.0f; },
+        room, BITS, [&](int i, int bit) { return i < at.count() ? of_rows[i * (p.heads * PER_HEAD * BITS) + bit].x : 0.0f; },
         [&](int c, int bit) { return channel + c < HEAD_DIM ? w[bit * HEAD_DIM + c] : 0.0f; });
     sums.pairs([&](int i, int c, float x, float y) {
         if (at.first + i >= at.last || channel + c >= HEAD_DIM) return;

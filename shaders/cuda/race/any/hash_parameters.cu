@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) an
         i64 from = x_at(p, r, PER_HEAD) + channel;
         sums.template add<false, false, true>(
             room, steps, [&](int b, int i) { return bit + b < BITS ? of_rows[i * step + r.in_group * BITS + b].x : 0.0f; },
-            [&](int c, int i) { return channel + c < HEAD_DIM ? load<IN_TYPE>(x, from + i * p.x_token + c) : 0.0f; });
+            [&](int c, int i) { return channel + c < HEAD_DIM ? load_raw<IN_TYPE>(x, from + i * p.x_token + c) : 0.0f; }, AsItIs(), Finite());
     }
     float *to = shares + ((i64)(blockIdx.x / TILES) * BITS + bit) * (HEAD_DIM + 1);
     sums.each([&](int b, int c, float sum) {

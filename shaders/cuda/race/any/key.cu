@@ -5,25 +5,50 @@
 extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) any_key(const Piece p, const void *v, const float *alpha, const float *gains, const float *psi, const float *masses,
                                    const float *matrices, const float2 *heads, const u32 *lengths, float *w) {
     constexpr int N = tile_of(BUCKETS, MOST_COLUMNS);
-    __shared__ float room[OfRows<N>::ROOM], masses_after[N];
+    // Threads of a bucket, and tokens of each.
+    constexpr int PARTS = PRODUCT_THREADS / N, SEGMENT = (CHUNK + PARTS - 1) / PARTS;
+    __shared__ float room[OfRows<N>::ROOM], after[CHUNK][N + 1];
     Chunk at = chunk_of(p, lengths, tiles_of(BUCKETS, MOST_COLUMNS));
     int bucket = at.part * N;
     i64 x = x_at(p, at.r, 1);
     const float *matrix = matrices + at.matrix;
-    for (int s = threadIdx.x; s < N; s += PRODUCT_THREADS) masses_after[s] = bucket + s < BUCKETS ? matrix[(bucket + s) * COLUMNS + VALUE_DIM] : 0.0f;
+    {
+        // The gradient of a key's mass is what its own query and the later ones leave.
+        int s = threadIdx.x % N, part = threadIdx.x / N;
+        bool real = part < PARTS && bucket + s < BUCKETS;
+        float later[SEGMENT], rest = real ? matrix[(bucket + s) * COLUMNS + VALUE_DIM] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < SEGMENT; i++) {
+            later[i] = 0.0f;
+#ifndef ABSORB
+            int token = part * SEGMENT + i;
+            if (!real || token >= at.count()) continue;
+            for (int g = 0; g < GROUP; g++) later[i] += masses[((i64)row_of(p, at, token, GROUP) + g) * (BUCKETS + 1) + bucket + s];
+#endif
+        }
+#pragma unroll
+        for (int i = SEGMENT - 2; i >= 0; i--) later[i] += later[i + 1];
+        if (part < PARTS) after[part][s] = later[0];
+        barrier();
+        for (int i = part + 1; i < PARTS; i++) rest += after[i][s];
+        barrier();
+#pragma unroll
+        for (int i = 0; i < SEGMENT; i++) {
+            if (part < PARTS && part * SEGMENT + i < CHUNK) after[part * SEGMENT + i][s] = later[i] + rest;
+        }
+    }
     OfRows<N> sums;
     sums.template add<true, true, (VALUE_DIM > SHORT)>(
-        room, VALUE_DIM, [&](int i, int c) { return i < at.count() ? load<IN_TYPE>(v, x + i * p.x_token + c) : 0.0f; },
-        [&](int s, int c) { return bucket + s < BUCKETS ? matrix[(bucket + s) * COLUMNS + c] : 0.0f; });
+        room, VALUE_DIM, [&](int i, int c) { return i < at.count() ? load_raw<IN_TYPE>(v, x + i * p.x_token + c) : 0.0f; },
+        [&](int s, int c) { return bucket + s < BUCKETS ? matrix[(bucket + s) * COLUMNS + c] : 0.0f; }, Finite());
 #ifndef ABSORB
     for (at.r.in_group = 0; at.r.in_group < GROUP; at.r.in_group++) {
-        u32 first = row_of(p, at, 0, GROUP), step = p.heads * GROUP;
+        i64 first = row_of(p, at, 0, GROUP);
+        u32 step = p.heads * GROUP;
+        const float *of_gains = gains + first * CHUNK, *of_psi = psi + first * BUCKETS + bucket;
         sums.template add<false, false, (GROUP * CHUNK > SHORT)>(
-            room, at.count(), [&](int key, int i) { return gains[(i64)(first + i * step) * CHUNK + key]; },
-            [&](int s, int i) { return bucket + s < BUCKETS ? psi[(i64)(first + i * step) * BUCKETS + bucket + s] : 0.0f; });
-        sums.template add<false, false, (GROUP * CHUNK > SHORT)>(
-            room, at.count(), [&](int key, int i) { return key <= i ? 1.0f : 0.0f; },
-            [&](int s, int i) { return bucket + s < BUCKETS ? masses[(i64)(first + i * step) * (BUCKETS + 1) + bucket + s] : 0.0f; });
+            room, at.count(), [&](int key, int i) { return of_gains[i * (step * CHUNK) + key]; },
+            [&](int s, int i) { return bucket + s < BUCKETS ? of_psi[i * (step * BUCKETS) + s] : 0.0f; });
     }
     at.r.in_group = 0;
 #endif
@@ -33,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) an
     sums.each([&](int i, int s, float &sum) {
         float weight = 0.0f;
         if (i < at.count() && bucket + s < BUCKETS) weight = alpha[(row0 + i * p.heads) * BUCKETS + bucket + s] + centre;
-        sum = (sum + masses_after[s]) * weight;
+        sum = (sum + after[i][s]) * weight;
     });
     sums.pairs([&](int i, int s, float x, float y) {
         if (at.first + i < at.last && bucket + s < BUCKETS) put_pair<BUCKETS>(w + (row0 + i * p.heads) * BUCKETS + bucket + s, x, y, bucket + s + 1 < BUCKETS);

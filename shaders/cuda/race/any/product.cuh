@@ -44,6 +44,14 @@ __device__ __forceinline__ void split_tf32(u32 &high, u32 &rest, float x) {
     rest = bits_of(x - float_of(high)) + 0x1000u;
 }
 
+// What becomes of an element once it has arrived: until then nobody waits for it. Of the kernels' own arrays it stays.
+struct AsItIs {
+    __device__ __forceinline__ float operator()(int, float x) const { return x; }
+};
+struct Finite {
+    __device__ __forceinline__ float operator()(int, float x) const { return finite_or_zero(x); }
+};
+
 // ROW_WARPS of the block's eight warps share the rows.
 template <int M, int N, int ROW_WARPS> struct Product {
     static constexpr int COLUMN_WARPS = PRODUCT_THREADS / 32 / ROW_WARPS;
@@ -94,7 +102,8 @@ template <int M, int N, int ROW_WARPS> struct Product {
 
     // Adds Σ over `steps` of left(row, step)·right(column, step). The tensor cores cut off what a sum has no bits for, all
     // one way: LONG sums are added up from short ones.
-    template <bool LEFT_ALONG, bool RIGHT_ALONG, bool LONG = false, class L, class R> __device__ __forceinline__ void add(float *room, int steps, L left, R right) {
+    template <bool LEFT_ALONG, bool RIGHT_ALONG, bool LONG = false, class L, class R, class OfLeft = AsItIs, class OfRight = AsItIs>
+    __device__ __forceinline__ void add(float *room, int steps, L left, R right, OfLeft of_left = {}, OfRight of_right = {}) {
         float *lefts = room, *rights = room + SIDE<M>;
         float next_left[LEFTS], next_right[RIGHTS];
         auto fetch = [&](int first) {
@@ -123,20 +132,19 @@ template <int M, int N, int ROW_WARPS> struct Product {
             for (int e = 0; e < LEFTS; e++) {
                 int i, k;
                 element_in<M, LEFT_ALONG>(threadIdx.x, e, i, k);
-                lefts[place_in<M, LEFT_ALONG>(i, k)] = next_left[e];
+                lefts[place_in<M, LEFT_ALONG>(i, k)] = of_left(i, next_left[e]);
             }
 #pragma unroll
             for (int e = 0; e < RIGHTS; e++) {
                 int i, k;
                 element_in<N, RIGHT_ALONG>(threadIdx.x, e, i, k);
-                rights[place_in<N, RIGHT_ALONG>(i, k)] = next_right[e];
+                rights[place_in<N, RIGHT_ALONG>(i, k)] = of_right(i, next_right[e]);
             }
             barrier();
             if (first + SLICE < steps) fetch(first + SLICE);
             int row = first_row() + (threadIdx.x >> 2 & 7), column = first_column() + (threadIdx.x >> 2 & 7), step = threadIdx.x & 3;
 #pragma unroll
             for (int k = 0; k < SLICE; k += 8) {
-                if (first + k >= steps) break;
                 u32 high[OWN_ROWS / 16][4], rest[OWN_ROWS / 16][4];
 #pragma unroll
                 for (int i = 0; i < OWN_ROWS / 16; i++) {
@@ -148,12 +156,13 @@ template <int M, int N, int ROW_WARPS> struct Product {
                     u32 of_high[2], of_rest[2];
 #pragma unroll
                     for (int e = 0; e < 2; e++) split_tf32(of_high[e], of_rest[e], rights[place_in<N, RIGHT_ALONG>(column + j * 8, k + step + e * 4)]);
+// Not one after another into the same sum.
 #pragma unroll
-                    for (int i = 0; i < OWN_ROWS / 16; i++) {
-                        mma_tf32(of_slice[i][j], rest[i], of_high);
-                        mma_tf32(of_slice[i][j], high[i], of_rest);
-                        mma_tf32(of_slice[i][j], high[i], of_high);
-                    }
+                    for (int i = 0; i < OWN_ROWS / 16; i++) mma_tf32(of_slice[i][j], rest[i], of_high);
+#pragma unroll
+                    for (int i = 0; i < OWN_ROWS / 16; i++) mma_tf32(of_slice[i][j], high[i], of_rest);
+#pragma unroll
+                    for (int i = 0; i < OWN_ROWS / 16; i++) mma_tf32(of_slice[i][j], high[i], of_high);
                 }
             }
             if (LONG && (first / SLICE % 4 == 3 || first + SLICE >= steps)) {

@@ -4,14 +4,15 @@
 extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) any_products(const Piece p, const float *psi, const float *keys, const float *statistics, const u32 *lengths, float *products) {
     __shared__ float room[OfRows<CHUNK>::ROOM], lasts[CHUNK];
     Chunk at = chunk_of(p, lengths, GROUP);
-    i64 of_keys = (i64)row_of(p, at, 0, 1) * BUCKETS;
+    const float *of_keys = keys + (i64)row_of(p, at, 0, 1) * BUCKETS;
     at.r.in_group = at.part;
     u32 first = row_of(p, at, 0, GROUP), step = p.heads * GROUP;
     for (int i = threadIdx.x; i < at.count(); i += PRODUCT_THREADS) lasts[i] = statistics[(i64)(first + i * step) * STATISTICS + 1];
+    const float *of_psi = psi + (i64)first * BUCKETS;
     OfRows<CHUNK> sums;
     sums.template add<true, true, (BUCKETS > SHORT)>(
-        room, BUCKETS, [&](int i, int s) { return i < at.count() ? psi[(i64)(first + i * step) * BUCKETS + s] : 0.0f; },
-        [&](int i, int s) { return i < at.count() ? keys[of_keys + (i64)(i * p.heads) * BUCKETS + s] : 0.0f; });
+        room, BUCKETS, [&](int i, int s) { return i < at.count() ? of_psi[i * (step * BUCKETS) + s] : 0.0f; },
+        [&](int i, int s) { return i < at.count() ? of_keys[i * (p.heads * BUCKETS) + s] : 0.0f; });
     sums.pairs([&](int i, int key, float x, float y) {
         if (at.first + i >= at.last) return;
         float last = lasts[i];

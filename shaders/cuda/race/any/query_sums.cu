@@ -10,14 +10,15 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) an
     OfBuckets<M, N> sums;
     for (at.r.in_group = 0; at.r.in_group < GROUP; at.r.in_group++) {
         i64 from = x_at(p, at.r, GROUP);
-        u32 first = row_of(p, at, 0, GROUP), step = p.heads * GROUP;
+        i64 first = row_of(p, at, 0, GROUP);
+        u32 step = p.heads * GROUP;
+        const float *of_psi = psi + first * BUCKETS + bucket, *of_last = statistics + first * STATISTICS + 1;
         sums.template add<false, false, (GROUP * CHUNK > SHORT)>(
             room, at.count(),
             [&](int s, int i) {
-                i64 row = first + i * step;
-                return bucket + s < BUCKETS ? psi[row * BUCKETS + bucket + s] : bucket + s == BUCKETS ? statistics[row * STATISTICS + 1] : 0.0f;
+                return bucket + s < BUCKETS ? of_psi[i * (step * BUCKETS) + s] : bucket + s == BUCKETS ? of_last[i * (step * STATISTICS)] : 0.0f;
             },
-            [&](int c, int i) { return channel + c < VALUE_DIM ? load<GRAD_TYPE>(grad_o, from + i * p.x_token + channel + c) : 0.0f; });
+            [&](int c, int i) { return channel + c < VALUE_DIM ? load_raw<GRAD_TYPE>(grad_o, from + i * p.x_token + channel + c) : 0.0f; }, AsItIs(), Finite());
     }
     float *to = matrices + at.matrix;
     sums.each([&](int s, int c, float sum) {

@@ -12,15 +12,16 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) an
     for (int c = threadIdx.x; c < N; c += PRODUCT_THREADS) lasts[c] = channel + c < VALUE_DIM ? matrix[BUCKETS * COLUMNS + c] : 0.0f;
     OfRows<N> sums;
     sums.template add<true, false, (BUCKETS > SHORT)>(
-        room, BUCKETS, [&](int i, int s) { return i < at.count() ? weights[(i64)(i * p.heads) * BUCKETS + s] : 0.0f; },
+        room, BUCKETS, [&](int i, int s) { return i < at.count() ? weights[i * (p.heads * BUCKETS) + s] : 0.0f; },
         [&](int c, int s) { return channel + c < VALUE_DIM ? matrix[s * COLUMNS + c] : 0.0f; });
 #ifndef ABSORB
     for (at.r.in_group = 0; at.r.in_group < GROUP; at.r.in_group++) {
         i64 g = x_at(p, at.r, GROUP) + channel;
-        u32 first = row_of(p, at, 0, GROUP), step = p.heads * GROUP;
+        const float *of_products = products + (i64)row_of(p, at, 0, GROUP) * CHUNK;
+        u32 step = p.heads * GROUP * CHUNK;
         sums.template add<false, false, (GROUP * CHUNK > SHORT)>(
-            room, at.count(), [&](int key, int i) { return products[(i64)(first + i * step) * CHUNK + key]; },
-            [&](int c, int i) { return channel + c < VALUE_DIM ? load<GRAD_TYPE>(grad_o, g + i * p.x_token + c) : 0.0f; });
+            room, at.count(), [&](int key, int i) { return of_products[i * step + key]; },
+            [&](int c, int i) { return channel + c < VALUE_DIM ? load_raw<GRAD_TYPE>(grad_o, g + i * p.x_token + c) : 0.0f; }, AsItIs(), Finite());
     }
 #endif
     sums.pairs([&](int i, int c, float x, float y) {
