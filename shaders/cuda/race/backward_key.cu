@@ -61,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
         fetch<VALUE_DIM, CARRYING>(g_at(tile, in_group), g + in_group * p.g_head + at * p.g_token, p.g_token, count - (int)at);
         if (in_group == 0) fetch<VALUE_DIM, CARRYING>(v_at(tile), v + at * p.v_token, p.v_token, count - (int)at);
     };
-    if (warp < CARRIERS) fetch_others(last, 0);
+    if (warp >= CARRIERS) fetch_others(last, 0);
     load_planes(planes, all_planes + head * p.planes_stride);
     load_corners(corners);
     clear_tile(queries);
@@ -90,30 +90,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
         });
         bool same = in_group + 1 < GROUP;
         int next = same ? tile : tile - 1, next_head = same ? in_group + 1 : 0;
-        if (dirty && warp < CARRIERS) {
+        if (dirty && warp >= CARRIERS) {
             clean<VALUE_DIM, ROWS, CARRYING>(g_at(tile, in_group));
             if (in_group == 0) clean<VALUE_DIM, ROWS, CARRYING>(v_at(tile));
         }
         barrier();
         if (next >= 0) fetch_hashes(next, next_head);
-        if (warp >= CARRIERS) return;
+        if (warp < CARRIERS) return;
         if (in_group == 0) fetch_keys(tile);
         if (STAGES > 1 && next >= 0) fetch_others(next, next_head);
     };
     // The tile's k is there, and v and gradients are no longer read.
     auto half = [&](int tile, int in_group) {
-        if (warp < CARRIERS && in_group == 0) {
+        if (warp >= CARRIERS && in_group == 0) {
             copies_done();
             if (dirty) clean<HEAD_DIM, ROWS, CARRYING>(k_tile);
         }
         barrier();
         bool same = in_group + 1 < GROUP;
-        if (STAGES == 1 && warp < CARRIERS && (same || tile > 0)) fetch_others(same ? tile : tile - 1, same ? in_group + 1 : 0);
+        if (STAGES == 1 && warp >= CARRIERS && (same || tile > 0)) fetch_others(same ? tile : tile - 1, same ? in_group + 1 : 0);
     };
-    auto finish = [&](int tile) { store_hash_inputs(dk + tile * ROWS * dk_token, dk_token, du, planes, row0, rows - tile * ROWS, warp >> 2); };
+    auto finish = [&](int tile, int row0) { store_hash_inputs(dk + tile * ROWS * dk_token, dk_token, du, planes, row0, rows - tile * ROWS, warp >> 2); };
 
     barrier();
     if (warp < CARRIERS) {
+        // Warps with many products share their part of the multiprocessor with those of the other half that have few.
+        int row0 = (BACKWARD_BLOCKS > 1 ? warp & 3 : 3 - (warp & 3)) * 16;
         Carried<CARRIERS> carried;
         carried.place(centre != 0.0f);
         carried.read(matrix);
@@ -201,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                                     if (row0 + (lane >> 2) + (i >> 1) * 8 < here) dvalue[j][i] += later[channel + j * 8 + (lane & 3) * 2 + (i & 1)];
                                 }
                             }
-                            store_tile<GRADIENT_TYPE, WIDTH / 8>(dv + tile * ROWS * dv_token, dv_token, dvalue, row0, channel, rows - tile * ROWS);
+                            if (channel + WIDTH < VALUE_DIM) store_tile<GRADIENT_TYPE, WIDTH / 8>(dv + tile * ROWS * dv_token, dv_token, dvalue, row0, channel, rows - tile * ROWS);
                         }
                     }
                 }
@@ -211,7 +213,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                 }
                 half(tile, in_group);
                 if (!SPARE && in_group + 1 == GROUP && centre != 0.0f && threadIdx.x < VALUE_DIM) later[threadIdx.x] += centre * BUCKETS * added;
-                if (in_group + 1 == GROUP) finish(tile);
+                if (in_group + 1 < GROUP) continue;
+                // The last channels, while the other half has its sums to do.
+                store_tile<GRADIENT_TYPE, WIDTH / 8>(dv + tile * ROWS * dv_token, dv_token, dvalue, row0, VALUE_DIM - WIDTH, rows - tile * ROWS);
+                finish(tile, row0);
             }
         }
     } else {
@@ -297,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                 half(tile, in_group);
                 if (in_group + 1 < GROUP) continue;
                 plane_sums.add(du, Keys{k_tile});
-                finish(tile);
+                finish(tile, row0);
             }
         }
         plane_sums.write(all_shares + (i64)blockIdx.x * BITS * (HEAD_DIM + 1));

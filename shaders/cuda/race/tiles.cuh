@@ -208,13 +208,13 @@ __device__ __forceinline__ float row_sum(float x) {
     return x + from_lane(x, 2);
 }
 
-// Rows of an input with WIDTH channels, by the first N threads; rows from `count` on are zero.
+// Rows of an input with WIDTH channels, by N threads side by side; rows from `count` on are zero.
 template <int WIDTH, int N = THREADS> __device__ __forceinline__ void fetch(u16 *to, const void *from, i64 row_step, int count) {
     constexpr int pieces = WIDTH / 8;
     if constexpr (N % pieces == 0) {
         // Each thread takes the same sixteen bytes of every STEPth row.
         constexpr int step = N / pieces;
-        int r = threadIdx.x / pieces, c = threadIdx.x % pieces * 8;
+        int r = threadIdx.x % N / pieces, c = threadIdx.x % pieces * 8;
         const u8 *source = (const u8 *)from + (r * row_step + c) * 2;
         to += r * (WIDTH + 8) + c;
         row_step *= step * 2;
@@ -225,7 +225,7 @@ template <int WIDTH, int N = THREADS> __device__ __forceinline__ void fetch(u16 
             source += row_step;
         }
     } else {
-        for (int i = threadIdx.x; i < ROWS * pieces; i += N) {
+        for (int i = threadIdx.x % N; i < ROWS * pieces; i += N) {
             int r = i / pieces, c = i % pieces * 8;
             copy_16(to + r * (WIDTH + 8) + c, (const u16 *)from + (r < count ? r * row_step + c : 0), r < count ? 16u : 0u);
         }
@@ -237,14 +237,14 @@ template <int WIDTH, int COUNT = ROWS, int N = THREADS> __device__ __forceinline
     constexpr int pieces = WIDTH / 8;
     u32 largest = 0;
 #pragma unroll
-    for (int i = threadIdx.x; i < COUNT * pieces; i += N) {
+    for (int i = threadIdx.x % N; i < COUNT * pieces; i += N) {
         uint4 w = *(const uint4 *)(tile + i / pieces * (WIDTH + 8) + i % pieces * 8);
         largest = larger_sizes<IN_TYPE>(larger_sizes<IN_TYPE>(largest, w.x), w.y);
         largest = larger_sizes<IN_TYPE>(larger_sizes<IN_TYPE>(largest, w.z), w.w);
     }
     if (!not_finite<IN_TYPE>(largest)) return false;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < COUNT * pieces; i += N) {
+    for (int i = threadIdx.x % N; i < COUNT * pieces; i += N) {
         u32 *w = (u32 *)(tile + i / pieces * (WIDTH + 8) + i % pieces * 8);
         for (int j = 0; j < 4; j++) w[j] = finite_pair<IN_TYPE>(w[j]);
     }

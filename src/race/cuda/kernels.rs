@@ -118,6 +118,7 @@ impl Kernel {
                 ("TERMS", terms.to_string()),
                 ("BACKWARD_BLOCKS", fit.blocks.to_string()),
                 ("STAGES", fit.stages.to_string()),
+                ("LATE_STAGES", fit.late_stages.to_string()),
                 ("GRADIENT_TYPE", code(gradients)),
             ],
             Self::Forward { terms, fit, output } => vec![

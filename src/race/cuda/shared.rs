@@ -11,6 +11,7 @@ struct Parts {
     values: usize,
     planes: usize,
     weights: usize,
+    fine_weights: usize,
     entry: usize,
     corners: usize,
     hash_gradient: usize,
@@ -28,6 +29,7 @@ fn parts(g: &Geometry, terms: usize) -> Parts {
         values: ROWS * (g.value_dim + 8) * 2,
         planes: (g.head_dim + 8) * bits_up * plane_terms * 2,
         weights: (buckets_up + 8) * ROWS * terms * 2,
+        fine_weights: (buckets_up + 8) * ROWS * plane_terms * 2,
         entry: (g.value_dim + 8) * buckets_up * terms * 2,
         corners: (buckets_up + 8) * bits_up * 2 * 2,
         hash_gradient: (bits_up + 8) * ROWS * plane_terms * 2,
@@ -48,37 +50,43 @@ pub(super) fn sums(g: &Geometry, terms: usize) -> usize {
 pub(super) struct Fit {
     /// Blocks of a multiprocessor.
     pub blocks: usize,
-    /// Tiles of an input that a block keeps at a time.
+    /// Tiles of an input that a block keeps at a time; of q, which the backward pass reads last.
     pub stages: usize,
+    pub late_stages: usize,
     /// Shared memory of a block.
     pub bytes: usize,
 }
 
-/// Two blocks where they have room, then two tiles of each input. `most` is what a block may have; a multiprocessor has a
-/// kibibyte more, and keeps one for each block. Without `two` a thread needs more than half of its registers.
-fn fit(most: usize, two: bool, bytes: impl Fn(usize) -> usize) -> Option<Fit> {
+/// Two blocks where they have room, then two tiles of each input, or of q alone. `most` is what a block may have; a
+/// multiprocessor has a kibibyte more, and keeps one for each block. Without `two` a thread needs more than half of its
+/// registers.
+fn fit(most: usize, two: bool, bytes: impl Fn(usize, usize) -> usize) -> Option<Fit> {
     let half = if two { (most + 1024) / 2 - 1024 } else { 0 };
-    let choices = [(2, 2, half), (2, 1, half), (1, 2, most), (1, 1, most)];
-    let mut fits =
-        choices.into_iter().map(|(blocks, stages, limit)| (Fit { blocks, stages, bytes: bytes(stages) }, limit));
+    let stages = [(2, 2), (1, 2), (1, 1)];
+    let choices = [(2, half), (1, most)].into_iter().flat_map(|of| stages.map(|stages| (of, stages)));
+    let mut fits = choices.map(|((blocks, limit), (stages, late_stages))| {
+        (Fit { blocks, stages, late_stages, bytes: bytes(stages, late_stages) }, limit)
+    });
     fits.find(|(fit, limit)| fit.bytes <= *limit).map(|(fit, _)| fit)
 }
 
 /// Of the forward kernel.
 pub(super) fn forward(g: &Geometry, terms: usize, most: usize) -> Option<Fit> {
     let p = parts(g, terms);
-    fit(most, true, |stages| {
+    fit(most, true, |stages, _| {
         let tiles = p.keys + stages * p.values + p.planes + 2 * p.weights + p.entry + p.bits;
         tiles + p.buckets_up * 4 + g.value_dim * 4 + ROWS * 4 + 1024
     })
 }
 
-/// Of both backward kernels.
+/// Of both backward kernels: the larger.
 pub(super) fn backward(g: &Geometry, terms: usize, most: usize) -> Option<Fit> {
     let p = parts(g, terms);
-    fit(most, p.buckets_up * terms <= 32, |stages| {
-        let tiles = stages * p.keys + 2 * stages * p.values + p.planes + 2 * p.weights + p.entry;
-        let small = p.corners + p.hash_gradient + p.bits + p.buckets_up * 4 + g.value_dim * 4 + 3 * ROWS * 4;
-        tiles + small + 4 * p.bits_up * 4 + 512
+    fit(most, p.buckets_up * terms <= 32, |stages, late_stages| {
+        let tiles = p.keys + 2 * stages * p.values + p.planes + p.weights + p.fine_weights + p.entry;
+        let small = p.corners + p.hash_gradient + p.buckets_up * 4 + g.value_dim * 4 + 2 * ROWS * 4;
+        let of_query = (late_stages - 1) * p.keys + p.bits;
+        let of_key = 2 * p.bits + ROWS * g.tables * 8;
+        tiles + small + 4 * p.bits_up * 4 + 512 + of_query.max(of_key)
     })
 }

@@ -148,9 +148,10 @@ impl CudaRace {
         u64::from(walk.batch) * u64::from(walk.spans) * (heads * self.geometry.matrix() * 4) as u64
     }
 
-    /// Bytes of t of each token of `heads` heads.
+    /// Bytes of t of each token of `heads` heads, and of a mark for each of their spans.
     fn bits_bytes(&self, walk: &Walk, heads: usize) -> u64 {
-        u64::from(walk.batch) * u64::from(walk.spans) * u64::from(walk.span) * (heads * self.geometry.bits() * 4) as u64
+        let spans = u64::from(walk.batch) * u64::from(walk.spans) * heads as u64;
+        spans * (u64::from(walk.span) * self.geometry.bits() as u64 + 1) * 4
     }
 
     /// Sums of each span's keys, then of all before it; the state moves on but with `keep`. The keys' t goes to
