@@ -27,17 +27,14 @@
 #define TILES max_u32(WARPS * STAGES * STAGE, WARPS * RESULT * 4)
 // Chosen keys that the list holds; a span may have more, one list after the other.
 #define CHOSEN 2048
+// Parts of a head that are read at once in the end, as registers allow.
+#define TOGETHER (VALUE_DIM <= 128 ? 32 : 16)
 // Large queries stay in shared memory, as each lane will want them.
 #define QUERY_SHARED (Q_PASSES * K_STEPS > 8)
 
 extern __shared__ __align__(16) u8 memory[];
 
-// The `split`-th part of x: what is left after those before, rounded to 16 bits.
-template <int SPLIT> __device__ __forceinline__ float part_of(float x) {
-#pragma unroll
-    for (int i = 0; i < SPLIT; i++) x -= widen<KV_DTYPE>(narrow<KV_DTYPE>(x));
-    return x;
-}
+// What rounding x to 16 bits leaves.
 __device__ __forceinline__ float rest_of(float x) { return x - widen<KV_DTYPE>(narrow<KV_DTYPE>(x)); }
 
 struct Work {
@@ -86,11 +83,6 @@ __device__ __forceinline__ void copy_tile(const Work& w, u32 stage, u32 tile, u3
     }
 }
 
-__device__ __forceinline__ float query_at(const Call& p, i64 at, u32 head, u32 channel, bool valid) {
-    valid = valid && channel < HEAD_DIM;
-    return valid ? input_element<Q_DTYPE>(p.q, at + head * p.q_strides.head + channel) : 0.0f;
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
     CALL;
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -119,14 +111,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
     w.first = first;
     w.count = min_u32(p.span, row.visible - first);
 
-    // Rows of shared memory that copies do not fill: channels beyond the last, which must be finite.
-    u32 stages = shared_address(memory) + warp * (STAGES * STAGE);
 #if HEAD_DIM % 16 != 0 || VALUE_DIM % 16 != 0
+    // What copies do not fill: channels beyond the last, which must be finite.
     for (u32 i = threadIdx.x; i < WARPS * STAGES * STAGE / 16; i += THREADS) ((uint4*)memory)[i] = uint4{0, 0, 0, 0};
     __syncthreads();
 #endif
 
     u32 stage = 0;
+    u32 stages = shared_address(memory) + warp * (STAGES * STAGE);
     auto start = [&](u32 tiles) {
 #pragma unroll
         for (u32 s = 0; s < STAGES - 1; s++) {
@@ -141,57 +133,52 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
     start(tiles);
 #endif
 
+#if SPARSE
+    // Tokens of a page are found by their place in the sequence, so spans start on whole pages or lie in one.
+    u32* chosen = (u32*)(memory + TILES);
+    u64* page_bases = (u64*)(chosen + CHOSEN);
+    const u32 in_page = first % PAGE, span = w.count;
+    for (u32 i = threadIdx.x; i < (in_page + span + PAGE - 1) / PAGE; i += THREADS)
+        page_bases[i] = page_of(p, row.sequence, first + i * PAGE);
+#endif
+
     // Rows of the query: lane / 4 and that plus 8; columns lane % 4 · 2 and on.
     i64 q_at = (row_index / p.tq) * p.q_strides.batch + (row_index % p.tq) * p.q_strides.token
         + (i64)(kv_head * GROUP + first_head) * p.q_strides.head;
     u32 of_row = lane / 4, pair = lane % 4 * 2;
-#if QUERY_SHARED
-    __shared__ uint4 query[Q_PASSES][K_STEPS][32];
-    for (u32 step = warp; step < K_STEPS; step += WARPS) {
+    // The parts of the query, `[pass, row, channel]`: by few instructions, which come from memory too, one after the other.
+    const u32 q_row = K_STEPS * 16 + 8;
+#if SPARSE && !QUERY_SHARED && HEAD_DIM % 16 == 0 && VALUE_DIM % 16 == 0
+    // Before the tiles.
+    u16* parts = (u16*)memory;
 #else
-    u32 query[Q_PASSES][K_STEPS][4];
-#pragma unroll
-    for (u32 step = 0; step < K_STEPS; step++) {
+    __shared__ __align__(16) u16 parts[Q_PASSES * 16 * q_row];
 #endif
-        u32 parts[Q_PASSES][4];
+    for (u32 i = threadIdx.x; i < Q_PASSES * 16 * q_row / 2; i += THREADS) ((u32*)parts)[i] = 0;
+    __syncthreads();
+#pragma unroll 4
+    for (u32 i = threadIdx.x; i < heads * HEAD_DIM; i += THREADS) {
+        u32 head = i / HEAD_DIM, channel = i % HEAD_DIM;
+        float x = input_element<Q_DTYPE>(p.q, q_at + head * p.q_strides.head + channel);
 #pragma unroll
-        for (u32 side = 0; side < 2; side++) {
-            u32 channel = step * 16 + side * 8 + pair;
-#pragma unroll
-            for (u32 r = 0; r < 2; r++) {
-                u32 head = PACKED ? of_row : of_row + 8 * r;
-                float a = query_at(p, q_at, head, channel, head < heads);
-                float b = query_at(p, q_at, head, channel + 1, head < heads);
-                if (PACKED && r == 1) {
-                    a = rest_of(a);
-                    b = rest_of(b);
-                }
-#pragma unroll
-                for (u32 pass = 0; pass < Q_PASSES; pass++) {
-                    // Parts that are not asked for are zero.
-                    bool used = !PACKED || 2 * pass + r < Q_SPLITS;
-                    parts[pass][side * 2 + r] = used ? pack_pair<KV_DTYPE>(a, b) : 0;
-                    a = rest_of(a);
-                    b = rest_of(b);
-                    if (PACKED) {
-                        a = rest_of(a);
-                        b = rest_of(b);
-                    }
-                }
-            }
-        }
-#pragma unroll
-        for (u32 pass = 0; pass < Q_PASSES; pass++) {
-#if QUERY_SHARED
-            query[pass][step][lane] = uint4{parts[pass][0], parts[pass][1], parts[pass][2], parts[pass][3]};
-#else
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) query[pass][step][i] = parts[pass][i];
-#endif
+        for (u32 split = 0; split < Q_SPLITS; split++) {
+            u32 row_of = PACKED ? split / 2 * 16 + split % 2 * 8 + head : split * 16 + head;
+            parts[row_of * q_row + channel] = (u16)narrow<KV_DTYPE>(x);
+            x = rest_of(x);
         }
     }
-#if QUERY_SHARED
     __syncthreads();
+    auto query_at = [&](u32(&a)[4], u32 pass, u32 step) {
+#pragma unroll
+        for (u32 i = 0; i < 4; i++)
+            a[i] = *(const u32*)&parts[(pass * 16 + of_row + i % 2 * 8) * q_row + step * 16 + i / 2 * 8 + pair];
+    };
+#if !QUERY_SHARED
+    u32 query[Q_PASSES][K_STEPS][4];
+#pragma unroll
+    for (u32 pass = 0; pass < Q_PASSES; pass++)
+#pragma unroll
+        for (u32 step = 0; step < K_STEPS; step++) query_at(query[pass][step], pass, step);
 #endif
 
     float scale = p.scale * LOG2_E;
@@ -208,13 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
     }
 
 #if SPARSE
-    // Tokens of a page are found by their place in the sequence, so spans start on whole pages or lie in one.
-    u32* chosen = (u32*)(memory + TILES);
-    u64* page_bases = (u64*)(chosen + CHOSEN);
     const u32 score_heads = SCORE_ROWS == 1 ? 1 : HEADS;
-    const u32 in_page = first % PAGE, span = w.count;
-    for (u32 i = threadIdx.x; i < (in_page + span + PAGE - 1) / PAGE; i += THREADS)
-        page_bases[i] = page_of(p, row.sequence, first + i * PAGE);
     wait_for_earlier();
     const u32 score_head = kv_head * SCORE_ROWS + (SCORE_ROWS == 1 ? 0 : first_head);
     const u64 stride = ((u64)row.visible + 63) / 64 * 64;
@@ -303,8 +284,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
 #pragma unroll
                 for (u32 pass = 0; pass < Q_PASSES; pass++) {
 #if QUERY_SHARED
-                    uint4 loaded = query[pass][step][lane];
-                    u32 a[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+                    u32 a[4];
+                    query_at(a, pass, step);
 #else
                     const u32(&a)[4] = query[pass][step];
 #endif
@@ -450,31 +431,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
         }
     }
     __syncthreads();
-    for (u32 i = threadIdx.x; i < heads * VALUE_DIM; i += THREADS) {
-        const u32 width = V_STEPS * 16 + 4;
-        u32 head = i / VALUE_DIM, channel = i % VALUE_DIM;
-        const float* at = results + head * width;
-        float top = MASKED, total = 0.0f, value = 0.0f;
-        for (u32 g = 0; g < WARPS; g++) top = fmaxf(top, at[g * RESULT]);
-        for (u32 g = 0; g < WARPS; g++) {
-            float weight = at[g * RESULT + 1] > 0.0f ? exp2_fast(at[g * RESULT] - top) : 0.0f;
-            total += at[g * RESULT + 1] * weight;
-            value += at[g * RESULT + 4 + channel] * weight;
-        }
-        u32 q_head = kv_head * GROUP + first_head + head;
+    const u32 first_q = kv_head * GROUP + first_head;
+    for (u32 head = warp; head < heads; head += WARPS) {
+        Merged merged = merge_of<WARPS>(results + head * (V_STEPS * 16 + 4), RESULT, WARPS);
         if (row.part_count == 1) {
-            u64 index = (u64)row_index * Q_HEADS + q_head;
-            store_element<OUT_DTYPE>(p.o, index * VALUE_DIM + channel, total > 0.0f ? divide(value, total) : 0.0f);
-            if (channel == 0) store_lse(p, index, top, total);
-        } else {
-            float* part = p.partials + ((u64)row.part_base + (u64)q_head * row.part_count + blockIdx.x) * PART_STRIDE;
-            part[4 + channel] = value;
-            if (channel == 0) {
-                part[0] = top;
-                part[1] = total;
-            }
+            store_merged(p, (u64)row_index * Q_HEADS + first_q + head, merged);
+            continue;
         }
+        float* part = p.partials + ((u64)row.part_base + (u64)(first_q + head) * row.part_count + blockIdx.x) * PART_STRIDE;
+        store_part(part, merged);
     }
     if (row.part_count > 1 && is_last(&p.arrivals[(u64)blockIdx.z * gridDim.y + blockIdx.y], row.part_count))
-        merge_parts<THREADS>(p, row, row_index, kv_head * GROUP + first_head, heads);
+        merge_parts<THREADS, TOGETHER>(p, row, row_index, first_q, heads);
 }

@@ -103,5 +103,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) attend_any(ARGUMENTS) {
         }
     }
     if (row.part_count > 1 && is_last(&p.arrivals[(u64)blockIdx.z * gridDim.y + blockIdx.y], row.part_count))
-        merge_parts<THREADS>(p, row, row_index, q_head, 1);
+        merge_parts<THREADS, 8>(p, row, row_index, q_head, 1);
 }

@@ -225,8 +225,8 @@ impl CudaExecutor {
         let s = self.sizes;
         let g = s.g;
         let tokens: usize = problem.rows.iter().map(|r| r.visible).sum();
-        let spans =
-            Spans { score: s.score_span(tokens), select: s.select_span(tokens), attend: s.attend_span(tokens, sparse) };
+        let attend = s.attend_span(problem.rows.iter().map(|r| r.visible), sparse);
+        let spans = Spans { score: s.score_span(tokens), select: s.select_span(tokens), attend };
         let (rows, blocks) = self.blocks(problem, sparse, spans.attend);
         let mut most = [0u64; 6];
         let mut most_rows = 0;

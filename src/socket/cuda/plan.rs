@@ -132,12 +132,11 @@ impl Sizes {
         if self.g.dtype == DType::F16 || output == DType::Bf16 { 2 } else { 3 }
     }
 
-    /// Static shared memory of the attention: large queries, and what a block counts with.
+    /// Static shared memory of the attention: the parts of the query, and what a block counts with.
     fn attend_static(&self, q: DType) -> usize {
         let (heads, _) = self.head_tiles();
         let passes = if heads <= 8 { self.query_parts(q).div_ceil(2) } else { self.query_parts(q) };
-        let steps = passes * self.g.head_dim.div_ceil(16);
-        256 + if steps > 8 { steps * 512 } else { 0 }
+        512 + passes * 16 * Self::padded(self.g.head_dim)
     }
 
     fn stage(&self) -> usize {
@@ -216,13 +215,33 @@ impl Sizes {
         self.span(tokens * self.g.scores_per_row() as usize, 2, 4096)
     }
 
-    /// Tokens of a block of the attention: whole tiles; of the sparse one a power of two, so that a block's pages are
-    /// whole or one.
-    pub fn attend_span(&self, tokens: usize, sparse: bool) -> usize {
+    /// Tokens of a block of the attention over rows of `lens` tokens: whole tiles; of the sparse one a power of two, so that
+    /// a block's pages are whole or one.
+    pub fn attend_span(&self, lens: impl Iterator<Item = usize> + Clone, sparse: bool) -> usize {
         let (_, tiles) = self.head_tiles();
-        // Where one wave gives a kv head few spans, blocks that end late weigh more than those that start anew.
-        let waves = if !sparse && self.g.num_kv_heads * tiles * 8 > self.multiprocessors { 6 } else { 2 };
-        let span = self.span(tokens * self.g.num_kv_heads * tiles, waves, 16);
-        if sparse { span.next_power_of_two().clamp(64, MOST_CHOSEN_SPAN) } else { span.max(256) }
+        let heads = self.g.num_kv_heads * tiles;
+        let work = lens.clone().sum::<usize>() * heads;
+        if sparse {
+            return self.span(work, 2, 16).next_power_of_two().clamp(64, MOST_CHOSEN_SPAN);
+        }
+        // As many blocks as run at once and none after them, or they would end at different times.
+        let together = 2 * self.multiprocessors;
+        let blocks = |span: usize| lens.clone().map(|len| len.div_ceil(span)).sum::<usize>() * heads;
+        let tiles_of = |tokens: usize| tokens.div_ceil(16).max(1);
+        let (mut least, mut most) = (tiles_of(work / together), tiles_of(lens.clone().max().unwrap_or(0)));
+        while least < most {
+            let middle = least.midpoint(most);
+            if blocks(middle * 16) <= together {
+                most = middle;
+            } else {
+                least = middle + 1;
+            }
+        }
+        let span = most * 16;
+        // Where they do not fit, or some would have far more to do than others, more of them.
+        if blocks(span) > together || 2 * work < span * together {
+            return self.span(work, 6, 16).max(256);
+        }
+        span.max(256)
     }
 }

@@ -81,7 +81,7 @@ fn blocks_stay_within_shared_memory() {
                     }
                     for tokens in [1, 5000, 1 << 20] {
                         for sparse in [true, false] {
-                            let span = s.attend_span(tokens, sparse);
+                            let span = s.attend_span(std::iter::once(tokens), sparse);
                             assert!(s.attend_shared(sparse, span) <= shared, "{shape:?} {span}");
                         }
                     }
