@@ -4,13 +4,13 @@
 #import input2
 #endif
 #import weights
+#import matrix_quads
 #import sums
 #import through_hash
 // Gradient of the hash of 32 keys of one kv head: one workgroup per (block of WIDTH buckets, kv head, 32 tokens). The
 // gradient of a key's weights is what the gradient of the state after the chunk gives, and what the chunk's own later
 // queries give, of all heads of the group. `input` is v, `input2` grad_o.
 @group(0) @binding(3) var<storage, read> t: array<f32>;
-@group(0) @binding(4) var<storage, read> chunks: array<f32>;
 @group(0) @binding(5) var<storage, read_write> s: array<f32>;
 #ifndef ABSORB
 @group(0) @binding(7) var<storage, read> readings: array<f32>;
@@ -58,14 +58,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let beta = beta_of(p.head + head);
     let centre = centre_of(p.head + head);
     let chunk = token / CHUNK;
-    let state = ((b * p.heads + head) * p.slots + min(chunk, p.slots - 1u)) * (BUCKETS + 1u) * MATRIX_ROW;
+    let state = sums_after(b * p.heads + head, chunk, length);
 
     let column = local % 32u;
     let row8 = local / 32u;
 #repeat c COLUMNS
     sums[$c] = vec4<f32>();
     if start + column + $cu * 32u < BUCKETS {
-        sums[$c] += chunks[state + (start + column + $cu * 32u) * MATRIX_ROW + VALUE_DIM];
+        sums[$c] += matrix_mass(state, start + column + $cu * 32u);
     }
 #end
     for (var slice = 0u; slice < VALUE_DIM; slice += 32u) {
@@ -78,7 +78,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 let channel = slice + base + i % DEPTH;
                 var x = 0.0;
                 if bucket < BUCKETS && channel < VALUE_DIM {
-                    x = chunks[state + bucket * MATRIX_ROW + channel];
+                    x = matrix_element(state, bucket, channel);
                 }
                 right[right_at(i % DEPTH, i / DEPTH)] = x;
             }

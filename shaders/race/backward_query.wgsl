@@ -4,6 +4,7 @@
 #import input2
 #endif
 #import weights
+#import matrix_quads
 #import tile
 #import through_hash
 // Gradient of the hash of 32 queries of one head: one workgroup per (query head, 32 tokens), all buckets. Also what
@@ -15,7 +16,6 @@
 // Products of grad_o with the values of the chunk are made once; a block of WIDTH buckets then takes two sums: of
 // α times products, and of α alone.
 @group(0) @binding(3) var<storage, read> t: array<f32>;
-@group(0) @binding(4) var<storage, read> chunks: array<f32>;
 @group(0) @binding(5) var<storage, read_write> s: array<f32>;
 @group(0) @binding(6) var<storage, read_write> readings: array<f32>;
 #ifndef READ
@@ -155,12 +155,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     tile.centre = centre_of(p.head + tile.kv_head);
     let chunk = tile.token / CHUNK;
     let in_chunk = tile.token % CHUNK;
-    let state = ((tile.b * p.heads + tile.kv_head) * p.slots + min(chunk, p.slots - 1u)) * (BUCKETS + 1u) * MATRIX_ROW;
+    let state = sums_before(tile.b * p.heads + tile.kv_head, chunk);
 
     let column = local % 32u;
     let row8 = local / 32u;
     let position = vec4<u32>(in_chunk + row8 * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
-    tile.seen = vec4<f32>(chunks[state + BUCKETS * MATRIX_ROW + VALUE_DIM]);
+    tile.seen = vec4<f32>(matrix_mass(state, BUCKETS));
     var gain = vec4<f32>();
 #ifndef READ
     tile.seen += vec4<f32>(position + 1u);
@@ -189,7 +189,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         workgroupBarrier();
         fill_gradient(tile, row8, column, slice);
         if slice + column < VALUE_DIM {
-            gain += left[left_at(column, row8)] * chunks[state + BUCKETS * MATRIX_ROW + slice + column];
+            gain += left[left_at(column, row8)] * matrix_element(state, BUCKETS, slice + column);
         }
     }
     tile.gain = sum_of_columns(row8, column, gain);
@@ -202,7 +202,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         values[$c] = vec4<f32>();
         masses[$c] = vec4<f32>();
         if start + column + $cu * 32u < BUCKETS {
-            masses[$c] += chunks[state + (start + column + $cu * 32u) * MATRIX_ROW + VALUE_DIM];
+            masses[$c] += matrix_mass(state, start + column + $cu * 32u);
         }
 #end
         for (var slice = 0u; slice < VALUE_DIM; slice += 32u) {
@@ -215,7 +215,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                     let channel = slice + base + i % DEPTH;
                     var x = 0.0;
                     if bucket < BUCKETS && channel < VALUE_DIM {
-                        x = chunks[state + bucket * MATRIX_ROW + channel];
+                        x = matrix_element(state, bucket, channel);
                     }
                     right[right_at(i % DEPTH, i / DEPTH)] = x;
                 }

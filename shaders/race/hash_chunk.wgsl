@@ -2,7 +2,6 @@
 #import quads
 #import quads2
 #import weights
-#import matrices
 #import matrix_quads
 #import panels
 #import tanh
@@ -66,8 +65,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let place_step = p.heads * GROUP;
     let t_at = p.q_at;
 #endif
-    let matrix = (unit * p.slots + chunk) * MATRIX;
-    let last_at = matrix + BUCKETS * MATRIX_ROW;
+#ifdef KEYS
+    let matrix = sums_after(unit, chunk, length_of(b));
+#else
+    let matrix = sums_before(unit, chunk);
+#endif
 
     // The rows and columns of this invocation's sums; where it fills, a row and four of its channels.
     let row4 = row4_of(local);
@@ -82,7 +84,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #ifndef KEYS
     var masses = Block();
     var gain = vec4<f32>();
-    let seen = matrix_mass(last_at);
+    let seen = matrix_mass(matrix, BUCKETS);
 #endif
     // Of a chunk of padding, nothing.
 #ifdef KEYS
@@ -106,14 +108,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let other_at = input2_at(b, token, kv_head);
         let scale = p.scale;
 #endif
-        let m_at = matrix + min(own_row, BUCKETS - 1u) * MATRIX_ROW;
+        let m_row = min(own_row, BUCKETS - 1u);
         var own_quad = input_quad(own_at, quad * 4u, VALUE_DIM);
         var other_quad = input2_quad(other_at, quad * 4u, VALUE_DIM);
         var m = vec4<f32>();
         if reads_matrix {
-            m = matrix_quad(m_at, quad * 4u);
+            m = matrix_quad(matrix, m_row, quad * 4u);
         }
-        for (var start = p.zero; start < VALUE_DIM; start += 16u) {
+        for (var start = 0u; start < VALUE_DIM; start += 16u) {
             workgroupBarrier();
             set_row(0u, own_row, quad, scale * own_quad);
             set_row(2u, own_row, quad, other_quad);
@@ -122,17 +124,17 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
             workgroupBarrier();
 #ifndef KEYS
-            let entry = matrix_element(last_at + min(start + column4, VALUE_DIM - 1u));
+            let entry = matrix_element(matrix, BUCKETS, min(start + column4, VALUE_DIM - 1u));
 #endif
             let next = start + 16u + quad * 4u;
             if start + 16u < VALUE_DIM {
                 own_quad = input_quad(own_at, next, VALUE_DIM);
                 other_quad = input2_quad(other_at, next, VALUE_DIM);
                 if reads_matrix {
-                    m = matrix_quad(m_at, next);
+                    m = matrix_quad(matrix, m_row, next);
                 }
             }
-            for (var k = p.zero; k < 4u; k++) {
+            for (var k = 0u; k < 4u; k++) {
                 let left_at = quad_at(0u, k, row4);
                 let right_at = quad_at(1u, k, column4);
 #repeat u 4
@@ -209,10 +211,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             let own_quad = row4 - min(row4, start / 4u);
 #ifdef KEYS
             let begins = own_quad;
-            let ends = select(p.zero, 4u, row4 * 4u < start + 16u);
+            let ends = select(0u, 4u, row4 * 4u < start + 16u);
 #else
-            let begins = p.zero;
-            let ends = select(p.zero, min(own_quad + 1u, 4u), row4 * 4u >= start);
+            let begins = 0u;
+            let ends = select(0u, min(own_quad + 1u, 4u), row4 * 4u >= start);
 #endif
             for (var k = begins; k < ends; k++) {
                 let left_at = quad_at(0u, k, row4);
@@ -257,7 +259,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var column = vec4<f32>();
     for (var i = 0u; i < 4u; i++) {
         if columns[i] < BUCKETS {
-            column[i] = matrix_mass(matrix + columns[i] * MATRIX_ROW);
+            column[i] = matrix_mass(matrix, columns[i]);
         }
     }
     column += met_by_all;

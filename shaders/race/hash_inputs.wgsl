@@ -65,7 +65,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         panels[panel_at(1u + $hu, row4, column4)] = w$h;
 #end
         workgroupBarrier();
-        for (var k = p.zero; k < 4u; k++) {
+        for (var k = 0u; k < 4u; k++) {
             let left_at = quad_at(0u, k, row4);
             let right_at = quad_at(1u, k, column4);
 #repeat u 4

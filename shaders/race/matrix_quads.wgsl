@@ -1,27 +1,36 @@
-// Matrices of chunks, read four channels at a time.
+// Matrices of runs and chunks, read four channels at a time.
+#import matrices
 #ifdef QUADS
 @group(0) @binding(4) var<storage, read> matrices: array<vec4<f32>>;
 #else
 @group(0) @binding(4) var<storage, read> matrices: array<f32>;
 #endif
 
-fn matrix_quad(row_at: u32, channel: u32) -> vec4<f32> {
+fn stored_matrix_quad(at: u32, channel: u32) -> vec4<f32> {
     var x = vec4<f32>();
 #ifdef QUADS
     if channel < VALUE_DIM {
-        x = matrices[(row_at + channel) >> 2u];
+        x = matrices[(at + channel) >> 2u];
     }
 #else
     for (var i = p.zero; i < 4u; i++) {
         if channel + i < VALUE_DIM {
-            x[i] = matrices[row_at + channel + i];
+            x[i] = matrices[at + channel + i];
         }
     }
 #endif
     return x;
 }
 
-fn matrix_element(at: u32) -> f32 {
+fn matrix_quad(sums: Sums, row: u32, channel: u32) -> vec4<f32> {
+    var x = stored_matrix_quad(sums.run + row * MATRIX_ROW, channel);
+    if sums.has_part {
+        x += stored_matrix_quad(sums.part + row * MATRIX_ROW, channel);
+    }
+    return x;
+}
+
+fn stored_element(at: u32) -> f32 {
 #ifdef QUADS
     return matrices[at >> 2u][at & 3u];
 #else
@@ -29,7 +38,15 @@ fn matrix_element(at: u32) -> f32 {
 #endif
 }
 
+fn matrix_element(sums: Sums, row: u32, column: u32) -> f32 {
+    var x = stored_element(sums.run + row * MATRIX_ROW + column);
+    if sums.has_part {
+        x += stored_element(sums.part + row * MATRIX_ROW + column);
+    }
+    return x;
+}
+
 // The last column of a row.
-fn matrix_mass(row_at: u32) -> f32 {
-    return matrix_element(row_at + VALUE_DIM);
+fn matrix_mass(sums: Sums, row: u32) -> f32 {
+    return matrix_element(sums, row, VALUE_DIM);
 }

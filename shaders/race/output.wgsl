@@ -1,7 +1,7 @@
 #import params
 #import input
 #import features
-#import matrices
+#import matrix_quads
 #import store
 // Outputs of 32 queries of one query head: one workgroup per (unit, chunk,
 // query head of the group, half of the chunk, block of channels).
@@ -22,7 +22,6 @@
 //
 // With READ there are no keys, and one matrix a unit.
 @group(0) @binding(3) var<storage, read> t: array<f32>;
-@group(0) @binding(4) var<storage, read> matrices: array<f32>;
 @group(0) @binding(5) var<storage, read_write> out: array<u32>;
 #ifdef SUMMED
 // Sums over ensembles. FLAG 1 adds to what is there, FLAG 2 writes the result.
@@ -111,10 +110,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     // Invocation (i, lane): queries 4i to 4i + 3, with a bucket, a key or its channels.
     let lane = local % 32u;
     let row8 = local / 32u;
-#ifdef READ
-    let matrix = unit * p.slots * MATRIX;
-#else
-    let matrix = (unit * p.slots + chunk) * MATRIX;
+    let matrix = sums_before(unit, chunk);
+#ifndef READ
     let k_at = p.k_at + ((b * p.tokens + chunk * CHUNK) * p.heads + h) * BITS;
     let k_stride = p.heads * BITS;
 #endif
@@ -130,12 +127,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var near_mean$i = 0.0;
     var far_mean$i = 0.0;
 #end
-    let last_at = matrix + BUCKETS * MATRIX_ROW;
-    let seen = matrices[last_at + VALUE_DIM];
+    let seen = matrix_mass(matrix, BUCKETS);
     if seen > 0.0 {
 #repeat i PAIRS
-        near_mean$i = centre * matrices[last_at + near$i] / seen;
-        far_mean$i = centre * matrices[last_at + far$i] / seen;
+        near_mean$i = centre * matrix_element(matrix, BUCKETS, near$i) / seen;
+        far_mean$i = centre * matrix_element(matrix, BUCKETS, far$i) / seen;
 #end
     }
 #ifndef READ
@@ -166,7 +162,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     for (var first = 0u; first < BUCKETS; first += 32u) {
         var entry = 0.0;
         if first + lane < BUCKETS {
-            entry = matrices[matrix + (first + lane) * MATRIX_ROW + VALUE_DIM];
+            entry = matrix_mass(matrix, first + lane);
         }
 #ifndef RATIO
         var mass = vec4<f32>(entry);
@@ -225,10 +221,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let rows = min(32u, BUCKETS - first);
         for (var s = 0u; s < rows; s++) {
             let weight = weights[s * 9u + row8];
-            let at = matrix + (first + s) * MATRIX_ROW;
 #repeat i PAIRS
-            low$i += weight * matrices[at + near$i];
-            high$i += weight * matrices[at + far$i];
+            low$i += weight * matrix_element(matrix, first + s, near$i);
+            high$i += weight * matrix_element(matrix, first + s, far$i);
 #end
         }
     }
@@ -241,8 +236,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #endif
     var divisor = lane_sum(local, mass_part);
 #repeat i PAIRS
-    low$i += last * (matrices[last_at + near$i] - seen * near_mean$i) - divisor * near_mean$i;
-    high$i += last * (matrices[last_at + far$i] - seen * far_mean$i) - divisor * far_mean$i;
+    low$i += last * (matrix_element(matrix, BUCKETS, near$i) - seen * near_mean$i) - divisor * near_mean$i;
+    high$i += last * (matrix_element(matrix, BUCKETS, far$i) - seen * far_mean$i) - divisor * far_mean$i;
 #end
 #ifndef READ
     // Queries see the keys up to their own.

@@ -33,8 +33,8 @@ struct Params {
     flags: u32,
     scale: f32,
     zero: u32,
-    reserved_a: u32,
-    reserved_b: u32,
+    parts_at: u32,
+    reserved: u32,
 }
 @group(0) @binding(0) var<uniform> p: Params;
 // Tokens that each sequence of the piece has in it, then β and the centring constant of every kv head.

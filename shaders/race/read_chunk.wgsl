@@ -1,7 +1,6 @@
 #import params
 #import quads
 #import weights
-#import matrices
 #import matrix_quads
 #import panels
 #import store_quads
@@ -50,7 +49,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let rows = min(CHUNK, p.tokens - first);
     let count = min(rows, max(length_of(b), first) - first);
     let token_row = (b * p.tokens + first) * p.heads + head;
-    let matrix = (unit * p.slots + min(chunk, p.slots - 1u)) * MATRIX;
+#ifdef VALUES
+    let matrix = sums_after(unit, chunk, length_of(b));
+#else
+    let matrix = sums_before(unit, chunk);
+#endif
 
     // The rows and columns of this invocation's sums; where it fills along steps, the step and its four.
     let row4 = row4_of(local);
@@ -70,14 +73,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         return;
     }
     let last = centre * f32(BUCKETS);
-    let last_at = matrix + BUCKETS * MATRIX_ROW;
-    let seen = matrix_mass(last_at);
+    let seen = matrix_mass(matrix, BUCKETS);
     var mass = vec4<f32>();
     var own_mass = vec4<f32>();
 #repeat h PAIRS
     var mean$h = vec4<f32>();
     if seen > 0.0 {
-        mean$h = centre / seen * matrix_quad(last_at, channel + $hu * 64u);
+        mean$h = centre / seen * matrix_quad(matrix, BUCKETS, channel + $hu * 64u);
     }
 #ifndef ALONE
     if seen <= 0.0 {
@@ -120,10 +122,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #repeat h PAIRS
         var m$h = vec4<f32>();
         if reads_matrix {
-            m$h = matrix_quad(matrix + min(row4, BUCKETS - 1u) * MATRIX_ROW, channel + $hu * 64u);
+            m$h = matrix_quad(matrix, min(row4, BUCKETS - 1u), channel + $hu * 64u);
         }
 #end
-        for (var start = p.zero; start < BUCKETS; start += 16u) {
+        for (var start = 0u; start < BUCKETS; start += 16u) {
             workgroupBarrier();
             let four = start + quad * 4u;
             set_row(0u, own_row, quad, select(vec4<f32>(), alphas_of(own, four, beta, centre), own_row < count));
@@ -142,7 +144,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
             workgroupBarrier();
 #ifndef VALUES
-            let entry = matrix_mass(matrix + min(start + column4, BUCKETS - 1u) * MATRIX_ROW);
+            let entry = matrix_mass(matrix, min(start + column4, BUCKETS - 1u));
 #endif
             let next = start + 16u;
             if next < BUCKETS {
@@ -156,12 +158,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #endif
                 if reads_matrix {
 #repeat h PAIRS
-                    m$h = matrix_quad(matrix + min(next + row4, BUCKETS - 1u) * MATRIX_ROW, channel + $hu * 64u);
+                    m$h = matrix_quad(matrix, min(next + row4, BUCKETS - 1u), channel + $hu * 64u);
 #end
                 }
             }
             if reads_matrix {
-                for (var k = p.zero; k < 4u; k++) {
+                for (var k = 0u; k < 4u; k++) {
                     let left_at = quad_at(0u, k, row4);
                     let right_at = quad_at(1u, k, column4);
 #repeat u 4
@@ -176,7 +178,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             mass += panels[panel_at(0u, column4, row4)] * entry;
 #endif
 #ifndef ALONE
-            for (var k = p.zero; k < 4u; k++) {
+            for (var k = 0u; k < 4u; k++) {
                 let left_at = quad_at(0u, k, row4);
                 let right_at = quad_at(3u, k, column4);
 #repeat u 4
@@ -254,10 +256,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             let own_quad = row4 - min(row4, start / 4u);
 #ifdef VALUES
             let begins = own_quad;
-            let ends = select(p.zero, 4u, row4 * 4u < start + 16u);
+            let ends = select(0u, 4u, row4 * 4u < start + 16u);
 #else
-            let begins = p.zero;
-            let ends = select(p.zero, min(own_quad + 1u, 4u), row4 * 4u >= start);
+            let begins = 0u;
+            let ends = select(0u, min(own_quad + 1u, 4u), row4 * 4u >= start);
 #endif
             for (var k = begins; k < ends; k++) {
                 let left_at = quad_at(0u, k, row4);
@@ -275,7 +277,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 
 #ifdef VALUES
 #repeat h PAIRS
-    let ones$h = matrix_quad(matrix + BUCKETS * MATRIX_ROW, channel + $hu * 64u);
+    let ones$h = matrix_quad(matrix, BUCKETS, channel + $hu * 64u);
     store_row(b, first, row4 * 4u, rows, count, kv_head, channel + $hu * 64u, sums$h.a + ones$h);
     store_row(b, first, row4 * 4u + 1u, rows, count, kv_head, channel + $hu * 64u, sums$h.b + ones$h);
     store_row(b, first, row4 * 4u + 2u, rows, count, kv_head, channel + $hu * 64u, sums$h.c + ones$h);
@@ -294,7 +296,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let whole = select(vec4<f32>(), vec4<f32>(1.0), some);
     let q_head = kv_head * GROUP + in_group;
 #repeat h PAIRS
-    let rest$h = last * (matrix_quad(last_at, channel + $hu * 64u) - seen * mean$h);
+    let rest$h = last * (matrix_quad(matrix, BUCKETS, channel + $hu * 64u) - seen * mean$h);
     store_row(b, first, row4 * 4u, rows, count, q_head, channel + $hu * 64u,
         (sums$h.a + rest$h - masses.x * mean$h) * inverse.x + whole.x * mean$h);
     store_row(b, first, row4 * 4u + 1u, rows, count, q_head, channel + $hu * 64u,

@@ -1,4 +1,4 @@
-// Runs of SEGMENT chunks, which the scan adds up first.
+// Segments of SEGMENT matrices, which the scan adds up first. A matrix is of CHUNK tokens here, those of a run.
 const MATRIX: u32 = (BUCKETS + 1u) * MATRIX_ROW;
 
 fn segment_count() -> u32 {

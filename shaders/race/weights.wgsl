@@ -63,7 +63,7 @@ fn alphas_of(x: Hashes, bucket: u32, beta: f32, centre: f32) -> vec4<f32> {
         weights = 2.0 * vec4<f32>(logistic_pair(2.0 * beta * x.a.x), logistic_pair(2.0 * beta * x.a.y));
     } else {
         var upper = 4.0;
-        for (var plane = p.zero; plane + 2u < PLANES; plane++) {
+        for (var plane = 0u; plane + 2u < PLANES; plane++) {
             let pair = logistic_pair(2.0 * beta * hash_of(x, plane));
             upper *= 2.0 * select(pair.x, pair.y, ((bucket >> (PLANES - 1u - plane)) & 1u) == 1u);
         }

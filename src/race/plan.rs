@@ -8,7 +8,10 @@ use std::ops::Range;
 /// Tokens of a chunk: inside it a query meets keys one by one, before it by their sum.
 pub(crate) const CHUNK: usize = 64;
 
-/// Chunks of a segment, whose sum the scan takes as one.
+/// Chunks of a run: the scan takes its sum, and what is before a chunk inside it is kept beside that.
+pub(crate) const RUN: usize = 4;
+
+/// Runs of a segment, whose sum the scan takes as one.
 pub(crate) const SEGMENT: usize = 16;
 
 /// Columns of a matrix that a workgroup of the scan takes.
@@ -180,6 +183,11 @@ impl Piece {
     pub fn chunks(&self) -> usize {
         self.tokens.len().div_ceil(CHUNK)
     }
+
+    /// Runs of a sequence.
+    pub fn runs(&self) -> usize {
+        self.chunks().div_ceil(RUN)
+    }
 }
 
 /// Cuts a call into pieces, tokens ascending within a sequence. `Err` is the number of bytes that the smallest piece
@@ -198,7 +206,7 @@ pub(crate) fn pieces(g: &Geometry, budget: &Budget, batch: usize, tokens: usize)
     if needed > budget.binding {
         return Err(needed);
     }
-    // (sequence, kv head, chunk) triples of a piece; at least one, whatever the budget.
+    // (sequence, kv head, chunk) triples of a piece; at least one, whatever the budget. There are as many runs at most.
     let cells = (budget.matrices / (2 * matrix)).min(budget.binding / hashes).min((budget.rows / CHUNK) as u64).max(1);
     // (sequence, chunk) pairs whose inputs can be bound.
     let bound = budget.binding / chunk_row;

@@ -160,6 +160,16 @@ impl Context {
         Ok(buffer)
     }
 
+    /// Submits the copying of as much of a buffer as another holds.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`].
+    pub fn copy_whole(&self, op: &'static str, from: &wgpu::Buffer, to: &wgpu::Buffer) -> Result<()> {
+        let mut encoder = self.encoder(op);
+        encoder.copy_buffer_to_buffer(from, 0, to, 0, to.size().min(from.size()));
+        self.submit(op, encoder)
+    }
+
     fn create_buffer(
         &self,
         op: &'static str,

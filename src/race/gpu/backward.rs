@@ -25,11 +25,11 @@
 //! | hashes | 4·(G + 1)·L·P |
 //! | gradients of hashes | 4·G·L·P, twice that under [`crate::Normalization::Ratio`] |
 //! | readings of queries | 8·G under [`crate::Normalization::Ratio`], else 8·G·(S + 1) |
-//! | matrices of chunks | (S + 1)·(Dv + 1)/16, an eighth more for sums of segments |
+//! | matrices of chunks and of their runs | (S + 1)·(Dv + 1)·5/64, and little for sums of segments |
 //!
 //! besides up to [`SHARES`] bytes of shares of the parameters' gradients, and for a causal call the state (8·S·(Dv + 1)
 //! bytes per sequence, kv head and ensemble) before each of its pieces. With the default S = 64, G = 1 and Dv = 64 that
-//! is about 530 bytes per token and kv head of a piece.
+//! is about 560 bytes per token and kv head of a piece.
 
 use super::backward_kernels::BackwardKernel;
 use super::forward::Output;
@@ -53,7 +53,7 @@ const ADD: u32 = 1;
 const SCRATCH: u64 = 128 << 20;
 /// Bytes of the shares of the gradients of hyperplanes, and rows of a share at least.
 const SHARES: u64 = 32 << 20;
-const SHARE_ROWS: usize = 256;
+const SHARE_ROWS: usize = 512;
 
 /// Gradients of β and hyperplanes on a GPU: pairs of f32, `[set, ensemble, bits, head_dim + 1]`, in the last column
 /// what the bit gives to β's.
@@ -137,11 +137,8 @@ impl GpuRace {
             let (got, expected) = ("another GPU device", "this GPU device");
             return Err(Error::WrongDevice { op, tensor: "parameter sums", got, expected });
         }
-        let bytes = sums.totals.size();
-        let totals = self.ctx.buffer(op, "sums of parameter gradients", bytes, STORAGE)?;
-        let mut encoder = self.ctx.encoder(op);
-        encoder.copy_buffer_to_buffer(&sums.totals, 0, &totals, 0, bytes);
-        self.ctx.submit(op, encoder)?;
+        let totals = self.ctx.buffer(op, "sums of parameter gradients", sums.totals.size(), STORAGE)?;
+        self.ctx.copy_whole(op, &sums.totals, &totals)?;
         Ok(GpuParameterSums { ctx: sums.ctx.clone(), totals, ..*sums })
     }
 
@@ -271,7 +268,7 @@ impl GpuRace {
                     let block = self.block(done, &info, heads.clone(), ensemble);
                     if let Some((k, v)) = &staged.keys {
                         self.project(&mut passes, &block, k, false, &hashes)?;
-                        self.chunk_sums(&mut passes, &block, v, &hashes, &matrices)?;
+                        self.chunk_sums(&mut passes, &block, v, &hashes, &matrices, false)?;
                         self.advance(&mut passes, &next.numbered(&block), &next.state, &matrices, false)?;
                     }
                 }
@@ -363,17 +360,20 @@ impl GpuRace {
         if let (Some((q, grad_o)), Some(readings)) = (&staged.queries, &room.readings) {
             self.project(passes, block, q, true, &room.hashes)?;
             let mut binds = vec![block.info.clone(), grad_o.bind.clone()];
-            binds.extend([&room.hashes, &matrices.chunks, &room.hash_gradients, readings].map(Bind::from));
+            binds.extend([&room.hashes, &matrices.sums, &room.hash_gradients, readings].map(Bind::from));
             let mut params = Params { input: grad_o.strides, ..scaled(block.params) };
             let numbered = entry.numbered(block);
             match &staged.keys {
                 Some((_, v)) => {
-                    self.chunk_sums(passes, block, v, &room.hashes, matrices)?;
+                    self.chunk_sums(passes, block, v, &room.hashes, matrices, true)?;
                     self.scan(passes, &numbered, KEEP_STATE, &entry.state, matrices, false)?;
                     binds.push(v.bind.clone());
                     params.input2 = v.strides;
                 }
-                None => params.slots = self.read_state(passes, &numbered, &entry.state, matrices, false)?.params.slots,
+                None => {
+                    let one = self.read_state(passes, &numbered, &entry.state, matrices, false)?.params;
+                    (params.slots, params.parts_at) = (one.slots, one.parts_at);
+                }
             }
             let read = staged.keys.is_none();
             let (kernel, groups) = if g.chunk_hashes(false) && !read {
@@ -385,9 +385,9 @@ impl GpuRace {
             self.backward_hash(passes, call, piece, block, q, true, results.dq.as_ref(), room, moving)?;
 
             let params = Params { input: grad_o.strides, ..scaled(block.params) };
-            let groups = block.units() * block.chunks * g.bucket_tiles() * g.channel_blocks();
+            let groups = block.units() * block.runs() * g.bucket_tiles() * g.channel_blocks();
             let mut binds = vec![block.info.clone(), grad_o.bind.clone()];
-            binds.extend([&room.hashes, &matrices.chunks, readings].map(Bind::from));
+            binds.extend([&room.hashes, &matrices.sums, readings].map(Bind::from));
             let wide = grad_o.strides.in_fours() && g.value_dim.is_multiple_of(4);
             let kernel = BackwardKernel::QuerySums { grad: staged.grad, wide };
             passes.dispatch(self.backward_key(kernel), params, groups as u64, binds)?;
@@ -402,7 +402,7 @@ impl GpuRace {
         let of_queries = staged.queries.as_ref().zip(room.readings.as_ref());
 
         let mut binds = vec![block.info.clone(), v.bind.clone()];
-        binds.extend([&room.hashes, &matrices.chunks, &room.hash_gradients].map(Bind::from));
+        binds.extend([&room.hashes, &matrices.sums, &room.hash_gradients].map(Bind::from));
         let mut key = Params { input: v.strides, ..params };
         if let Some(((_, grad_o), readings)) = of_queries {
             key.input2 = grad_o.strides;
@@ -422,7 +422,7 @@ impl GpuRace {
         let input = of_queries.map_or(v, |((_, grad_o), _)| grad_o);
         let value = Params { input: input.strides, ..scaled(value) };
         let mut binds = vec![block.info.clone(), input.bind.clone()];
-        binds.extend([&room.hashes, &matrices.chunks].map(Bind::from));
+        binds.extend([&room.hashes, &matrices.sums].map(Bind::from));
         binds.push(bind);
         binds.extend(of_queries.map(|(_, readings)| Bind::from(readings)));
         let fours = g.value_dim.is_multiple_of(4);

@@ -177,7 +177,7 @@ impl GpuRace {
                 let block = self.block(piece, &info, heads.clone(), ensemble);
                 if let Some((k, v)) = &keys {
                     self.project(passes, &block, k, false, &hashes)?;
-                    self.chunk_sums(passes, &block, v, &hashes, &matrices)?;
+                    self.chunk_sums(passes, &block, v, &hashes, &matrices, queries.is_some())?;
                 }
                 let Some(q) = &queries else {
                     self.advance(passes, &block, state, &matrices, false)?;
@@ -205,7 +205,7 @@ impl GpuRace {
                 let (read, in_fours) = (keys.is_none(), values.strides.in_fours());
                 let kernel = self.output_kernel(output.dtype, read, in_fours, params.out_in_fours());
                 let mut binds =
-                    vec![info.clone(), values.bind.clone(), Bind::from(&hashes), Bind::from(&matrices.chunks), bind];
+                    vec![info.clone(), values.bind.clone(), Bind::from(&hashes), Bind::from(&matrices.sums), bind];
                 binds.extend(sums.as_ref().map(Bind::from));
                 passes.dispatch(self.key(kernel), params, self.query_groups(kernel, &block), binds)?;
             }

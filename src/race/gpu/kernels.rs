@@ -3,7 +3,7 @@
 use crate::engine::gpu::{Assembler, KernelKey, KernelSource, Stage, dtype_define};
 use crate::race::gpu::backward_kernels::BackwardKernel;
 use crate::race::gpu::params::Params;
-use crate::race::plan::{CHUNK, Geometry, SCAN_WIDTH, SEGMENT};
+use crate::race::plan::{CHUNK, Geometry, RUN, SCAN_WIDTH, SEGMENT};
 use crate::tensor::DType;
 
 /// What a kernel does; with a [`Geometry`] it names one pipeline.
@@ -14,11 +14,11 @@ pub(crate) enum Kernel {
         per_head: usize,
         wide: bool,
     },
-    /// Sums over the keys of each chunk; `wide`: rows of v are whole vectors of four.
+    /// Sums over the keys of each run, and the parts of its chunks; `wide`: rows of v are whole vectors of four.
     ChunkSums {
         wide: bool,
     },
-    /// Sums over the chunks of each segment.
+    /// Sums over the runs of each segment.
     ScanParts {
         reverse: bool,
     },
@@ -26,7 +26,7 @@ pub(crate) enum Kernel {
     Scan {
         reverse: bool,
     },
-    /// Sums before or after each chunk, from those of its segment.
+    /// Sums before or after each run, from those of its segment.
     ScanSpread {
         reverse: bool,
     },
@@ -85,6 +85,11 @@ impl Kernel {
             Self::OutputRatio { .. } => include_str!("../../../shaders/race/read_chunk.wgsl"),
             Self::Step { .. } | Self::StepMass => include_str!("../../../shaders/race/step.wgsl"),
         }
+    }
+
+    /// Whether it works on runs, and on nothing of their chunks.
+    fn is_scan(self) -> bool {
+        matches!(self, Self::ScanParts { .. } | Self::Scan { .. } | Self::ScanSpread { .. })
     }
 
     /// Stage name, for timings.
@@ -177,7 +182,8 @@ impl Key {
             ("TABLES", g.tables),
             ("PLANES", g.planes),
             ("ENSEMBLES", g.ensembles),
-            ("CHUNK", CHUNK),
+            ("CHUNK", if self.kernel.is_scan() { RUN * CHUNK } else { CHUNK }),
+            ("RUN", RUN),
             ("SEGMENT", SEGMENT),
             ("MATRIX_ROW", g.matrix_row()),
             ("PAIRS", g.channel_pairs()),

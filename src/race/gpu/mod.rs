@@ -6,8 +6,8 @@
 //! | buffer | layout |
 //! |---|---|
 //! | hashes | t = tanh(w·x): of keys `[sequence, token, kv head of the block, L·P]`, then of queries with all heads of the group |
-//! | matrices | `[unit, chunk, S + 1, Dv + 1]`, rows padded to whole fours: \[α, 1\]ᵀ\[v, 1\] of each chunk of 64 tokens, then in its place the sum before the chunk |
-//! | segments | `[unit, segment, S + 1, Dv + 1]`, likewise, pairs of f32: sums of 16 chunks, then the sums before them |
+//! | matrices | `[unit, run, S + 1, Dv + 1]`, rows padded to whole fours: \[α, 1\]ᵀ\[v, 1\] of each run of 4 chunks of 64 tokens, then in its place the sum before the run; after them `[unit, chunk, S + 1, Dv + 1]`: of a run's chunks but the first, the sum of the run's chunks before it |
+//! | segments | `[unit, segment, S + 1, Dv + 1]`, likewise, pairs of f32: sums of 16 runs, then the sums before them |
 //! | state | `[sequence, kv head, ensemble, S, Dv + 1]` pairs of f32: B, and A in the last column |
 //!
 //! α = R·φ − c with the centring constant c of the kv head, see [`crate::race::plan::centre`]. A matrix's last row and
@@ -52,9 +52,9 @@ const STORAGE: wgpu::BufferUsages =
 struct Workspace {
     /// t of keys and queries.
     hashes: Scratch,
-    /// Matrices of chunks.
+    /// Matrices of runs and chunks.
     matrices: Scratch,
-    /// Sums of segments of chunks.
+    /// Sums of segments of runs.
     segments: Scratch,
     /// Outputs summed over ensembles.
     sums: Scratch,

@@ -21,7 +21,7 @@ pub(crate) struct Params {
     pub heads: u32,
     /// Chunks of a unit.
     pub chunks: u32,
-    /// Matrices of a unit in the buffer of chunk matrices.
+    /// Runs of a unit, or one where the state itself is read: matrices at the beginning of their buffer.
     pub slots: u32,
     /// First element of the ensemble's hyperplanes.
     pub planes_at: u32,
@@ -48,7 +48,9 @@ pub(crate) struct Params {
     pub scale: f32,
     /// Zero, which no compiler knows.
     pub zero: u32,
-    pub reserved: [u32; 2],
+    /// First element of the chunks' parts of runs in the buffer of matrices; 0 where there are none.
+    pub parts_at: u32,
+    pub reserved: u32,
 }
 
 impl Params {

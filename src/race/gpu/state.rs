@@ -45,9 +45,7 @@ impl GpuRace {
     /// A copy of its own.
     pub(super) fn copy_state(&self, op: &'static str, state: &GpuState) -> Result<GpuState> {
         let buffer = self.state_buffer(op, self.own(op, state)?.batch)?;
-        let mut encoder = self.ctx.encoder(op);
-        encoder.copy_buffer_to_buffer(&state.buffer, 0, &buffer, 0, buffer.size().min(state.buffer.size()));
-        self.ctx.submit(op, encoder)?;
+        self.ctx.copy_whole(op, &state.buffer, &buffer)?;
         Ok(GpuState { ctx: self.ctx.clone(), buffer, batch: state.batch })
     }
 

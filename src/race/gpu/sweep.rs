@@ -6,9 +6,13 @@ use super::params::Params;
 use super::state::GpuState;
 use crate::engine::gpu::{Bind, Input, Passes};
 use crate::error::Result;
-use crate::race::plan::{Piece, SCAN_WIDTH, SEGMENT};
+use crate::race::plan::{Piece, RUN, SCAN_WIDTH, SEGMENT};
 use std::ops::Range;
 
+/// Rows of a workgroup of shaders/race/project.wgsl.
+const PROJECTED: usize = 128;
+/// Flag of shaders/race/chunk_sums.wgsl.
+const NO_PARTS: u32 = 1;
 /// Flags of shaders/race/scan.wgsl.
 const WRITE_TOTAL: u32 = 1;
 pub(super) const KEEP_STATE: u32 = 2;
@@ -27,16 +31,25 @@ pub(super) struct Block {
 }
 
 impl Block {
+    pub fn runs(&self) -> usize {
+        self.chunks.div_ceil(RUN)
+    }
+
+    /// The parameters of kernels to which runs are what chunks are to others.
+    fn of_runs(&self) -> Params {
+        Params { chunks: self.params.slots, ..self.params }
+    }
+
     /// (sequence, kv head) pairs.
     pub fn units(&self) -> usize {
         self.sequences.len() * self.heads.len()
     }
 }
 
-/// The matrices of a piece's chunks, and the sums that their scan makes on the way.
+/// The matrices of a piece's runs and then of its chunks, and the sums that their scan makes on the way.
 #[derive(Clone)]
 pub(super) struct Matrices {
-    pub chunks: wgpu::Buffer,
+    pub sums: wgpu::Buffer,
     segments: wgpu::Buffer,
 }
 
@@ -65,7 +78,8 @@ impl GpuRace {
             head: heads.start as u32,
             heads: heads.len() as u32,
             chunks: piece.chunks() as u32,
-            slots: piece.chunks() as u32,
+            slots: piece.runs() as u32,
+            parts_at: (piece.sequences.len() * heads.len() * piece.runs() * g.matrix()) as u32,
             planes_at: (ensemble * g.bits() * g.head_dim) as u32,
             planes_stride: self.planes_stride,
             k_at: 0,
@@ -81,11 +95,11 @@ impl GpuRace {
         let g = &self.geometry;
         let units = (piece.sequences.len() * piece.heads) as u64;
         let hashes = units * (piece.tokens.len() * (g.group + 1) * g.bits() * 4) as u64;
-        let chunks = units * (piece.chunks() * g.matrix() * 4) as u64;
-        let segments = units * (piece.chunks().div_ceil(SEGMENT) * g.matrix() * 8) as u64;
+        let sums = units * ((piece.runs() + piece.chunks()) * g.matrix() * 4) as u64;
+        let segments = units * (piece.runs().div_ceil(SEGMENT) * g.matrix() * 8) as u64;
         let w = &mut self.workspace;
         let matrices = Matrices {
-            chunks: w.matrices.get(&self.ctx, op, "bytes of chunk sums", chunks)?,
+            sums: w.matrices.get(&self.ctx, op, "bytes of chunk sums", sums)?,
             segments: w.segments.get(&self.ctx, op, "bytes of segment sums", segments)?,
         };
         Ok((self.workspace.hashes.get(&self.ctx, op, "bytes of hashes", hashes)?, matrices))
@@ -104,13 +118,13 @@ impl GpuRace {
         let (per_head, out_at) = if queries { (g.group, block.params.q_at) } else { (1, block.params.k_at) };
         let params = Params { input: x.strides, out_at, ..block.params };
         let rows = block.sequences.len() * block.params.tokens as usize * per_head;
-        let groups = rows.div_ceil(64) * block.heads.len() * g.bits().div_ceil(4 * g.plane_fours());
+        let groups = rows.div_ceil(PROJECTED) * block.heads.len() * g.bits().div_ceil(4 * g.plane_fours());
         let wide = x.strides.in_fours() && g.head_dim.is_multiple_of(4);
         let binds = vec![block.info.clone(), x.bind.clone(), Bind::from(&self.planes), Bind::from(hashes)];
         passes.dispatch(self.key(Kernel::Project { per_head, wide }), params, groups as u64, binds)
     }
 
-    /// The matrices of the block's chunks.
+    /// The matrices of the block's runs, and with `parts` of their chunks.
     pub(super) fn chunk_sums(
         &self,
         passes: &mut Passes<'_>,
@@ -118,17 +132,19 @@ impl GpuRace {
         v: &Input,
         hashes: &wgpu::Buffer,
         matrices: &Matrices,
+        parts: bool,
     ) -> Result<()> {
         let g = &self.geometry;
-        let params = Params { input: v.strides, ..block.params };
-        let groups = block.units() * block.chunks * g.bucket_tiles() * g.channel_blocks();
-        let binds = vec![block.info.clone(), v.bind.clone(), Bind::from(hashes), Bind::from(&matrices.chunks)];
+        let flags = if parts { 0 } else { NO_PARTS };
+        let params = Params { input: v.strides, flags, ..block.params };
+        let groups = block.units() * block.runs() * g.bucket_tiles() * g.channel_blocks();
+        let binds = vec![block.info.clone(), v.bind.clone(), Bind::from(hashes), Bind::from(&matrices.sums)];
         let wide = v.strides.in_fours() && g.value_dim.is_multiple_of(4);
         passes.dispatch(self.key(Kernel::ChunkSums { wide }), params, groups as u64, binds)
     }
 
     /// Moves the state on to the block's end, or with `reverse` its gradient back to the block's beginning, by the
-    /// matrices of its chunks.
+    /// matrices of its runs.
     pub(super) fn advance(
         &self,
         passes: &mut Passes<'_>,
@@ -138,10 +154,10 @@ impl GpuRace {
         reverse: bool,
     ) -> Result<()> {
         self.scan_chunks(passes, block, Kernel::ScanParts { reverse }, matrices)?;
-        self.scan_segments(passes, block, block.params, state, matrices, reverse)
+        self.scan_segments(passes, block, block.of_runs(), state, matrices, reverse)
     }
 
-    /// As [`GpuRace::advance`]; and the matrices of chunks become the sums before them, the state included, or with
+    /// As [`GpuRace::advance`]; and the matrices of runs become the sums before them, the state included, or with
     /// `reverse` those after them. With `flags` of [`KEEP_STATE`] the state stays.
     pub(super) fn scan(
         &self,
@@ -153,18 +169,19 @@ impl GpuRace {
         reverse: bool,
     ) -> Result<()> {
         self.scan_chunks(passes, block, Kernel::ScanParts { reverse }, matrices)?;
-        self.scan_segments(passes, block, Params { flags, ..block.params }, state, matrices, reverse)?;
+        self.scan_segments(passes, block, Params { flags, ..block.of_runs() }, state, matrices, reverse)?;
         self.scan_chunks(passes, block, Kernel::ScanSpread { reverse }, matrices)
     }
 
     /// The kernels of the scan that go through all matrices.
     fn scan_chunks(&self, passes: &mut Passes<'_>, block: &Block, kernel: Kernel, matrices: &Matrices) -> Result<()> {
-        let groups = block.units() * block.chunks.div_ceil(SEGMENT) * self.geometry.matrix().div_ceil(256);
-        let binds = vec![block.info.clone(), Bind::from(&matrices.chunks), Bind::from(&matrices.segments)];
-        passes.dispatch(self.key(kernel), block.params, groups as u64, binds)
+        let groups = block.units() * block.runs().div_ceil(SEGMENT) * self.geometry.matrix().div_ceil(256);
+        let binds = vec![block.info.clone(), Bind::from(&matrices.sums), Bind::from(&matrices.segments)];
+        passes.dispatch(self.key(kernel), block.of_runs(), groups as u64, binds)
     }
 
-    /// The state itself, or with `reverse` a gradient, as one matrix for each unit. The block returned has it in the place of its chunks' matrices.
+    /// The state itself, or with `reverse` a gradient, as one matrix for each unit. The block returned has it in the place
+    /// of its matrices.
     pub(super) fn read_state(
         &self,
         passes: &mut Passes<'_>,
@@ -173,7 +190,7 @@ impl GpuRace {
         matrices: &Matrices,
         reverse: bool,
     ) -> Result<Block> {
-        let params = Params { slots: 1, ..block.params };
+        let params = Params { slots: 1, parts_at: 0, ..block.params };
         let scan = Params { chunks: 0, flags: WRITE_TOTAL | KEEP_STATE, ..params };
         self.scan_segments(passes, block, scan, state, matrices, reverse)?;
         Ok(Block { params, ..block.clone() })
@@ -192,7 +209,7 @@ impl GpuRace {
         let (bind, first) = self.bind_state(state, &block.sequences);
         let params = Params { state_at: first + (block.ensemble * g.state_unit()) as u32, ..params };
         let groups = block.units() * g.columns().div_ceil(SCAN_WIDTH);
-        let binds = vec![block.info.clone(), bind, Bind::from(&matrices.chunks), Bind::from(&matrices.segments)];
+        let binds = vec![block.info.clone(), bind, Bind::from(&matrices.sums), Bind::from(&matrices.segments)];
         passes.dispatch(self.key(Kernel::Scan { reverse }), params, groups as u64, binds)
     }
 }

@@ -136,6 +136,7 @@ fn structs_have_the_offsets_of_their_rust_twins() {
             flags,
             scale,
             zero,
+            parts_at,
         ],
         input.offset => "in_offset",
         input.batch => "in_batch",

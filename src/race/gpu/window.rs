@@ -267,9 +267,7 @@ impl WindowExecutor for GpuWindow {
     fn fork(&self, op: &'static str, ring: &Ring) -> Result<Ring> {
         let from = self.own(op, ring.gpu(op)?)?;
         let to = self.ring(op, from.batch, from.dtype)?;
-        let mut encoder = self.ctx.encoder(op);
-        encoder.copy_buffer_to_buffer(&from.buffer, 0, &to.buffer, 0, to.buffer.size().min(from.buffer.size()));
-        self.ctx.submit(op, encoder)?;
+        self.ctx.copy_whole(op, &from.buffer, &to.buffer)?;
         Ok(Ring::Gpu(to))
     }
 
