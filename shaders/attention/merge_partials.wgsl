@@ -1,6 +1,8 @@
 #import params
+#import place
 #import rows
 #import output
+#import reduce
 // Merges the partial results of one query head: one workgroup per (row, query head, slice of the channels).
 // Groups of LANES invocations take every MERGE_GROUPS-th partial, each invocation four channels; the groups then add up
 // in order.
@@ -15,52 +17,51 @@ const WIDE: u32 = (VALUE_DIM + 3u) / 4u;
 const LANES: u32 = (WIDE + MERGE_SPLIT - 1u) / MERGE_SPLIT;
 const MERGE_GROUPS: u32 = 256u / LANES;
 const VECS: u32 = PART_STRIDE / 4u;
+// Partials weighed at a time, four by an invocation.
+const BATCH: u32 = 1024u;
 var<workgroup> scratch: array<vec4<f32>, 256>;
-var<workgroup> weights: array<f32, 256>;
-var<workgroup> peaks: array<f32, 256>;
+var<workgroup> weights: array<f32, BATCH>;
 
 @compute @workgroup_size(256)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-    if group_index(group) >= p.groups {
+fn main(place: Place) {
+    let local = local_of(place);
+    let group = group_index(place.group);
+    if group >= p.groups {
         return;
     }
-    let index = p.first_row * Q_HEADS + group_index(group) / MERGE_SPLIT;
-    let slice = group_index(group) % MERGE_SPLIT;
+    let index = p.first_row * Q_HEADS + group / MERGE_SPLIT;
+    let slice = group % MERGE_SPLIT;
     let row = rows[p.row_shift + index / Q_HEADS];
     let first = row.part_base + index % Q_HEADS * row.part_count;
     var top = MASKED;
-    for (var i = local; i < row.part_count; i += 256u) {
-        top = max(top, partials[(first + i) * VECS].x);
+    for (var i = local; i < row.part_count; i += 4u * 256u) {
+#repeat u 4
+        let peak$u = partials[(first + min(i + $uu * 256u, row.part_count - 1u)) * VECS].x;
+#end
+        top = max(top, max(max(peak0, peak1), max(peak2, peak3)));
     }
-    peaks[local] = top;
-    workgroupBarrier();
-    for (var step = 128u; step > 0u; step = step >> 1u) {
-        if local < step {
-            peaks[local] = max(peaks[local], peaks[local + step]);
-        }
-        workgroupBarrier();
-    }
-    top = peaks[0];
+    top = reduce_max(local, top);
 
     let vector = slice * LANES + local % LANES;
     let at = 1u + min(vector, WIDE - 1u);
     let merge_group = local / LANES;
     var value = vec4<f32>();
     var sum = 0.0;
-    for (var base = 0u; base < row.part_count; base += 256u) {
+    for (var base = 0u; base < row.part_count; base += BATCH) {
         // One invocation weighs each part; the groups then add up theirs, with eight loads under way.
         workgroupBarrier();
-        weights[local] = 0.0;
-        if base + local < row.part_count {
-            let head = partials[(first + base + local) * VECS];
-            if head.x > MASKED {
-                weights[local] = exp2(head.x - top);
-                sum += head.y * weights[local];
-            }
+#repeat u 4
+        {
+            let part = base + local + $uu * 256u;
+            let head = partials[(first + min(part, row.part_count - 1u)) * VECS];
+            let weight = select(0.0, exp2(head.x - top), part < row.part_count && head.x > MASKED);
+            weights[local + $uu * 256u] = weight;
+            sum += select(0.0, head.y * weight, weight > 0.0);
         }
+#end
         workgroupBarrier();
         if merge_group < MERGE_GROUPS {
-            let count = min(256u, row.part_count - base);
+            let count = min(BATCH, row.part_count - base);
             for (var i = merge_group; i < count; i += 8u * MERGE_GROUPS) {
 #repeat u 8
                 let part$u = i + $uu * MERGE_GROUPS;
@@ -74,22 +75,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
         }
     }
-    workgroupBarrier();
     scratch[local] = value;
-    peaks[local] = sum;
-    workgroupBarrier();
-    for (var step = 128u; step > 0u; step = step >> 1u) {
-        if local < step {
-            peaks[local] = peaks[local] + peaks[local + step];
-        }
-        workgroupBarrier();
-    }
+    // Its barriers serve `scratch` too.
+    sum = reduce_sum(local, sum);
     if local < LANES && vector < WIDE {
         value = vec4<f32>();
         for (var g = 0u; g < MERGE_GROUPS; g++) {
             value += scratch[g * LANES + local];
         }
-        sum = peaks[0];
         value *= select(0.0, 1.0 / sum, sum > 0.0);
         let channel = vector * 4u;
 #ifdef OUT_F32

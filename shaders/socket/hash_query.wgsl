@@ -1,4 +1,5 @@
 #import params
+#import place
 #import rows
 #import query
 #import reduce
@@ -13,7 +14,7 @@
 @group(0) @binding(6) var<storage, read_write> histogram: array<u32>;
 
 // Channels whose loads are under way together.
-const AT_ONCE: u32 = 32u;
+const AT_ONCE: u32 = 64u;
 const CHANNELS: u32 = (HEAD_DIM + AT_ONCE - 1u) / AT_ONCE * AT_ONCE;
 var<workgroup> x: array<f32, CHANNELS>;
 #ifdef SOFT_COLLISION
@@ -50,8 +51,9 @@ fn load_head(local: u32, batch: u32, token: u32, head: u32, weight: f32, add: bo
 }
 
 @compute @workgroup_size(256)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-    let index = group_index(group);
+fn main(place: Place) {
+    let local = local_of(place);
+    let index = group_index(place.group);
     if index >= p.groups {
         return;
     }
@@ -92,10 +94,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             if block + i < BITS {
                 let plane_at = planes_at + block + i;
                 for (var c = 0u; c < HEAD_DIM; c += AT_ONCE) {
-#repeat j 32
+#repeat j 64
                     let w$j = planes[plane_at + min(c + $ju, HEAD_DIM - 1u) * BITS];
 #end
-#repeat j 32
+#repeat j 64
                     sum += x[c + $ju] * w$j;
 #end
                 }

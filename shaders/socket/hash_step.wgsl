@@ -1,4 +1,5 @@
 #import params
+#import place
 #import items
 #import stored
 #import key_scalars
@@ -12,12 +13,16 @@
 @group(0) @binding(6) var<storage, read_write> seq_state: array<atomic<u32>>;
 @group(0) @binding(7) var<storage, read_write> index_pages: array<u32>;
 
-var<workgroup> key: array<f32, HEAD_DIM>;
+// Channels whose loads are under way together.
+const AT_ONCE: u32 = 32u;
+const CHANNELS: u32 = (HEAD_DIM + AT_ONCE - 1u) / AT_ONCE * AT_ONCE;
+var<workgroup> key: array<f32, CHANNELS>;
 var<workgroup> words: array<atomic<u32>, WORDS>;
 
 @compute @workgroup_size(256)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
-    let index = group_index(group);
+fn main(place: Place) {
+    let local = local_of(place);
+    let index = group_index(place.group);
     if index >= p.groups {
         return;
     }
@@ -43,6 +48,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         key[c] = x;
         key_square += x * x;
     }
+    for (var c = HEAD_DIM + local; c < CHANNELS; c += 256u) {
+        key[c] = 0.0;
+    }
     for (var i = local; i < WORDS; i += 256u) {
         atomicStore(&words[i], 0u);
     }
@@ -50,8 +58,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var projection_sum = 0.0;
     for (var plane = local; plane < BITS; plane += 256u) {
         var u = 0.0;
-        for (var c = 0u; c < HEAD_DIM; c++) {
-            u += key[c] * planes[planes_at + c * BITS + plane];
+        for (var c = 0u; c < HEAD_DIM; c += AT_ONCE) {
+#repeat j 32
+            let w$j = planes[planes_at + min(c + $ju, HEAD_DIM - 1u) * BITS + plane];
+#end
+#repeat j 32
+            u += key[c + $ju] * w$j;
+#end
         }
         projection_sum += abs(u);
         let table = plane / PLANES;
