@@ -3,9 +3,10 @@
 #import entries
 #import order
 #import ranges
+#import exact_key
 // Lists the keys within the bounds of a row's threshold, and counts those above: one workgroup per (page entry, chunk, kv
-// head, query token). Coarse scores within the bounds give way to exact ones, clamped to the bounds, where they cannot
-// change places with keys that are certainly above or below the threshold.
+// head, query token). Where scores are coarse, the list has the keys' places in the index instead, for the next kernel to
+// score them again; keys that the list has no room for are scored again here.
 @group(0) @binding(1) var<storage, read> index_pages: array<u32>;
 @group(0) @binding(2) var<storage, read> entries: array<Entry>;
 @group(0) @binding(3) var<storage, read> rows: array<Row>;
@@ -16,7 +17,6 @@
 
 // A chunk's keys of one head always fit.
 const FOUND: u32 = 1024u;
-const CODE_MASK: u32 = (1u << PLANES) - 1u;
 // Token in the chunk, head from bit 16 on, and the key.
 var<workgroup> found: array<vec2<u32>, FOUND>;
 var<workgroup> found_count: atomic<u32>;
@@ -25,50 +25,6 @@ var<workgroup> counts: array<atomic<u32>, SCORE_ROWS>;
 var<workgroup> above: array<atomic<u32>, SCORE_ROWS>;
 var<workgroup> places: array<u32, SCORE_ROWS>;
 var<workgroup> bounds: array<vec2<u32>, SCORE_ROWS>;
-
-fn add_word(before: f32, word: u32, first_table: u32, table_at: u32) -> f32 {
-    var sum = before;
-    var codes = word;
-    for (var t = 0u; t < TABLES_PER_WORD; t++) {
-        if first_table + t < TABLES {
-            let code = codes & CODE_MASK;
-            codes = codes >> PLANES;
-            let at = table_at + TABLE_HEADER + (first_table + t) * DIGITS * 16u;
-#ifdef PRODUCT
-            var value = tables[at + (code & 15u)];
-            for (var d = 1u; d < DIGITS; d++) {
-                value *= tables[at + d * 16u + ((code >> (d * 4u)) & 15u)];
-            }
-            sum += value;
-#else
-            for (var d = 0u; d < DIGITS; d++) {
-                sum += tables[at + d * 16u + ((code >> (d * 4u)) & 15u)];
-            }
-#endif
-        }
-    }
-    return sum;
-}
-
-fn exact_key(key_at: u32, table_at: u32) -> u32 {
-    // All of the key is on its way before the first look-up.
-    var gain = 1.0;
-    var bias = 0.0;
-#ifdef SCALARS
-    gain = bitcast<f32>(index_pages[key_at + WORDS * PAGE]);
-#endif
-#ifdef BIAS
-    bias = bitcast<f32>(index_pages[key_at + (WORDS + 1u) * PAGE]);
-#endif
-#repeat w WORDS
-    let codes$w = index_pages[key_at + $wu * PAGE];
-#end
-    var sum = 0.0;
-#repeat w WORDS
-    sum = add_word(sum, codes$w, $wu * TABLES_PER_WORD, table_at);
-#end
-    return order_key(gain * sum + (bias + range_at(table_at).shift));
-}
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
@@ -178,18 +134,23 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 let found_token = found[i].x & 0xffffu;
                 let h = found[i].x >> 16u;
                 let score_row = first_row + h;
-                var key = found[i].y;
+                let at = places[h] + atomicAdd(&counts[h], 1u);
 #ifdef COARSE
                 let key_at = (entry.page * KV_HEADS + kv_head) * INDEX_WORDS * PAGE + chunk * CHUNK + found_token;
-                let exact = exact_key(key_at, ((block_row * KV_HEADS + kv_head) * SCORING_HEADS + h) * TABLE_ROW);
-                key = clamp(exact, bounds[h].x, bounds[h].y);
-                let at_score = scores_at + h * score_stride(row.visible) + found_token;
-                scores[at_score] = key;
+                if at >= CANDIDATES {
+                    let exact = exact_key(key_at, ((block_row * KV_HEADS + kv_head) * SCORING_HEADS + h) * TABLE_ROW);
+                    let at_score = scores_at + h * score_stride(row.visible) + found_token;
+                    scores[at_score] = clamp(exact, bounds[h].x, bounds[h].y);
+                }
+                let word = key_at;
+                let token_word = (first + found_token) | COARSE_TOKEN;
+#else
+                let word = found[i].y;
+                let token_word = first + found_token;
 #endif
-                let at = places[h] + atomicAdd(&counts[h], 1u);
                 if at < CANDIDATES {
-                    candidates[(score_row * CANDIDATES + at) * 2u] = key;
-                    candidates[(score_row * CANDIDATES + at) * 2u + 1u] = first + found_token;
+                    candidates[(score_row * CANDIDATES + at) * 2u] = word;
+                    candidates[(score_row * CANDIDATES + at) * 2u + 1u] = token_word;
                 }
             }
             head = last_head;

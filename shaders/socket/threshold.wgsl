@@ -2,12 +2,23 @@
 #import place
 #import rows
 #import scan
+#ifdef RESCORE
+#import order
+#import ranges
+#import rescore_candidate
+#endif
 // The exact threshold of a row, as (key, last token): a key is selected if it is larger, or equal at or before that
 // token. One workgroup per score row; eight bits at a time over (key, then lower token first).
 @group(0) @binding(1) var<storage, read> rows: array<Row>;
 @group(0) @binding(2) var<storage, read_write> scores: array<u32>;
 @group(0) @binding(3) var<storage, read> histogram: array<u32>;
+#ifdef RESCORE
+@group(0) @binding(4) var<storage, read_write> candidates: array<u32>;
+@group(0) @binding(5) var<storage, read> index_pages: array<u32>;
+@group(0) @binding(6) var<storage, read> tables: array<f32>;
+#else
 @group(0) @binding(4) var<storage, read> candidates: array<u32>;
+#endif
 
 // Candidates that each invocation keeps.
 const KEPT: u32 = 8u;
@@ -58,6 +69,17 @@ fn main(place: Place) {
     let whole = listed > CANDIDATES;
     let count = select(listed, row.visible, whole);
     var wanted = row.heavy - above;
+#ifdef RESCORE
+    // Short lists of few rows get their exact scores here.
+    for (var i = local; i < min(listed, CANDIDATES); i += 256u) {
+        rescore_candidate(score_row * CANDIDATES + i, scores_at, score_row * TABLE_ROW, low, high);
+    }
+    storageBarrier();
+#endif
+
+    // Keys count from the lowest that there may be, shifted so that the highest fills all bits: the first digit then
+    // tells keys apart.
+    let lead = min(countLeadingZeros(high - low), 31u);
 
     // Lists of the usual length stay in registers.
     let kept = !whole && count <= 256u * KEPT;
@@ -65,7 +87,7 @@ fn main(place: Place) {
     var key$c = 0u;
     var token$c = 0u;
     if kept && local + $cu * 256u < count {
-        key$c = candidates[(score_row * CANDIDATES + local + $cu * 256u) * 2u];
+        key$c = (candidates[(score_row * CANDIDATES + local + $cu * 256u) * 2u] - low) << lead;
         token$c = candidates[(score_row * CANDIDATES + local + $cu * 256u) * 2u + 1u];
     }
 #end
@@ -73,6 +95,10 @@ fn main(place: Place) {
     var token_prefix = 0u;
     for (var i = 0u; i < 8u; i++) {
         let shift = 24u - (i & 3u) * 8u;
+        // Digits that are zero in all keys.
+        if i < 4u && shift + 8u <= lead {
+            continue;
+        }
         // Bits above the current digit; none in the first round of each half.
         let mask = select(0xffffffffu << (shift + 8u), 0u, (i & 3u) == 0u);
         let round = Round(i < 4u, shift, mask, key_prefix, token_prefix);
@@ -94,11 +120,11 @@ fn main(place: Place) {
                     valid = valid && !in_base(row, at);
 #endif
                     if valid {
-                        tally(round, key, at);
+                        tally(round, (key - low) << lead, at);
                     }
                 } else {
                     let candidate = (score_row * CANDIDATES + at) * 2u;
-                    tally(round, candidates[candidate], candidates[candidate + 1u]);
+                    tally(round, (candidates[candidate] - low) << lead, candidates[candidate + 1u]);
                 }
             }
         }
@@ -123,7 +149,7 @@ fn main(place: Place) {
         }
     }
     if local == 0u {
-        scores[score_row * 2u] = max(key_prefix, low);
+        scores[score_row * 2u] = low + (key_prefix >> lead);
         scores[score_row * 2u + 1u] = ~token_prefix;
     }
 }

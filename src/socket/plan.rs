@@ -62,6 +62,14 @@ pub(crate) const BINS: usize = 1024;
 pub(crate) const HISTOGRAM_ROW: usize = BINS + 4;
 /// Candidates a row's list holds; a row with more is searched whole.
 pub(crate) const CANDIDATES: usize = 16384;
+/// Workgroups that share the exact scoring of a row's candidates.
+pub(crate) const RESCORE_SLICES: usize = 16;
+/// Workgroups of scoring that keep every core of a large GPU busy.
+pub(crate) const SCORE_GROUPS: u64 = 1024;
+/// Chunks that a workgroup scores at most: their keys are counted in 16 bits.
+const MOST_SPAN: u64 = 4;
+/// Rows of more keys than these have their candidates scored again by a dispatch of its own.
+pub(crate) const RESCORE_FUSED_KEYS: u64 = 64 << 10;
 /// Header words (bounds, shift, errors) before a query's look-up tables.
 pub(crate) const TABLE_HEADER: usize = 8;
 /// Appends of at most this many tokens are hashed one by one, longer ones in tiles.
@@ -97,6 +105,8 @@ pub(crate) struct Geometry {
     pub workgroup_memory: usize,
     /// Whether coarse scores may be taken first, see [`Geometry::coarse`].
     pub allow_coarse: bool,
+    /// Whether shaders may compute in 16 bits.
+    pub f16: bool,
 }
 
 impl Geometry {
@@ -125,6 +135,7 @@ impl Geometry {
             subgroup: 0,
             workgroup_memory: WORKGROUP_MEMORY,
             allow_coarse: false,
+            f16: false,
         }
     }
 
@@ -225,6 +236,12 @@ impl Geometry {
         (2 * chunk).min(1024).min(self.page)
     }
 
+    /// Chunks that a workgroup scores of `chunks` that there are: it fetches tables and hands over counts once. At least
+    /// `busy` workgroups stay, for every core to have some. The mean over heads is kept for one chunk.
+    pub fn score_span(&self, chunks: u64, busy: u64) -> u64 {
+        if self.mean_score() { 1 } else { (chunks / busy).clamp(1, MOST_SPAN) }
+    }
+
     /// Every chunk size that [`Geometry::chunk`] may choose.
     pub fn chunks(&self) -> Vec<usize> {
         let mut chunks = [256, 512, 1024].map(|chunk: usize| chunk.min(self.page)).to_vec();
@@ -240,6 +257,11 @@ impl Geometry {
         // Half a unit for each entry must leave the sums within 16 bits.
         let few = self.tables * self.digits() <= 1024;
         self.allow_coarse && !self.per_group && self.scoring_heads() > 2 && few && (linear || product)
+    }
+
+    /// Whether coarse scores multiply in 16 bits: products of more than two factors could leave the normal numbers.
+    pub fn halves(&self) -> bool {
+        self.f16 && self.scoring.multiplies() && self.digits() <= 2
     }
 
     /// How the scorer divides its look-up tables.

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::socket::executor::StageTime;
 use crate::socket::executor::{Attended, Selection};
 use crate::socket::pages::{local_of, slab_of};
-use crate::socket::plan::BINS;
+use crate::socket::plan::{BINS, RESCORE_SLICES};
 use crate::socket::problem::{AttendProblem, Kind};
 use crate::tensor::{DType, Tensor, TensorView};
 use std::ops::Range;
@@ -247,22 +247,46 @@ impl GpuExecutor {
                 Bind::from(&s.scores),
                 Bind::from(&s.histogram),
             ];
-            (Params { first_entry: entries.start, ..params }, groups, binds)
+            (Params { first_entry: entries.start, entries: entries.len() as u32, ..params }, groups, binds)
         };
         for slab in self.entries() {
-            let (params, groups, binds) = of_slab(slab);
+            let (params, chunks, binds) = of_slab(slab);
+            // Chunks of all heads and tokens, of which a workgroup takes some of one head and token.
+            let per_place = (g.num_kv_heads as u64 * u64::from(params.tokens)).max(1);
+            let span = g.score_span(chunks, self.score_groups);
+            let params = Params { max_count: span as u32, ..params };
+            let groups = (chunks / per_place).div_ceil(span) * per_place;
             passes.dispatch(self.key(Kernel::Score { chunk, coarse }), params, groups, binds)?;
         }
         let score_rows = block.load.rows * g.scores_per_row();
+        // Short lists of one slab are scored again by the workgroup that searches them: a dispatch less.
+        let fused = self.entries().len() == 1 && block.load.mean_keys(g) <= self.fused_keys;
         let binds = vec![rows.clone(), Bind::from(&s.tables), Bind::from(&s.scores), Bind::from(&s.histogram)];
         passes.dispatch(self.key(Kernel::Bounds { coarse }), params, score_rows, binds)?;
         for slab in self.entries() {
             let (params, groups, mut binds) = of_slab(slab);
             binds.push(Bind::from(&s.candidates));
             passes.dispatch(self.key(Kernel::Candidates { chunk, coarse }), params, groups, binds)?;
+            // Lists hold places in this slab's index, which only now are bound with it.
+            if coarse && !fused {
+                let binds = vec![
+                    Bind::from(&self.pool.slabs[slab.slab].index),
+                    rows.clone(),
+                    Bind::from(&s.tables),
+                    Bind::from(&s.scores),
+                    Bind::from(&s.histogram),
+                    Bind::from(&s.candidates),
+                ];
+                let groups = score_rows * RESCORE_SLICES as u64;
+                passes.dispatch(self.key(Kernel::Rescore { slices: RESCORE_SLICES }), params, groups, binds)?;
+            }
         }
-        let binds = vec![rows.clone(), Bind::from(&s.scores), Bind::from(&s.histogram), Bind::from(&s.candidates)];
-        passes.dispatch(self.key(Kernel::Threshold), params, score_rows, binds)
+        let mut binds = vec![rows.clone(), Bind::from(&s.scores), Bind::from(&s.histogram), Bind::from(&s.candidates)];
+        if coarse && fused {
+            binds.extend(self.entries().iter().map(|slab| Bind::from(&self.pool.slabs[slab.slab].index)));
+            binds.push(Bind::from(&s.tables));
+        }
+        passes.dispatch(self.key(Kernel::Threshold { rescore: coarse && fused }), params, score_rows, binds)
     }
 
     #[allow(clippy::too_many_arguments, reason = "one call's inputs, all different")]

@@ -32,6 +32,11 @@ impl Load {
         }
     }
 
+    /// Keys of a selection, in the mean.
+    pub fn mean_keys(&self, g: &Geometry) -> u64 {
+        self.score_words / (self.rows * g.scores_per_row()).max(1)
+    }
+
     /// Words before the first score: the thresholds.
     pub fn header(&self, g: &Geometry) -> u64 {
         (2 * self.rows * g.scores_per_row()).next_multiple_of(64)

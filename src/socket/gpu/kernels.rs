@@ -28,7 +28,14 @@ pub(crate) enum Kernel {
         chunk: usize,
         coarse: bool,
     },
-    Threshold,
+    /// After coarse candidates: `slices` workgroups share a row's list.
+    Rescore {
+        slices: usize,
+    },
+    /// May do what `Rescore` does first.
+    Threshold {
+        rescore: bool,
+    },
     Collect,
     Attend {
         q: DType,
@@ -77,6 +84,8 @@ pub(super) const SNIPPETS: &[(&str, &str)] = snippets!(
     "header",
     "ranges",
     "find_bin",
+    "exact_key",
+    "rescore_candidate",
     "key_scalars",
     "output",
 );
@@ -95,7 +104,8 @@ impl Kernel {
             Self::Score { .. } => include_str!("../../../shaders/socket/score.wgsl"),
             Self::Bounds { .. } => include_str!("../../../shaders/socket/bounds.wgsl"),
             Self::Candidates { .. } => include_str!("../../../shaders/socket/candidates.wgsl"),
-            Self::Threshold => include_str!("../../../shaders/socket/threshold.wgsl"),
+            Self::Rescore { .. } => include_str!("../../../shaders/socket/rescore.wgsl"),
+            Self::Threshold { .. } => include_str!("../../../shaders/socket/threshold.wgsl"),
             Self::Collect => include_str!("../../../shaders/socket/collect.wgsl"),
             Self::Attend { .. } => include_str!("../../../shaders/attention/attend.wgsl"),
             Self::MergePartials { .. } => include_str!("../../../shaders/attention/merge_partials.wgsl"),
@@ -113,7 +123,8 @@ impl Kernel {
             Self::Score { .. } => "score",
             Self::Bounds { .. } => "bounds",
             Self::Candidates { .. } => "candidates",
-            Self::Threshold => "threshold",
+            Self::Rescore { .. } => "rescore",
+            Self::Threshold { .. } => "threshold",
             Self::Collect => "collect",
             Self::Attend { .. } => "attend",
             Self::MergePartials { .. } => "merge",
@@ -133,7 +144,9 @@ impl Kernel {
             Self::Score { .. } => &[R, R, R, R, W, W],
             Self::Bounds { .. } => &[R, R, W, W],
             Self::Candidates { .. } => &[R, R, R, R, W, W, W],
-            Self::Threshold => &[R, W, R, R],
+            Self::Rescore { .. } => &[R, R, R, W, R, W],
+            Self::Threshold { rescore: false } => &[R, W, R, R],
+            Self::Threshold { rescore: true } => &[R, W, R, W, R, R],
             Self::Collect => &[R, R, W, W],
             Self::Attend { sparse: true, .. } => &[R, R, R, R, R, W, R],
             Self::Attend { sparse: false, .. } => &[R, R, R, R, R, W],
@@ -166,6 +179,9 @@ impl Key {
             ("SUBGROUPS", g.subgroup > 0),
         ];
         defines.extend(flags.iter().filter(|(_, on)| *on).map(|(name, _)| *name));
+        if matches!(self.kernel, Kernel::Score { coarse: true, .. } | Kernel::Bounds { coarse: true }) && g.halves() {
+            defines.push("HALVES");
+        }
         match self.kernel {
             Kernel::HashQuery { q } | Kernel::Prefill { q } => defines.push(dtype_define("Q", q)),
             Kernel::Attend { q, sparse, .. } => {
@@ -182,7 +198,10 @@ impl Key {
                     defines.push("COARSE");
                 }
             }
-            Kernel::Bounds { coarse: true } | Kernel::Candidates { coarse: true, .. } => defines.push("COARSE"),
+            Kernel::Bounds { coarse: true } | Kernel::Candidates { coarse: true, .. } | Kernel::Rescore { .. } => {
+                defines.push("COARSE")
+            }
+            Kernel::Threshold { rescore: true } => defines.push("RESCORE"),
             Kernel::MergePartials { output, .. } => defines.push(dtype_define("OUT", output)),
             _ => {}
         }
@@ -229,6 +248,7 @@ impl Key {
                 constants.push(("TOKENS", chunk.div_ceil(256)));
             }
             Kernel::Candidates { chunk, .. } => constants.push(("CHUNK", chunk)),
+            Kernel::Rescore { slices } => constants.push(("SLICES", slices)),
             Kernel::Attend { chunk, sparse, .. } => {
                 let heads = g.attend_heads(chunk, sparse);
                 constants.push(("HEADS", heads));

@@ -22,7 +22,9 @@ use crate::socket::executor::{Attended, Executor, Memory, SequenceData};
 use crate::socket::gpu::kernels::{Kernel, Key};
 use crate::socket::gpu::pages::{Pool, Slab};
 use crate::socket::pages::Page;
-use crate::socket::plan::{Geometry, MOST_WORKGROUP_MEMORY, WORKGROUP_MEMORY};
+use crate::socket::plan::{
+    Geometry, MOST_WORKGROUP_MEMORY, RESCORE_FUSED_KEYS, RESCORE_SLICES, SCORE_GROUPS, WORKGROUP_MEMORY,
+};
 use crate::socket::problem::{AppendRow, AttendProblem, CacheSpec, SeqState};
 use crate::tensor::{DType, TensorView};
 use attend::Workspace;
@@ -54,6 +56,10 @@ pub(crate) struct GpuExecutor {
     workspace: Workspace,
     /// Bytes of each scratch buffer at most; what does not fit goes through them block by block.
     scratch_limit: u64,
+    /// Rows of at most so many keys get exact scores of their candidates by the workgroup that searches them.
+    fused_keys: u64,
+    /// Workgroups of scoring that are enough.
+    score_groups: u64,
 }
 
 const STORAGE: wgpu::BufferUsages =
@@ -70,7 +76,7 @@ impl GpuExecutor {
             let offered = caps.subgroups && caps.subgroup_min >= 4 && caps.subgroup_min <= 64;
             let subgroup = if offered { caps.subgroup_min as usize } else { 0 };
             let workgroup_memory = (caps.workgroup_memory as usize).clamp(WORKGROUP_MEMORY, MOST_WORKGROUP_MEMORY);
-            Geometry { subgroup, workgroup_memory, allow_coarse: true, ..Geometry::new(spec) }
+            Geometry { subgroup, workgroup_memory, allow_coarse: true, f16: caps.f16, ..Geometry::new(spec) }
         } else {
             Geometry::new(spec)
         };
@@ -101,6 +107,8 @@ impl GpuExecutor {
             sequences: Vec::new(),
             workspace: Workspace::default(),
             scratch_limit: ctx.caps().max_storage_binding,
+            fused_keys: RESCORE_FUSED_KEYS,
+            score_groups: SCORE_GROUPS,
             geometry,
             ctx,
         })
@@ -181,7 +189,7 @@ impl Executor for GpuExecutor {
             Kernel::HashKeys,
             Kernel::HashStep,
             Kernel::HashQuery { q },
-            Kernel::Threshold,
+            Kernel::Threshold { rescore: false },
             Kernel::Collect,
             Kernel::MergePartials { output, split: 1 },
             Kernel::MergePartials { output, split: self.geometry.merge_split() },
@@ -189,6 +197,9 @@ impl Executor for GpuExecutor {
         ];
         if self.geometry.center {
             kernels.push(Kernel::MeanKeys);
+        }
+        if self.geometry.coarse() {
+            kernels.extend([Kernel::Rescore { slices: RESCORE_SLICES }, Kernel::Threshold { rescore: true }]);
         }
         for chunk in self.geometry.chunks() {
             for coarse in [false, self.geometry.coarse()] {

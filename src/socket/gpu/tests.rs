@@ -13,7 +13,9 @@ use crate::engine::gpu::shader_tests::{same_layout, stays_in_limits, structs, va
 use crate::socket::config::{Budget, CacheShape, Rule, Scoring, SelectionScope, SocketConfig, Temperature};
 use crate::socket::executor::Executor;
 use crate::socket::pages::{local_of, slab_of};
-use crate::socket::plan::{BINS, CANDIDATES, Geometry, HISTOGRAM_ROW, MOST_WORKGROUP_MEMORY, WORKGROUP_MEMORY};
+use crate::socket::plan::{
+    BINS, CANDIDATES, Geometry, HISTOGRAM_ROW, MOST_WORKGROUP_MEMORY, RESCORE_SLICES, WORKGROUP_MEMORY,
+};
 use crate::socket::problem::{AppendRow, AttendProblem, CacheSpec, Kind, SeqState, query_rows};
 use crate::tensor::{DType, TensorView};
 
@@ -25,7 +27,7 @@ fn geometries() -> Vec<Geometry> {
         let geometry = Geometry::new(&CacheSpec { config, shape, page_tokens });
         all.push(geometry);
         let offered = Geometry { workgroup_memory: MOST_WORKGROUP_MEMORY, allow_coarse: true, ..geometry };
-        all.extend([8, 32].map(|subgroup| Geometry { subgroup, ..offered }));
+        all.extend([8, 32].map(|subgroup| Geometry { subgroup, f16: subgroup == 32, ..offered }));
         all.push(Geometry { allow_coarse: true, ..geometry });
     };
     for dtype in [DType::F32, DType::F16, DType::Bf16] {
@@ -68,12 +70,15 @@ fn keys_of(geometries: &[Geometry]) -> Vec<Box<dyn KernelKey>> {
     for &geometry in geometries {
         let mut add = |kernel| keys.push(Box::new(Key { kernel, geometry }));
         use Kernel::*;
-        [StoreKv, MeanKeys, HashKeys, HashStep, Threshold, Collect].into_iter().for_each(&mut add);
+        [StoreKv, MeanKeys, HashKeys, HashStep, Threshold { rescore: false }, Collect].into_iter().for_each(&mut add);
         for dtype in [DType::F32, DType::F16, DType::Bf16] {
             add(Kernel::HashQuery { q: dtype });
             add(Kernel::MergePartials { output: dtype, split: 1 });
             add(Kernel::MergePartials { output: dtype, split: geometry.merge_split() });
             add(Kernel::Prefill { q: dtype });
+        }
+        if geometry.coarse() {
+            [Rescore { slices: RESCORE_SLICES }, Threshold { rescore: true }].into_iter().for_each(&mut add);
         }
         for chunk in geometry.chunks() {
             for coarse in [false, geometry.coarse()] {
@@ -298,6 +303,8 @@ fn blocks_of_rows_give_the_same_bits() {
     for (limit, blocks) in [(1 << 27, 1), (1040 << 10, 3), (600 << 10, 6)] {
         let mut executor = GpuExecutor::new(ctx.clone(), &spec).unwrap();
         executor.scratch_limit = limit;
+        // Several chunks a workgroup of scoring, across sequences; then one.
+        executor.score_groups = if found.is_empty() { 1 } else { 1 << 20 };
         let rows: Vec<_> = (0..batch)
             .map(|b| {
                 executor.fork(None, SeqState::default()).unwrap();
@@ -374,7 +381,7 @@ fn coarse_scores_select_the_same_keys() {
         let config = SocketConfig { sink: 4, window: 4, budget: Budget::Tokens(100), ..config };
         let spec = CacheSpec { config: config.clone(), shape, page_tokens: 1024 };
         let mut executor = GpuExecutor::new(ctx.clone(), &spec).unwrap();
-        executor.geometry.allow_coarse = true;
+        (executor.geometry.allow_coarse, executor.geometry.f16) = (true, ctx.caps().f16);
         assert!(executor.geometry.coarse(), "{config:?}");
         executor.fork(None, SeqState::default()).unwrap();
         executor.reserve(tokens).unwrap();
@@ -382,7 +389,10 @@ fn coarse_scores_select_the_same_keys() {
         let seqs = vec![row.after(SeqState::default())];
         executor.append(Recording::Run, &k, &v, &[row]).unwrap();
         let mut found = Vec::new();
-        for want_selection in [true, false] {
+        // One chunk a workgroup of scoring, then several.
+        for (want_selection, fused_keys, score_groups) in [(true, 0, 1 << 20), (false, 0, 1 << 20), (false, 1 << 20, 1)]
+        {
+            (executor.fused_keys, executor.score_groups) = (fused_keys, score_groups);
             let rows = query_rows(&config, Kind::Sparse, &seqs, 1);
             let (kind, seqs, output) = (Kind::Sparse, seqs.clone(), DType::F32);
             let problem = AttendProblem { kind, op: "decode", tq: 1, rows, seqs, scale: 0.3, output, want_selection };
@@ -390,6 +400,7 @@ fn coarse_scores_select_the_same_keys() {
             found.push([attended.o, attended.lse].map(|tensor| tensor.read_blocking().unwrap()));
         }
         assert_eq!(found[0], found[1], "{config:?}");
+        assert_eq!(found[0], found[2], "{config:?}, scored again by the search");
         let histogram = executor.workspace.buffers().nth(Scratch::Histogram as usize).unwrap();
         let words = executor.ctx.read_buffer_blocking("candidates", histogram, 0, histogram.size()).unwrap();
         let words: Vec<u32> = bytemuck::pod_collect_to_vec(&words);
