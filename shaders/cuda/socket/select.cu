@@ -1,6 +1,6 @@
 // The exact selection of a row: one block per (span of tokens, score row). Keys above the bins that the threshold may
 // lie in are selected; those within are scored again, exactly, and the row's last block picks the best of them, the
-// lower token first where scores are equal. Their levels become LEVEL_SELECTED or 0.
+// lower token first where scores are equal. Their levels become LEVEL_SELECTED; the others' are below the cut.
 #include "scoring.cuh"
 
 #define THREADS 512
@@ -15,8 +15,9 @@
 #define DIGIT_BITS 11
 // Candidates of a batch, up to which eight lanes share one.
 #define SHARED_BATCH 256
-// Loads of eight levels that are under way together.
+// Loads of eight levels, and of listed candidates, that are under way together.
 #define AT_ONCE 2
+#define EACH_AT_ONCE 4
 
 struct Found {
     u32 low, high, above, total;
@@ -79,6 +80,47 @@ __device__ float absolute_error(const Call& p, const Row& row, u32 kv_head, u64 
 #endif
 }
 
+// Values that a warp's lanes found, which join a list of the block 32 at a time: additions to one counter of which the
+// result is wanted take their turns at some 75 cycles each.
+struct Queue {
+    // 64 of the warp's own.
+    u32* own;
+    u32* list;
+    u32* counter;
+    u32 room, count;
+
+    // By all lanes: those that `have` a value add it; `seen` is called with each that joins.
+    template <class Seen> __device__ __forceinline__ void push(bool have, u32 value, Seen seen) {
+        u32 lane = threadIdx.x & 31, mask = __ballot_sync(FULL_WARP, have);
+        if (have) own[count + __popc(mask & ((1u << lane) - 1u))] = value;
+        count += __popc(mask);
+        __syncwarp();
+        if (count < 32) return;
+        flush(32, seen);
+        u32 rest = own[32 + lane];
+        __syncwarp();
+        own[lane] = rest;
+        count -= 32;
+        __syncwarp();
+    }
+
+    template <class Seen> __device__ __forceinline__ void flush(u32 values, Seen seen) {
+        u32 lane = threadIdx.x & 31, place = 0;
+        if (lane == 0) place = atomicAdd(counter, values);
+        place = __shfl_sync(FULL_WARP, place, 0) + lane;
+        if (lane < values && place < room) {
+            list[place] = own[lane];
+            seen(own[lane]);
+        }
+    }
+
+    template <class Seen> __device__ __forceinline__ void finish(Seen seen) {
+        if (count > 0) flush(count, seen);
+        count = 0;
+        __syncwarp();
+    }
+};
+
 // The candidates of a row: as listed, or, where there is no list, as the levels say, scored whenever they are wanted.
 struct Candidates {
     const Call& p;
@@ -88,20 +130,27 @@ struct Candidates {
     const u32* list;
     u32 kv_head, count, low_level, high_level;
 
-    // Calls `use` with the order key and the token of each; a block's threads share them.
+    // Calls `use` with the order key and the token of each, and whether there is one: a block's threads share them, and
+    // all lanes of a warp call it together.
     template <class Use> __device__ __forceinline__ void each(Use use) const {
-        for (u32 i = threadIdx.x; i < count; i += THREADS) {
-            if (list) {
-                uint2 candidate = *(const uint2*)&list[i * 2];
-                use(candidate.x, candidate.y);
-                continue;
+        if (list) {
+            for (u32 base = threadIdx.x; base - threadIdx.x % 32 < count; base += THREADS * EACH_AT_ONCE) {
+                uint2 batch[EACH_AT_ONCE];
+#pragma unroll
+                for (u32 j = 0; j < EACH_AT_ONCE; j++)
+                    if (base + j * THREADS < count) batch[j] = *(const uint2*)&list[(base + j * THREADS) * 2];
+#pragma unroll
+                for (u32 j = 0; j < EACH_AT_ONCE; j++) use(batch[j].x, batch[j].y, base + j * THREADS < count);
             }
-            u32 level = scores[i];
-            bool contested = level >= low_level && level < high_level;
+            return;
+        }
+        for (u32 i = threadIdx.x; i - threadIdx.x % 32 < count; i += THREADS) {
+            u32 level = i < count ? scores[i] : 0;
+            bool contested = i < count && level >= low_level && level < high_level;
 #if DISJOINT
             contested = contested && !in_base(p, row, i);
 #endif
-            if (contested) use(order_key(exact_score(p, tables, row.sequence, kv_head, i)), i);
+            use(contested ? order_key(exact_score(p, tables, row.sequence, kv_head, i)) : 0, i, contested);
         }
     }
 };
@@ -110,6 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) select_ke
     CALL;
     __shared__ u32 mine[MINE], mine_keys[MINE];
     __shared__ u32 mine_count;
+    __shared__ u32 queues[WARPS][64];
     __shared__ u32 counts[BINS];
     __shared__ u32 place;
     u32 lane = threadIdx.x & 31;
@@ -156,30 +206,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) select_ke
     tables = near_tables;
 #endif
     u32 low_level = found.low << BIN_SHIFT, high_level = (found.high + 1) << BIN_SHIFT;
+    // A candidate's index is on its way while others are looked for.
+    auto bring_near = [&](u32 token) {
+        const u32* index = index_word(page_of(p, row.sequence, token), kv_head, 0, token);
+#pragma unroll
+        for (u32 w = 0; w < INDEX_WORDS; w++) asm volatile("prefetch.global.L2 [%0];" ::"l"(index + w * PAGE));
+    };
     for (u32 base = first; base < end; base += BATCH) {
         __syncthreads();
         if (threadIdx.x == 0) mine_count = 0;
         __syncthreads();
         u32 upto = min_u32(end, base + BATCH);
-        for (u32 token = base + threadIdx.x * 8; token < upto; token += THREADS * 8 * AT_ONCE) {
-            if (token >= first + THREADS * 8 * AT_ONCE) load_levels(token, upto);
+        Queue queue = {queues[threadIdx.x / 32], mine, &mine_count, MINE, 0};
+        for (u32 token = base + threadIdx.x * 8; token - lane * 8 < upto; token += THREADS * 8 * AT_ONCE) {
+            if (token - lane * 8 >= first + THREADS * 8 * AT_ONCE) load_levels(token, upto);
 #pragma unroll
             for (u32 j = 0; j < AT_ONCE; j++) {
-                u32 at_token = token + j * THREADS * 8;
-                if (at_token >= upto) break;
+                u32 at_token = token + j * THREADS * 8, found_here = 0;
                 u32 words[4] = {levels[j].x, levels[j].y, levels[j].z, levels[j].w};
 #pragma unroll
                 for (u32 i = 0; i < 8; i++) {
                     u32 level = words[i / 2] >> (16 * (i % 2)) & 0xffffu;
-                    if (level - low_level >= high_level - low_level || at_token + i >= upto) continue;
+                    bool candidate = level - low_level < high_level - low_level && at_token + i < upto;
 #if DISJOINT
-                    if (in_base(p, row, at_token + i)) continue;
+                    candidate = candidate && !in_base(p, row, at_token + i);
 #endif
-                    u32 at = atomicAdd(&mine_count, 1u);
-                    if (at < MINE) mine[at] = at_token + i;
+                    found_here |= (candidate ? 1u : 0u) << i;
                 }
+                for (; __any_sync(FULL_WARP, found_here); found_here &= found_here - 1)
+                    queue.push(found_here != 0, at_token + __ffs((int)found_here) - 1, bring_near);
             }
         }
+        queue.finish(bring_near);
         __syncthreads();
         u32 count = mine_count;
         // By the warp that has the fewest candidates.
@@ -224,7 +282,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) select_ke
         }
         __syncthreads();
         u32 own_least = ~0u, own_most = 0;
-        all.each([&](u32 key, u32) {
+        all.each([&](u32 key, u32, bool valid) {
+            if (!valid) return;
             own_least = min_u32(own_least, key);
             own_most = max_u32(own_most, key);
         });
@@ -242,9 +301,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) select_ke
     while (active > RANKED && rounds < 5) {
         for (u32 i = threadIdx.x; i < BINS; i += THREADS) counts[i] = 0;
         __syncthreads();
-        all.each([&](u32 key, u32 token) {
+        all.each([&](u32 key, u32 token, bool valid) {
             u64 number = number_of(key, token);
-            if (digits_of(number) == prefix) atomicAdd(&counts[(number >> (64 - DIGIT_BITS * (rounds + 1))) & (BINS - 1)], 1u);
+            if (valid && digits_of(number) == prefix) atomicAdd(&counts[(number >> (64 - DIGIT_BITS * (rounds + 1))) & (BINS - 1)], 1u);
         });
         __syncthreads();
         // From the highest bin down: each thread owns neighbouring bins.
@@ -273,10 +332,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) select_ke
     __shared__ uint2 ranked[2 * RANKED];
     if (threadIdx.x == 0) place = 0;
     __syncthreads();
-    all.each([&](u32 key, u32 token) {
+    all.each([&](u32 key, u32 token, bool valid) {
         u64 digits = digits_of(number_of(key, token));
-        if (digits == prefix) ranked[atomicAdd(&place, 1u)] = uint2{key, token};
-        else scores[token] = digits > prefix ? LEVEL_SELECTED : 0;
+        bool close = valid && digits == prefix;
+        u32 mask = __ballot_sync(FULL_WARP, close), at = 0;
+        if (mask != 0) {
+            if (lane == 0) at = atomicAdd(&place, __popc(mask));
+            at = __shfl_sync(FULL_WARP, at, 0);
+        }
+        if (close) ranked[at + __popc(mask & ((1u << lane) - 1u))] = uint2{key, token};
+        else if (valid && digits > prefix) scores[token] = LEVEL_SELECTED;
     });
     __syncthreads();
     for (u32 first_ranked = 0; first_ranked < active; first_ranked += THREADS / 2) {
@@ -287,6 +352,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) select_ke
             before += other.x > own.x || (other.x == own.x && other.y < own.y) ? 1 : 0;
         }
         before += __shfl_xor_sync(FULL_WARP, before, 1);
-        if (place_of < active && threadIdx.x % 2 == 0) scores[own.y] = before < wanted ? LEVEL_SELECTED : 0;
+        if (place_of < active && threadIdx.x % 2 == 0 && before < wanted) scores[own.y] = LEVEL_SELECTED;
     }
 }

@@ -17,7 +17,7 @@ use std::ops::Range;
 pub(super) struct Workspace {
     tables: Scratch,
     scores: Scratch,
-    histogram: Scratch,
+    pub(super) histogram: Scratch,
     candidates: Scratch,
     cuts: Scratch,
     partials: Scratch,

@@ -1,13 +1,18 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use super::CudaExecutor;
 use super::kernels::{Kernel, Key};
 use super::merge::MergeKey;
-use super::plan::Sizes;
-use crate::engine::cuda::KernelKey;
-use crate::socket::config::{CacheShape, Scoring, SelectionScope, SocketConfig};
+use super::plan::{BINS, CANDIDATES, Sizes};
+use crate::engine::Recording;
+use crate::engine::cuda::{Context, KernelKey, Place};
+use crate::socket::config::{Budget, CacheShape, Scoring, SelectionScope, SocketConfig};
+use crate::socket::cpu::CpuExecutor;
+use crate::socket::executor::{Attended, Executor, SequenceData};
+use crate::socket::image;
 use crate::socket::plan::Geometry;
-use crate::socket::problem::CacheSpec;
-use crate::tensor::DType;
+use crate::socket::problem::{AttendProblem, CacheSpec, Kind, SeqState, query_rows};
+use crate::tensor::{DType, TensorView};
 
 /// Shared memory and multiprocessors of an H200.
 fn sizes(config: SocketConfig, shape: CacheShape, page_tokens: usize) -> Sizes {
@@ -88,5 +93,127 @@ fn blocks_stay_within_shared_memory() {
                 }
             }
         }
+    }
+}
+
+/// Keys of the contexts below, more than a list of candidates holds, and how many of them are chosen.
+const TOKENS: usize = 20_000;
+const CHOSEN: usize = 700;
+
+/// A context that is hard to select from: sign bits and gain of a key by its token.
+struct Hard {
+    name: &'static str,
+    /// All keys have the same sign bits, so that their scores differ by their gains alone.
+    same_bits: bool,
+    gain: fn(usize) -> f32,
+    /// Keys near the threshold: how many a row lists at least and at most; more than `CANDIDATES` are searched whole.
+    listed: (usize, usize),
+}
+
+const HARD: [Hard; 6] = [
+    Hard { name: "random", same_bits: false, gain: |_| 1.0, listed: (1, 2000) },
+    Hard { name: "all equal", same_bits: true, gain: |_| 1.0, listed: (CANDIDATES + 1, usize::MAX) },
+    Hard { name: "no gain", same_bits: false, gain: |_| 0.0, listed: (CANDIDATES + 1, usize::MAX) },
+    Hard { name: "sorted", same_bits: true, gain: |token| 1.0 + token as f32 * 1e-3, listed: (1, 2000) },
+    // The threshold among equals in one page, which is one warp's to look through.
+    Hard {
+        name: "one page has the best, all equal",
+        same_bits: true,
+        gain: |token| if token / 1024 == 3 { 9.0 } else { 0.01 },
+        listed: (1000, 1024),
+    },
+    // So many candidates that blocks do without lanes that share one, and radix rounds come before ranks.
+    Hard {
+        name: "many nearly equal",
+        same_bits: true,
+        gain: |token| if token % 2 == 0 { 1.0 + (token * 7919 % 10_007) as f32 * 2e-7 } else { 0.01 },
+        listed: (9000, 10_000),
+    },
+];
+
+/// The sequence of a case: its index is made, not hashed.
+fn sequence(g: &Geometry, case: &Hard) -> SequenceData {
+    let mut x = 1u64;
+    let mut next = || {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        (x >> 16) as u32
+    };
+    assert_eq!(g.tables_per_word() * g.planes, 32, "every bit of a word is used in these cases");
+    let mut data = image::empty(g, SeqState { len: TOKENS, indexed: TOKENS });
+    for bytes in data.k.chunks_mut(2).chain(data.v.chunks_mut(2)) {
+        let value = half::bf16::from_f32((next() % 1000) as f32 * 2e-3 - 1.0);
+        bytes.copy_from_slice(&value.to_bits().to_le_bytes());
+    }
+    let key_words = g.num_kv_heads * g.words;
+    for at in 0..data.bits.len() {
+        data.bits[at] = if case.same_bits && at >= key_words { data.bits[at - key_words] } else { next() };
+    }
+    for (key, gain) in data.gain.iter_mut().enumerate() {
+        *gain = (case.gain)(key / g.num_kv_heads);
+    }
+    data
+}
+
+/// One step with what it selected.
+fn decode(executor: &mut dyn Executor, spec: &CacheSpec, data: &SequenceData) -> Attended {
+    executor.fork(None, SeqState::default()).unwrap();
+    executor.import(0, data).unwrap();
+    let shape = &spec.shape;
+    let wave = |i: usize| half::bf16::from_f32((i as f32 * 0.7).sin());
+    let q: Vec<_> = (0..shape.num_q_heads * shape.head_dim).map(wave).collect();
+    let q = TensorView::bf16(&q, [1, 1, shape.num_q_heads, shape.head_dim]);
+    let rows = query_rows(&spec.config, Kind::Sparse, &[data.state], 1);
+    let (kind, output) = (Kind::Sparse, DType::F32);
+    let seqs = vec![data.state];
+    let problem = AttendProblem { kind, op: "decode", tq: 1, rows, seqs, scale: 0.125, output, want_selection: true };
+    executor.attend(Recording::Run, &q, &problem).unwrap()
+}
+
+fn selected(attended: &Attended) -> Vec<i32> {
+    attended.selection.as_ref().unwrap().indices.read_blocking().unwrap().to_i32()
+}
+
+/// Keys near the threshold that each score row counted.
+fn listed(executor: &mut CudaExecutor) -> Vec<usize> {
+    let ctx = executor.ctx.clone();
+    let row = BINS + 1;
+    let bytes = executor.sizes.g.scores_per_row() * row as u64 * 4;
+    let counts = executor.workspace.histogram.get(&ctx, "test", bytes).unwrap();
+    let counts = ctx.read_buffer_blocking("test", &counts, 0, bytes).unwrap();
+    let words: Vec<_> = counts.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    words.chunks_exact(row).map(|row| row[BINS] as usize).collect()
+}
+
+/// Keys that are hard to tell apart: the CPU's selection, by every way that finds it.
+#[test]
+fn hard_selections_are_those_of_the_cpu() {
+    if !std::env::var("SOFTHASH_TEST_DEVICE").is_ok_and(|name| name.starts_with("cuda")) {
+        return println!("left out: SOFTHASH_TEST_DEVICE names no CUDA device");
+    }
+    let ctx = Context::open(0, Place::Off).unwrap();
+    let small = |config| SocketConfig { budget: Budget::Tokens(CHOSEN), sink: 4, window: 8, center: None, ..config };
+    let (paper, fast) = (small(SocketConfig::paper()), small(SocketConfig::fast()));
+    let group = SocketConfig { scope: SelectionScope::PerGroup, ..fast.clone() };
+    let configs = [(paper.clone(), 8), (paper, 2), (fast.clone(), 8), (fast, 2), (group, 8)];
+    for case in &HARD {
+        let mut met = false;
+        for (config, num_q_heads) in configs.clone() {
+            let shape = CacheShape { num_q_heads, num_kv_heads: 2, head_dim: 64, value_dim: 64, dtype: DType::Bf16 };
+            let spec = CacheSpec { config, shape, page_tokens: 1024 };
+            let what =
+                format!("{}: {:?}, {num_q_heads} heads, {:?}", case.name, spec.config.scoring, spec.config.scope);
+            let data = sequence(&Geometry::new(&spec), case);
+            let mut executor = CudaExecutor::make(ctx.clone(), &spec).unwrap();
+            let found = selected(&decode(&mut executor, &spec, &data));
+            let mut cpu = CpuExecutor::new(&spec).unwrap();
+            assert!(found == selected(&decode(&mut cpu, &spec, &data)), "{what}: not what the CPU selects");
+            let listed = listed(&mut executor);
+            println!("{what}: {listed:?} near the threshold");
+            met = met || listed.iter().any(|&count| (case.listed.0..=case.listed.1).contains(&count));
+        }
+        // Not by every config: a linear score may be negative, where the order of the gains turns around.
+        assert!(met, "{}: no row lists as many as this case is for", case.name);
     }
 }
