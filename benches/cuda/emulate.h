@@ -157,6 +157,11 @@ static void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1)
         }
     });
 }
+// What the tensor cores make of an exact sum: bits that a float has no room for are cut off.
+static float cut_off(double x) {
+    float f = x;
+    return std::fabs((double)f) > std::fabs(x) ? nextafterf(f, 0.0f) : f;
+}
 static void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     collective({d, a, b, nullptr}, [](Lane *l) {
         float A[16][8], B[8][8];
@@ -169,9 +174,9 @@ static void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[
             float *d = (float *)l[lane].out;
             for (int i = 0; i < 4; i++) {
                 int r = lane / 4 + (i >> 1) * 8, c = lane % 4 * 2 + (i & 1);
-                float sum = d[i];
-                for (int k = 0; k < 8; k++) sum += A[r][k] * B[k][c];
-                d[i] = sum;
+                double sum = d[i];
+                for (int k = 0; k < 8; k++) sum += (double)A[r][k] * B[k][c];
+                d[i] = cut_off(sum);
             }
         }
     });
