@@ -203,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                                     if (row0 + (lane >> 2) + (i >> 1) * 8 < here) dvalue[j][i] += later[channel + j * 8 + (lane & 3) * 2 + (i & 1)];
                                 }
                             }
-                            if (channel + WIDTH < VALUE_DIM) store_tile<GRADIENT_TYPE, WIDTH / 8>(dv + tile * ROWS * dv_token, dv_token, dvalue, row0, channel, rows - tile * ROWS);
+                            store_tile<GRADIENT_TYPE, WIDTH / 8>(dv + tile * ROWS * dv_token, dv_token, dvalue, row0, channel, rows - tile * ROWS);
                         }
                     }
                 }
@@ -213,10 +213,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                 }
                 half(tile, in_group);
                 if (!SPARE && in_group + 1 == GROUP && centre != 0.0f && threadIdx.x < VALUE_DIM) later[threadIdx.x] += centre * BUCKETS * added;
-                if (in_group + 1 < GROUP) continue;
-                // The last channels, while the other half has its sums to do.
-                store_tile<GRADIENT_TYPE, WIDTH / 8>(dv + tile * ROWS * dv_token, dv_token, dvalue, row0, VALUE_DIM - WIDTH, rows - tile * ROWS);
-                finish(tile, row0);
+                if (in_group + 1 == GROUP) finish(tile, row0);
             }
         }
     } else {
