@@ -1,7 +1,7 @@
 // One token of each sequence: a block per (sequence, kv head, CHANNELS channels) reads the sums and the tokens that wait
 // (see pending.cuh), the new one among them, for all query heads of the group; the last block of a (sequence, kv head) to
 // come counts it, and adds to A where the tokens that wait are many. Of the sums, which need no centring here, the high
-// parts are read, and summed in doubles.
+// parts are read, and summed in doubles (four at a time in floats).
 #include "pending.cuh"
 
 // Query heads at a time.
