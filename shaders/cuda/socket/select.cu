@@ -80,8 +80,12 @@ __device__ float absolute_error(const Call& p, const Row& row, u32 kv_head, u64 
 #endif
 }
 
-// Values that a warp's lanes found, which join a list of the block 32 at a time: additions to one counter of which the
-// result is wanted take their turns at some 75 cycles each.
+// Whether so many keys are candidates, because the stored scores are of halves or small numbers, that warps collect them
+// before they join the block's list. Elsewhere that costs more than it spares.
+#define COLLECT_FIRST PRODUCT
+
+#if COLLECT_FIRST
+// Values that a warp's lanes found, which join a list of the block 32 at a time.
 struct Queue {
     // 64 of the warp's own.
     u32* own;
@@ -89,14 +93,14 @@ struct Queue {
     u32* counter;
     u32 room, count;
 
-    // By all lanes: those that `have` a value add it; `seen` is called with each that joins.
-    template <class Seen> __device__ __forceinline__ void push(bool have, u32 value, Seen seen) {
+    // By all lanes: those that `have` a value add it.
+    __device__ __forceinline__ void push(bool have, u32 value) {
         u32 lane = threadIdx.x & 31, mask = __ballot_sync(FULL_WARP, have);
         if (have) own[count + __popc(mask & ((1u << lane) - 1u))] = value;
         count += __popc(mask);
         __syncwarp();
         if (count < 32) return;
-        flush(32, seen);
+        flush(32);
         u32 rest = own[32 + lane];
         __syncwarp();
         own[lane] = rest;
@@ -104,22 +108,20 @@ struct Queue {
         __syncwarp();
     }
 
-    template <class Seen> __device__ __forceinline__ void flush(u32 values, Seen seen) {
+    __device__ __forceinline__ void flush(u32 values) {
         u32 lane = threadIdx.x & 31, place = 0;
         if (lane == 0) place = atomicAdd(counter, values);
         place = __shfl_sync(FULL_WARP, place, 0) + lane;
-        if (lane < values && place < room) {
-            list[place] = own[lane];
-            seen(own[lane]);
-        }
+        if (lane < values && place < room) list[place] = own[lane];
     }
 
-    template <class Seen> __device__ __forceinline__ void finish(Seen seen) {
-        if (count > 0) flush(count, seen);
+    __device__ __forceinline__ void finish() {
+        if (count > 0) flush(count);
         count = 0;
         __syncwarp();
     }
 };
+#endif
 
 // The candidates of a row: as listed, or, where there is no list, as the levels say, scored whenever they are wanted.
 struct Candidates {
@@ -159,7 +161,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) select_ke
     CALL;
     __shared__ u32 mine[MINE], mine_keys[MINE];
     __shared__ u32 mine_count;
+#if COLLECT_FIRST
     __shared__ u32 queues[WARPS][64];
+#endif
     __shared__ u32 counts[BINS];
     __shared__ u32 place;
     u32 lane = threadIdx.x & 31;
@@ -206,24 +210,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) select_ke
     tables = near_tables;
 #endif
     u32 low_level = found.low << BIN_SHIFT, high_level = (found.high + 1) << BIN_SHIFT;
-    // A candidate's index is on its way while others are looked for.
-    auto bring_near = [&](u32 token) {
-        const u32* index = index_word(page_of(p, row.sequence, token), kv_head, 0, token);
-#pragma unroll
-        for (u32 w = 0; w < INDEX_WORDS; w++) asm volatile("prefetch.global.L2 [%0];" ::"l"(index + w * PAGE));
-    };
     for (u32 base = first; base < end; base += BATCH) {
         __syncthreads();
         if (threadIdx.x == 0) mine_count = 0;
         __syncthreads();
         u32 upto = min_u32(end, base + BATCH);
+#if COLLECT_FIRST
         Queue queue = {queues[threadIdx.x / 32], mine, &mine_count, MINE, 0};
+#endif
+        // All lanes of a warp take part, those past the end with nothing.
         for (u32 token = base + threadIdx.x * 8; token - lane * 8 < upto; token += THREADS * 8 * AT_ONCE) {
             if (token - lane * 8 >= first + THREADS * 8 * AT_ONCE) load_levels(token, upto);
 #pragma unroll
             for (u32 j = 0; j < AT_ONCE; j++) {
-                u32 at_token = token + j * THREADS * 8, found_here = 0;
+                u32 at_token = token + j * THREADS * 8;
                 u32 words[4] = {levels[j].x, levels[j].y, levels[j].z, levels[j].w};
+#if COLLECT_FIRST
+                u32 found_here = 0;
+#endif
 #pragma unroll
                 for (u32 i = 0; i < 8; i++) {
                     u32 level = words[i / 2] >> (16 * (i % 2)) & 0xffffu;
@@ -231,13 +235,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_TOGETHER) select_ke
 #if DISJOINT
                     candidate = candidate && !in_base(p, row, at_token + i);
 #endif
+#if COLLECT_FIRST
                     found_here |= (candidate ? 1u : 0u) << i;
+#else
+                    if (!candidate) continue;
+                    u32 at = atomicAdd(&mine_count, 1u);
+                    if (at < MINE) mine[at] = at_token + i;
+#endif
                 }
+#if COLLECT_FIRST
                 for (; __any_sync(FULL_WARP, found_here); found_here &= found_here - 1)
-                    queue.push(found_here != 0, at_token + __ffs((int)found_here) - 1, bring_near);
+                    queue.push(found_here != 0, at_token + __ffs((int)found_here) - 1);
+#endif
             }
         }
-        queue.finish(bring_near);
+#if COLLECT_FIRST
+        queue.finish();
+#endif
         __syncthreads();
         u32 count = mine_count;
         // By the warp that has the fewest candidates.
