@@ -171,9 +171,9 @@ fn reference(case: &Case, data: &Data) -> Vec<(&'static str, Vec<f64>)> {
         let rows: Vec<&[f64]> = rows.iter().map(Vec::as_slice).collect();
         let after = case.state(&data.grad_final, batch, head, unit.ensemble);
         let found = math::backward(&unit.problem, &unit.initial, &rows, &after);
-        for i in 0..group {
-            case.add_rows(&mut o, batch, hq, head * group + i, &outputs[i], 1.0);
-            case.add_rows(&mut dq, batch, hq, head * group + i, &found.dq[i], 1.0);
+        for (i, (of_query, output)) in found.dq.iter().zip(&outputs).enumerate() {
+            case.add_rows(&mut o, batch, hq, head * group + i, output, 1.0);
+            case.add_rows(&mut dq, batch, hq, head * group + i, of_query, 1.0);
         }
         case.add_rows(&mut dk, batch, hkv, head, &found.dk, 1.0);
         case.add_rows(&mut dv, batch, hkv, head, &found.dv, 1.0);
@@ -215,8 +215,11 @@ fn bucket_means_of_any_length() {
     of_any_length(Normalization::BucketMean);
 }
 
-/// Both normalisations over heads, widths, tables and planes, β.
-fn of_any_shape(shapes: [((usize, usize), (usize, usize), (usize, usize), f32); 2]) {
+/// Heads, widths, tables and planes, β.
+type Shape = ((usize, usize), (usize, usize), (usize, usize), f32);
+
+/// Both normalisations over some shapes.
+fn of_any_shape(shapes: [Shape; 2]) {
     judge(shapes.into_iter().flat_map(|(heads, dims, hash, beta)| {
         [Normalization::Ratio, Normalization::BucketMean].map(|normalization| {
             let lengths = vec![150, 0, 77];
