@@ -217,3 +217,21 @@ fn hard_selections_are_those_of_the_cpu() {
         assert!(met, "{}: no row lists as many as this case is for", case.name);
     }
 }
+
+#[test]
+fn dense_blocks_run_at_once() {
+    for (q, kv) in [(32, 8), (32, 32), (32, 1), (7, 7)] {
+        let shape = CacheShape { num_q_heads: q, num_kv_heads: kv, head_dim: 128, value_dim: 128, dtype: DType::Bf16 };
+        let s = sizes(SocketConfig::paper(), shape, 1024);
+        let heads = kv * s.head_tiles().1;
+        for lens in [vec![1 << 14], vec![1 << 20], vec![100_003], vec![1 << 15; 4], vec![2048, 40_000, 131_072]] {
+            let span = s.attend_span(lens.iter().copied(), false);
+            let blocks = lens.iter().map(|len| len.div_ceil(span)).sum::<usize>() * heads;
+            assert!(span.is_multiple_of(16), "{lens:?} {span}");
+            assert!(blocks <= 264, "{lens:?}, {kv} kv heads: {blocks} blocks");
+            // No block has more than twice its share.
+            let work = lens.iter().sum::<usize>() * heads;
+            assert!(span <= (2 * work / 264).next_multiple_of(16).max(256), "{lens:?}, {kv} kv heads: {span}");
+        }
+    }
+}
