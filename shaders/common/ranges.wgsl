@@ -1,11 +1,7 @@
 #import header
 // How far coarse scores of products may be off, beside the error in the header: half a unit in the last place of each
-// digit's entry, and a whole one of each product where those are halves too.
-#ifdef HALVES
-const RELATIVE_ERROR: f32 = f32(DIGITS) * 5e-4 + f32(DIGITS - 1u) * 1e-3;
-#else
+// digit's entry.
 const RELATIVE_ERROR: f32 = f32(DIGITS) * 5e-4;
-#endif
 
 // The word of a header that holds `inverse_unit`: scoring reads it alone.
 const INVERSE_UNIT: u32 = 5u;

@@ -1,6 +1,3 @@
-#ifdef HALVES
-enable f16;
-#endif
 #import params
 #import rows
 #import entries
@@ -46,19 +43,9 @@ const COUNTED: u32 = HEADS_PER_PASS;
 // Two bins to a word: a chunk has fewer keys than 16 bits count.
 const COUNT_WORDS: u32 = BINS / 2u;
 #ifdef COARSE
-#ifdef HALVES
-// A product's factors for four heads, times HALF_SCALE.
-var<workgroup> lookup: array<vec4<f16>, BLOCK_ENTRIES>;
-// Keeps products of two normal factors normal, and below the largest half.
-const HALF_SCALE: f32 = 128.0;
-const SCALE_BACK: f32 = select(1.0 / 128.0, 1.0 / 16384.0, DIGITS == 2u);
-#else
 // Entries of four heads of 16 bits: halves of a product's factors, or whole numbers of units of a sum's.
 var<workgroup> lookup: array<vec2<u32>, BLOCK_ENTRIES>;
-const SCALE_BACK: f32 = 1.0;
-#endif
 #else
-const SCALE_BACK: f32 = 1.0;
 var<workgroup> lookup: array<Looked, PASS_PAIRS * BLOCK_ENTRIES>;
 #endif
 var<workgroup> counts: array<atomic<u32>, COUNTED * COUNT_WORDS>;
@@ -70,14 +57,6 @@ fn table_entry(row: u32, head: u32, at: u32) -> f32 {
     return select(0.0, entry, head < SCORING_HEADS && at < ENTRIES);
 }
 
-#ifdef HALVES
-// A factor rounded to the nearest half by integers, since conversions may round as they please.
-fn half_entry(entry: f32) -> f16 {
-    let bits = bitcast<u32>(entry * HALF_SCALE);
-    let rounded = bitcast<f32>((bits + 0xfffu + ((bits >> 13u) & 1u)) & 0xffffe000u);
-    return f16(select(0.0, rounded, rounded >= 6.103515625e-5));
-}
-#endif
 #ifdef COARSE
 // A factor as a half, to the nearest; what is no normal number becomes zero.
 fn coarse_half(x: f32) -> u32 {
@@ -190,17 +169,9 @@ fn score_run(local: u32, token_index: u32, kv_head: u32, sequence: u32, run: u32
 #end
 #repeat e 4
                         if i + $eu * 256u < BLOCK_ENTRIES {
-#ifdef HALVES
-                            lookup[i + $eu * 256u] = vec4<f16>(
-                                half_entry(entries$e.x),
-                                half_entry(entries$e.y),
-                                half_entry(entries$e.z),
-                                half_entry(entries$e.w));
-#else
                             lookup[i + $eu * 256u] = vec2<u32>(
                                 coarse_pair(entries$e.xy, inverse.xy),
                                 coarse_pair(entries$e.zw, inverse.zw));
-#endif
                         }
 #end
                     }
@@ -231,14 +202,6 @@ fn score_run(local: u32, token_index: u32, kv_head: u32, sequence: u32, run: u32
                             codes$i = codes$i >> PLANES;
 #ifdef COARSE
                             let looked = lookup[at + (code & 15u)];
-#ifdef HALVES
-                            var value = looked;
-                            for (var d = 1u; d < DIGITS; d++) {
-                                value *= lookup[at + d * 16u + ((code >> (d * 4u)) & 15u)];
-                            }
-                            sum0_$i += vec2<f32>(value.xy);
-                            sum1_$i += vec2<f32>(value.zw);
-#else
 #ifdef PRODUCT
                             var value0 = unpack2x16float(looked.x);
                             var value1 = unpack2x16float(looked.y);
@@ -254,7 +217,6 @@ fn score_run(local: u32, token_index: u32, kv_head: u32, sequence: u32, run: u32
                             for (var d = 1u; d < DIGITS; d++) {
                                 units$i += lookup[at + d * 16u + ((code >> (d * 4u)) & 15u)];
                             }
-#endif
 #endif
 #else
 #repeat g PASS_PAIRS
@@ -328,7 +290,7 @@ fn score_run(local: u32, token_index: u32, kv_head: u32, sequence: u32, run: u32
                         sum *= range.unit;
 #endif
 #endif
-                        let score = gain$i * (sum * SCALE_BACK) + (bias$i + range.shift);
+                        let score = gain$i * sum + (bias$i + range.shift);
 #endif
                         let key = order_key(score);
                         scores[scores_at + token] = key;

@@ -105,8 +105,6 @@ pub(crate) struct Geometry {
     pub workgroup_memory: usize,
     /// Whether coarse scores may be taken first, see [`Geometry::coarse`].
     pub allow_coarse: bool,
-    /// Whether shaders may compute in 16 bits.
-    pub f16: bool,
 }
 
 impl Geometry {
@@ -135,7 +133,6 @@ impl Geometry {
             subgroup: 0,
             workgroup_memory: WORKGROUP_MEMORY,
             allow_coarse: false,
-            f16: false,
         }
     }
 
@@ -257,11 +254,6 @@ impl Geometry {
         // Half a unit for each entry must leave the sums within 16 bits.
         let few = self.tables * self.digits() <= 1024;
         self.allow_coarse && !self.per_group && self.scoring_heads() > 2 && few && (linear || product)
-    }
-
-    /// Whether coarse scores multiply in 16 bits: products of more than two factors could leave the normal numbers.
-    pub fn halves(&self) -> bool {
-        self.f16 && self.scoring.multiplies() && self.digits() <= 2
     }
 
     /// How the scorer divides its look-up tables.

@@ -22,11 +22,9 @@ pub(crate) fn parse(key: &dyn KernelKey) -> naga::Module {
 pub(crate) fn validates_and_translates(key: &dyn KernelKey) {
     let label = key.label();
     let module = parse(key);
-    // Half floats unpacked from integers are core WebGPU; subgroups and arithmetic in halves are variants of their own.
-    let mut validator = Validator::new(
-        ValidationFlags::all(),
-        Capabilities::SHADER_FLOAT16_IN_FLOAT32 | Capabilities::SHADER_FLOAT16 | Capabilities::SUBGROUP,
-    );
+    // Half floats unpacked from integers are core WebGPU; subgroups are a variant of their own.
+    let mut validator =
+        Validator::new(ValidationFlags::all(), Capabilities::SHADER_FLOAT16_IN_FLOAT32 | Capabilities::SUBGROUP);
     let info =
         validator.validate(&module).unwrap_or_else(|e| panic!("{label}: {}", e.emit_to_string(&key.source().wgsl)));
     let options = naga::back::spv::Options { lang_version: (1, 3), ..Default::default() };

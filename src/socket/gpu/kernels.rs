@@ -179,9 +179,6 @@ impl Key {
             ("SUBGROUPS", g.subgroup > 0),
         ];
         defines.extend(flags.iter().filter(|(_, on)| *on).map(|(name, _)| *name));
-        if matches!(self.kernel, Kernel::Score { coarse: true, .. } | Kernel::Bounds { coarse: true }) && g.halves() {
-            defines.push("HALVES");
-        }
         match self.kernel {
             Kernel::HashQuery { q } | Kernel::Prefill { q } => defines.push(dtype_define("Q", q)),
             Kernel::Attend { q, sparse, .. } => {

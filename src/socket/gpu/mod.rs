@@ -76,7 +76,7 @@ impl GpuExecutor {
             let offered = caps.subgroups && caps.subgroup_min >= 4 && caps.subgroup_min <= 64;
             let subgroup = if offered { caps.subgroup_min as usize } else { 0 };
             let workgroup_memory = (caps.workgroup_memory as usize).clamp(WORKGROUP_MEMORY, MOST_WORKGROUP_MEMORY);
-            Geometry { subgroup, workgroup_memory, allow_coarse: true, f16: caps.f16, ..Geometry::new(spec) }
+            Geometry { subgroup, workgroup_memory, allow_coarse: true, ..Geometry::new(spec) }
         } else {
             Geometry::new(spec)
         };

@@ -27,7 +27,7 @@ fn geometries() -> Vec<Geometry> {
         let geometry = Geometry::new(&CacheSpec { config, shape, page_tokens });
         all.push(geometry);
         let offered = Geometry { workgroup_memory: MOST_WORKGROUP_MEMORY, allow_coarse: true, ..geometry };
-        all.extend([8, 32].map(|subgroup| Geometry { subgroup, f16: subgroup == 32, ..offered }));
+        all.extend([8, 32].map(|subgroup| Geometry { subgroup, ..offered }));
         all.push(Geometry { allow_coarse: true, ..geometry });
     };
     for dtype in [DType::F32, DType::F16, DType::Bf16] {
@@ -381,7 +381,7 @@ fn coarse_scores_select_the_same_keys() {
         let config = SocketConfig { sink: 4, window: 4, budget: Budget::Tokens(100), ..config };
         let spec = CacheSpec { config: config.clone(), shape, page_tokens: 1024 };
         let mut executor = GpuExecutor::new(ctx.clone(), &spec).unwrap();
-        (executor.geometry.allow_coarse, executor.geometry.f16) = (true, ctx.caps().f16);
+        executor.geometry.allow_coarse = true;
         assert!(executor.geometry.coarse(), "{config:?}");
         executor.fork(None, SeqState::default()).unwrap();
         executor.reserve(tokens).unwrap();
