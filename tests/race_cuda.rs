@@ -1,6 +1,5 @@
 //! RACE's passes on the tensor cores of a CUDA device against the CPU and the f64 reference, and its steps in a graph.
-//! Needs
-//! `SOFTHASH_TEST_DEVICE=cuda`; without it there is nothing to test.
+//! Needs `SOFTHASH_TEST_DEVICE=cuda`; without it there is nothing to test.
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
