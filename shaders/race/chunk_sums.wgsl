@@ -36,6 +36,23 @@ fn store_quad(at: u32, channel: u32, x: vec4<f32>) {
 #endif
 }
 
+// As it has written it.
+fn stored_quad(at: u32, channel: u32) -> vec4<f32> {
+    var x = vec4<f32>();
+#ifdef QUADS
+    if channel < VALUE_DIM {
+        x = matrices[(at + channel) >> 2u];
+    }
+#else
+    for (var i = p.zero; i < 4u; i++) {
+        if channel + i < VALUE_DIM {
+            x[i] = matrices[at + channel + i];
+        }
+    }
+#endif
+    return x;
+}
+
 fn store_mass(at: u32, x: f32) {
 #ifdef QUADS
     matrices[(at + VALUE_DIM) >> 2u].x = x;
@@ -92,10 +109,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let four = column4_of(local);
     let bucket = tile * 64u + four * 4u;
     let channel = block * CHANNELS + four * 4u;
-    // Sums of a chunk, and of those before it: f32 adds up 64 tokens well, and few chunks.
+    // Sums of a chunk; f32 adds up 64 tokens well. Those of the run's chunks before it each invocation reads where it has
+    // written them: registers for both would leave room for too few workgroups.
 #repeat h PAIRS
     var sums$h = Block();
-    var total$h = Block();
     var row$h = vec4<f32>();
 #end
     var mass = vec4<f32>();
@@ -119,31 +136,46 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #end
     for (var round = p.zero; round <= chunks * ROUNDS; round++) {
         if round > 0u && round % ROUNDS == 0u {
+            let done = round / ROUNDS;
+            let parts = (p.flags & 1u) == 0u;
+            let of_run = (unit * p.slots + run) * MATRIX;
+            var out = of_run;
+            if parts && done < chunks {
+                out = part_of(unit, run * RUN + chunk_of(done, chunks));
+            }
+            var before = of_run;
+            if parts {
+                before = part_of(unit, run * RUN + chunk_of(done - 1u, chunks));
+            }
+            let rows = (tile * 64u + step * 4u) * MATRIX_ROW;
 #repeat h PAIRS
-            total$h = Block(total$h.a + sums$h.a, total$h.b + sums$h.b, total$h.c + sums$h.c, total$h.d + sums$h.d);
+            if tile * 64u + step * 4u < BUCKETS {
+                if done > 1u {
+                    sums$h.a += stored_quad(before + rows, channel + $hu * 64u);
+                }
+                store_quad(out + rows, channel + $hu * 64u, sums$h.a);
+            }
+            if tile * 64u + step * 4u + 1u < BUCKETS {
+                if done > 1u {
+                    sums$h.b += stored_quad(before + rows + MATRIX_ROW, channel + $hu * 64u);
+                }
+                store_quad(out + rows + MATRIX_ROW, channel + $hu * 64u, sums$h.b);
+            }
+            if tile * 64u + step * 4u + 2u < BUCKETS {
+                if done > 1u {
+                    sums$h.c += stored_quad(before + rows + 2u * MATRIX_ROW, channel + $hu * 64u);
+                }
+                store_quad(out + rows + 2u * MATRIX_ROW, channel + $hu * 64u, sums$h.c);
+            }
+            if tile * 64u + step * 4u + 3u < BUCKETS {
+                if done > 1u {
+                    sums$h.d += stored_quad(before + rows + 3u * MATRIX_ROW, channel + $hu * 64u);
+                }
+                store_quad(out + rows + 3u * MATRIX_ROW, channel + $hu * 64u, sums$h.d);
+            }
             sums$h = Block();
 #end
-            let done = round / ROUNDS;
-            if done == chunks || (p.flags & 1u) == 0u {
-                var out = (unit * p.slots + run) * MATRIX;
-                if done < chunks {
-                    out = part_of(unit, run * RUN + chunk_of(done, chunks));
-                }
-                let of_rows = out + (tile * 64u + step * 4u) * MATRIX_ROW;
-#repeat h PAIRS
-                if tile * 64u + step * 4u < BUCKETS {
-                    store_quad(of_rows, channel + $hu * 64u, total$h.a);
-                }
-                if tile * 64u + step * 4u + 1u < BUCKETS {
-                    store_quad(of_rows + MATRIX_ROW, channel + $hu * 64u, total$h.b);
-                }
-                if tile * 64u + step * 4u + 2u < BUCKETS {
-                    store_quad(of_rows + 2u * MATRIX_ROW, channel + $hu * 64u, total$h.c);
-                }
-                if tile * 64u + step * 4u + 3u < BUCKETS {
-                    store_quad(of_rows + 3u * MATRIX_ROW, channel + $hu * 64u, total$h.d);
-                }
-#end
+            if parts || done == chunks {
                 // Each invocation has summed its own tokens' part of the edges.
                 workgroupBarrier();
                 panels[panel_at(0u, step, four)] = mass;

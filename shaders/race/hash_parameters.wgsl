@@ -78,11 +78,16 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         let rows = min(64u, end - first);
         let origin = vec2<u32>(row_sequence(first), row_token(first));
+        // As a rule the panel's rows are of one sequence: no search for each.
+        let whole = origin.y + 64u / PER_HEAD < p.tokens;
         for (var k = half; k < rows; k += 16u) {
             // All loads first.
 #repeat u 8
             let row$u = first + min(k + $uu * 2u, rows - 1u);
-            let near$u = token_after(origin, row$u / PER_HEAD - first / PER_HEAD);
+            var near$u = vec2<u32>(origin.x, origin.y + row$u / PER_HEAD - first / PER_HEAD);
+            if !whole {
+                near$u = vec2<u32>(row_sequence(row$u), row_token(row$u));
+            }
             let at$u = input_at(near$u.x, near$u.y, row_head(row$u, head));
             let x$u = input_quad(at$u, channel, HEAD_DIM);
 #end

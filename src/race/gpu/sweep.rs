@@ -9,8 +9,6 @@ use crate::error::Result;
 use crate::race::plan::{Piece, RUN, SCAN_WIDTH, SEGMENT};
 use std::ops::Range;
 
-/// Rows of a workgroup of shaders/race/project.wgsl.
-const PROJECTED: usize = 128;
 /// Flag of shaders/race/chunk_sums.wgsl.
 const NO_PARTS: u32 = 1;
 /// Flags of shaders/race/scan.wgsl.
@@ -118,7 +116,7 @@ impl GpuRace {
         let (per_head, out_at) = if queries { (g.group, block.params.q_at) } else { (1, block.params.k_at) };
         let params = Params { input: x.strides, out_at, ..block.params };
         let rows = block.sequences.len() * block.params.tokens as usize * per_head;
-        let groups = rows.div_ceil(PROJECTED) * block.heads.len() * g.bits().div_ceil(4 * g.plane_fours());
+        let groups = rows.div_ceil(64) * block.heads.len() * g.bits().div_ceil(4 * g.plane_fours());
         let wide = x.strides.in_fours() && g.head_dim.is_multiple_of(4);
         let binds = vec![block.info.clone(), x.bind.clone(), Bind::from(&self.planes), Bind::from(hashes)];
         passes.dispatch(self.key(Kernel::Project { per_head, wide }), params, groups as u64, binds)
