@@ -16,8 +16,10 @@ __device__ __forceinline__ void find_masses(Masses &masses, const Piece &p, cons
     int s = threadIdx.x % SLICE_BUCKETS, segment = threadIdx.x / SLICE_BUCKETS;
     bool real = bucket + s < BUCKETS;
     float entry = real ? matrix[(bucket + s) * COLUMNS + VALUE_DIM] : 0.0f, sums[SEGMENT];
+#ifndef READ
     Chunk of_keys = at;
     of_keys.r.in_group = 0;
+#endif
 #pragma unroll
     for (int i = 0; i < SEGMENT; i++) {
         sums[i] = 0.0f;

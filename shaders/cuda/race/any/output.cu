@@ -32,12 +32,13 @@ extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) an
         rows[i] = i < at.count() ? *(const float4 *)(statistics + (i64)(first + i * step) * STATISTICS) : none;
     }
     barrier();
-    const float *of_psi = psi + (i64)first * BUCKETS, *of_products = products + (i64)first * CHUNK;
+    const float *of_psi = psi + (i64)first * BUCKETS;
     OfRows<N> found;
     found.template add<true, false, (BUCKETS > SHORT)>(
         room, BUCKETS, [&](int i, int s) { return i < at.count() ? of_psi[i * (step * BUCKETS) + s] : 0.0f; },
         [&](int c, int s) { return channel + c < VALUE_DIM ? matrix[s * COLUMNS + c] : 0.0f; });
 #ifndef READ
+    const float *of_products = products + (i64)first * CHUNK;
     found.template add<true, false>(
         room, at.count(), [&](int i, int key) { return i < at.count() ? of_products[i * (step * CHUNK) + key] : 0.0f; },
         [&](int c, int i) { return channel + c < VALUE_DIM ? load_raw<IN_TYPE>(v, x + i * p.x_token + c) : 0.0f; }, AsItIs(), [&](int c, float x) { return finite_or_zero(x) - means[c]; });

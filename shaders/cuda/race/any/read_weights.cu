@@ -27,9 +27,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK) any_read_weights(const Piece
         return before + (float)(i + 1);
 #endif
     };
-    float found[OWN_QUERIES], entries[OWN_QUERIES], inverses[OWN_QUERIES];
-#pragma unroll
-    for (int r = 0; r < OWN_QUERIES; r++) found[r] = entries[r] = inverses[r] = 0.0f;
+    float found[OWN_QUERIES] = {}, entries[OWN_QUERIES] = {};
+#ifndef RATIO
+    float inverses[OWN_QUERIES] = {};
+#endif
     for (int bucket = 0; bucket < BUCKETS; bucket += SLICE_BUCKETS) {
         find_masses(masses, p, at, keys, matrix, bucket);
 #pragma unroll

@@ -9,7 +9,10 @@ constexpr int HEADS = GROUP < 4 ? GROUP : 4;
 constexpr int WARPS = BLOCK / 32;
 // Buckets that a thread reads before it uses them, and that a block does.
 constexpr int EACH = (BUCKETS + STRANDS - 1) / STRANDS, MOST = HEADS == 1 ? 32 : 16, OWN = EACH < MOST ? EACH : MOST;
-constexpr int SLAB = OWN * STRANDS, MASSES = (SLAB + 31) / 32;
+constexpr int SLAB = OWN * STRANDS;
+#ifdef RATIO
+constexpr int MASSES = (SLAB + 31) / 32;
+#endif
 constexpr int OF_TOKENS = (PENDING + STRANDS - 1) / STRANDS, OF_BITS = (PENDING * BITS + BLOCK - 1) / BLOCK;
 
 // The Rust twin is `Step` in src/race/cuda/params.rs.
