@@ -92,14 +92,14 @@ impl<'a> Session<'a> {
 
     /// Measures `once`, whose result was checked, and that moves `bytes` at least in `calls` calls.
     pub fn measure(&mut self, case: Case, bytes: u64, calls: u64, mut once: impl FnMut(&Clock) -> Trial<f64>) {
-        let taken = samples(self.patience, || once(&self.clock));
+        let taken = samples(self.patience, &self.clock, || once(&self.clock));
         let clock = self.clock.name();
         self.file(case, bytes, calls, clock, taken);
     }
 
     /// As [`Session::measure`] of a step that reads `clock`.
     pub fn measure_step(&mut self, case: Case, bytes: u64, clock: &Clock, step: Trial<Step<'_>>) {
-        let taken = step.and_then(|mut step| Ok((step.graph, samples(self.patience, &mut step.seconds)?)));
+        let taken = step.and_then(|mut step| Ok((step.graph, samples(self.patience, clock, &mut step.seconds)?)));
         match taken {
             Ok((graph, seconds)) => {
                 let clock = if graph { "graph" } else { clock.name() };

@@ -4,7 +4,8 @@
 use super::cuda;
 use super::outcome::Outcome;
 use softhash::{Device, Timer, wgpu};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::time::Instant;
 
 pub struct Clock {
@@ -14,7 +15,12 @@ pub struct Clock {
     cuda: Option<softhash::CudaTimer>,
     /// Whether its own clock gave no time once.
     failed: Cell<bool>,
+    /// While it settles: the last submissions, which nobody waits for.
+    settling: RefCell<Option<VecDeque<wgpu::SubmissionIndex>>>,
 }
+
+/// Submissions that may be under way while a clock settles: a GPU that gets them one at a time does not raise its clocks.
+const AHEAD: usize = 8;
 
 /// The timestamps of a wgpu device. Those of lavapipe do not wait for the threads that do the work.
 pub fn timer(device: &Device) -> softhash::Result<Option<Timer>> {
@@ -29,6 +35,7 @@ impl Clock {
             #[cfg(feature = "cuda")]
             cuda: device.cuda_timer(1)?,
             failed: Cell::new(false),
+            settling: RefCell::default(),
         })
     }
 
@@ -75,6 +82,15 @@ impl Clock {
     ) -> Outcome<f64> {
         let (gpu, queue) = self.device.as_wgpu().ok_or("no GPU to submit to")?;
         let mut encoder = gpu.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        if let Some(ahead) = &mut *self.settling.borrow_mut() {
+            record(&mut encoder).map_err(Into::into)?;
+            ahead.push_back(queue.submit([encoder.finish()]));
+            if ahead.len() > AHEAD {
+                let submission_index = ahead.pop_front();
+                gpu.poll(wgpu::PollType::Wait { submission_index, timeout: None })?;
+            }
+            return Ok(0.0);
+        }
         if let Some(timer) = &self.timer {
             timer.begin(&mut encoder, 0);
         }
@@ -87,6 +103,12 @@ impl Clock {
         queue.submit([encoder.finish()]);
         self.wait();
         Ok(self.own_or(start.elapsed().as_secs_f64()))
+    }
+
+    /// Makes runs that are one submission follow each other without waiting, and without a time; or ends that.
+    fn settle(&self, on: bool) {
+        self.wait();
+        self.settling.replace(on.then(VecDeque::new));
     }
 
     fn own_or(&self, wall: f64) -> f64 {
@@ -122,13 +144,18 @@ impl Patience {
     }
 }
 
-/// Runs uncounted, then counted, as `patience` has it.
-pub fn samples(patience: Patience, mut run: impl FnMut() -> Outcome<f64>) -> Outcome<Vec<f64>> {
+/// Runs uncounted, then counted by `clock`, as `patience` has it.
+pub fn samples(patience: Patience, clock: &Clock, mut run: impl FnMut() -> Outcome<f64>) -> Outcome<Vec<f64>> {
     let start = Instant::now();
-    while {
-        run()?;
-        start.elapsed().as_secs_f64() < patience.settling
-    } {}
+    clock.settle(true);
+    let settled = loop {
+        let passed = run();
+        if passed.is_err() || start.elapsed().as_secs_f64() >= patience.settling {
+            break passed;
+        }
+    };
+    clock.settle(false);
+    settled?;
     let (mut samples, start) = (Vec::new(), Instant::now());
     let enough = |count: usize| {
         let passed = start.elapsed().as_secs_f64() / patience.seconds;

@@ -15,25 +15,22 @@ const TILES: u32 = (BITS + 15u) / 16u;
 // du of 64 rows by 16 planes, four to a vector; sums of half of the rows at the end.
 var<workgroup> gradients: array<vec4<f32>, 512>;
 
-// Four planes' t, and what gradients of hashes say of them; zero past the last plane.
+// Four planes' t, and what gradients of hashes say of them; zero past the last plane. Loads without a condition, so that
+// they are under way together.
 fn planes_of(at: u32, plane: u32) -> vec4<f32> {
-    var x = vec4<f32>();
-    for (var i = 0u; i < 4u; i++) {
-        if plane + i < BITS {
-            x[i] = t[at + plane + i];
-        }
-    }
-    return x;
+#repeat i 4
+    let x$i = t[at + min(plane + $iu, BITS - 1u)];
+#end
+    let x = vec4<f32>(x0, x1, x2, x3);
+    return select(vec4<f32>(), x, vec4<u32>(plane) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(BITS));
 }
 
 fn gradient_planes_of(place: u32, plane: u32) -> vec4<f32> {
-    var x = vec4<f32>();
-    for (var i = 0u; i < 4u; i++) {
-        if plane + i < BITS {
-            x[i] = s[place * S_STRIDE + plane + i];
-        }
-    }
-    return x;
+#repeat i 4
+    let x$i = s[place * S_STRIDE + min(plane + $iu, BITS - 1u)];
+#end
+    let x = vec4<f32>(x0, x1, x2, x3);
+    return select(vec4<f32>(), x, vec4<u32>(plane) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(BITS));
 }
 
 @compute @workgroup_size(256)

@@ -18,8 +18,9 @@ use std::sync::{Arc, Mutex};
 const GRAIN: u64 = 256;
 /// Smaller pieces than this are small.
 const LARGE: usize = 1 << 20;
-/// A pool keeps free memory up to this part of the device's.
-const KEPT_PART: u64 = 16;
+/// A pool keeps free memory up to this part of the device's: what it gives back is mapped anew for the next call, which
+/// took a fifth of the time of 4M tokens' gradients with a sixteenth of an H200.
+const KEPT_PART: u64 = 4;
 
 /// Where a context's memory comes from.
 #[derive(Debug)]
