@@ -258,6 +258,7 @@ static unsigned count_up(unsigned *counter) { return (*counter)++; }
 static int opaque(int x) { return x; }
 static float quotient(float x, float y) { return x / y; }
 template <int TYPE> static unsigned larger_sizes(unsigned a, unsigned b) {
+    if (TYPE == 0) return a > (b & 0x7fffffff) ? a : b & 0x7fffffff;
     unsigned r = 0;
     // As integers: among sizes NaN is the largest.
     for (int h = 0; h < 32; h += 16) {

@@ -10,11 +10,11 @@
 #ifndef GROUP
 #define GROUP 1
 #endif
-#ifndef TERMS
-#define TERMS 1
-#endif
 #ifndef IN_TYPE
 #define IN_TYPE 2
+#endif
+#ifndef TERMS
+#define TERMS (IN_TYPE == 0 ? 2 : 1)
 #endif
 #ifndef OUT_TYPE
 #define OUT_TYPE IN_TYPE
@@ -37,6 +37,11 @@
 #ifdef ANY_SHAPE
 #include "../../shaders/cuda/race/machine.cuh"
 #include "../../shaders/cuda/race/walk.cuh"
+#if IN_TYPE == 0
+typedef float Element;
+#else
+typedef u16 Element;
+#endif
 #if GRADIENT_TYPE == 0
 typedef float Gradient;
 #else

@@ -41,7 +41,8 @@ __global__ void noise(u32 *x, size_t pairs, u32 seed) {
             for (int k = 0; k < 4; k++) { h ^= h << 13; h ^= h >> 17; h ^= h << 5; h *= 2246822519u; h ^= h >> 15; sum += (h >> 8) * (1.0f / 16777216) - 0.5f; }
             z[e] = sum * 1.7320508f;
         }
-        x[i] = IN_TYPE == BF16 ? bf16_pair(z[0], z[1]) : f16_pair(z[0], z[1]);
+        if (IN_TYPE == F32) ((float *)x)[2 * i] = z[0], ((float *)x)[2 * i + 1] = z[1];
+        else x[i] = IN_TYPE == BF16 ? bf16_pair(z[0], z[1]) : f16_pair(z[0], z[1]);
     }
 }
 #endif
@@ -60,6 +61,12 @@ static u16 narrow(double x, int type) {
     while (low < high) { u16 mid = (low + high) / 2; if (widen(mid, F16) < a) low = mid + 1; else high = mid; }
     if (low && a - widen(low - 1, F16) <= widen(low, F16) - a) low--;
     return s | low;
+}
+static double widen(float x, int) { return std::isfinite(x) ? x : 0; }
+static Element element_of(double x) { return IN_TYPE == F32 ? (Element)x : (Element)narrow(x, IN_TYPE); }
+static Element not_finite_at(size_t i) {
+    if (IN_TYPE == F32) return (Element)(i % 3 ? NAN : INFINITY);
+    return (Element)((IN_TYPE == BF16 ? 0x7f80 : 0x7c00) | (i % 3 ? 0x8001 : 0));
 }
 static double error(const V &got, const V &want) {
     double d = 0, n = 0;
@@ -108,7 +115,7 @@ struct Run {
 
     void allocate() {
         size_t q = (size_t)batch * tokens * q_heads(), k = (size_t)batch * tokens * kv_heads;
-        w.q = make<u16>(q * HEAD_DIM); w.k = make<u16>(k * HEAD_DIM); w.v = make<u16>(k * VALUE_DIM); w.grad_o = make<u16>(q * VALUE_DIM);
+        w.q = make<Element>(q * HEAD_DIM); w.k = make<Element>(k * HEAD_DIM); w.v = make<Element>(k * VALUE_DIM); w.grad_o = make<Element>(q * VALUE_DIM);
         w.q_head = w.k_head = HEAD_DIM; w.v_head = w.g_head = VALUE_DIM;
         w.q_token = q_heads() * HEAD_DIM; w.k_token = kv_heads * HEAD_DIM; w.v_token = kv_heads * VALUE_DIM; w.g_token = q_heads() * VALUE_DIM;
         w.q_batch = w.q_token * tokens; w.k_batch = w.k_token * tokens; w.v_batch = w.v_token * tokens; w.g_batch = w.g_token * tokens;
@@ -200,7 +207,7 @@ struct Run {
 #ifdef RATIO
             s.scale = 1;
 #endif
-            LAUNCH(any_step, batch * kv_heads * CHANNEL_BLOCKS, BLOCK, 0, s, (u16 *)w.q + i * w.q_token, (u16 *)w.k + i * w.k_token, (u16 *)w.v + i * w.v_token, w.planes, heads, ones, state, records, o);
+            LAUNCH(any_step, batch * kv_heads * CHANNEL_BLOCKS, BLOCK, 0, s, (Element *)w.q + i * w.q_token, (Element *)w.k + i * w.k_token, (Element *)w.v + i * w.v_token, w.planes, heads, ones, state, records, o);
             std::vector<float> got(batch * row);
             get(got, o);
             for (int b = 0; b < batch; b++) put((float *)w.o + ((size_t)b * tokens + i) * row, std::vector<float>(&got[b * row], &got[b * row] + row));
@@ -269,21 +276,20 @@ static bool check(int batch, int tokens, int kv_heads, int span, float beta, std
     std::normal_distribution<double> normal;
     int E = VALUE_DIM, D = HEAD_DIM, H = kv_heads, QH = H * GROUP;
     size_t nq = (size_t)batch * tokens * QH, nk = (size_t)batch * tokens * H;
-    std::vector<u16> q(nq * D), k(nk * D), v(nk * E), g(nq * E);
+    std::vector<Element> q(nq * D), k(nk * D), v(nk * E), g(nq * E);
     double near = 1 / sqrt((double)D) * 1.0;
-    for (auto &x : q) x = narrow(normal(random) * near * 1.5, IN_TYPE);
-    for (auto &x : k) x = narrow(normal(random) * near * 1.5, IN_TYPE);
-    for (auto &x : v) x = narrow(normal(random) + offset, IN_TYPE);
-    for (auto &x : g) x = narrow(normal(random), IN_TYPE);
+    for (auto &x : q) x = element_of(normal(random) * near * 1.5);
+    for (auto &x : k) x = element_of(normal(random) * near * 1.5);
+    for (auto &x : v) x = element_of(normal(random) + offset);
+    for (auto &x : g) x = element_of(normal(random));
     // Values that keys tell something of.
-    for (size_t i = 0; i < nk; i++) for (int c = 0; c < std::min(D, E); c++) v[i * E + c] = narrow(widen(v[i * E + c], IN_TYPE) + 4 * widen(k[i * D + c], IN_TYPE), IN_TYPE);
+    for (size_t i = 0; i < nk; i++) for (int c = 0; c < std::min(D, E); c++) v[i * E + c] = element_of(widen(v[i * E + c], IN_TYPE) + 4 * widen(k[i * D + c], IN_TYPE));
     // NaN and infinities read as zero.
-    u16 infinite = IN_TYPE == BF16 ? 0x7f80 : 0x7c00;
-    for (auto *x : {&q, &k, &v, &g}) for (size_t i = 5; i < x->size(); i += 9973) (*x)[i] = infinite | (i % 3 ? 0x8001 : 0);
+    for (auto *x : {&q, &k, &v, &g}) for (size_t i = 5; i < x->size(); i += 9973) (*x)[i] = not_finite_at(i);
     std::vector<float> w(BITS * D);
     for (auto &x : w) x = normal(random);
     V wd(w.begin(), w.end());
-    put((u16 *)r.w.q, q); put((u16 *)r.w.k, k); put((u16 *)r.w.v, v); put((u16 *)r.w.grad_o, g); put((float *)r.w.planes, w);
+    put((Element *)r.w.q, q); put((Element *)r.w.k, k); put((Element *)r.w.v, v); put((Element *)r.w.grad_o, g); put((float *)r.w.planes, w);
     std::vector<double> state(batch * H * r.unit()), gradient(state.size());
     if (initial) for (size_t i = 0; i < state.size(); i++) {
         bool a = i % COLUMNS == VALUE_DIM;
@@ -310,7 +316,7 @@ static bool check(int batch, int tokens, int kv_heads, int span, float beta, std
     auto gradient_of = [&](Gradient x) { return sizeof(Gradient) == 4 ? (double)x : widen((u16)x, GRADIENT_TYPE); };
     auto out_at = [&](size_t i) {
         if (OUT_TYPE == F32) { float f; memcpy(&f, &o32[i], 4); return (double)f; }
-        return widen(o32[i / 2] >> (16 * (i & 1)), OUT_TYPE);
+        return widen((u16)(o32[i / 2] >> (16 * (i & 1))), OUT_TYPE);
     };
     V go, wo, gq, wq, gk, wk, gv, wv, ga, wa, gb, wb, gda, wda, gdb, wdb, gw(BITS * D), ww(BITS * D);
     double gbeta = 0, wbeta = 0;
@@ -366,7 +372,7 @@ static bool check(int batch, int tokens, int kv_heads, int span, float beta, std
     #ifdef ANY_SHAPE
     double wide = 1e-3, out_wide = OUT_TYPE == BF16 ? 2.5e-3 : OUT_TYPE == F16 ? 4e-4 : 0;
 #else
-    double wide = (IN_TYPE == F16 ? 4 : 1) * (TERMS == 1 ? 1 : 1.0 / 256), out_wide = OUT_TYPE == BF16 ? 2.5e-3 : OUT_TYPE == F16 ? 4e-4 : 0;
+    double wide = IN_TYPE == F32 ? 1.5e-3 : (IN_TYPE == F16 ? 4 : 1) * (TERMS == 1 ? 1 : 1.0 / 256), out_wide = OUT_TYPE == BF16 ? 2.5e-3 : OUT_TYPE == F16 ? 4e-4 : 0;
 #endif
     double grad_wide = GRADIENT_TYPE == F32 ? 0 : 2.5e-3;
     struct { const char *name; double e, bound; } all[] = {
@@ -448,26 +454,26 @@ static void bench(int tokens, int kv_heads, int span, float beta, int runs) {
     for (auto &x : w) x = normal(random);
     put((float *)r.w.planes, w);
     CHECK(cudaDeviceSynchronize());
-    double e = GRADIENT_TYPE == F32 ? 4 : 2, oe = OUT_TYPE == F32 ? 4 : 2;
+    double e = GRADIENT_TYPE == F32 ? 4 : 2, in = sizeof(Element), oe = OUT_TYPE == F32 ? 4 : 2;
     double nq = (double)q * HEAD_DIM, nk = (double)k * HEAD_DIM, nv = (double)k * VALUE_DIM, no = (double)q * VALUE_DIM;
     auto line = [&](const char *name, float ms, double bytes) { printf("  %-14s %8.3f ms  %6.2f GB  %5.0f GB/s\n", name, ms, bytes / 1e9, bytes / ms / 1e6); };
     printf("T %d heads %dx%d span %d beta %.2f c %g (P,L)=(%d,%d) in %d out %d grad %d terms %d\n", tokens, kv_heads, GROUP, span, beta, r.centre(), PLANES, TABLES, IN_TYPE, OUT_TYPE, GRADIENT_TYPE, TERMS);
     float s = timed([&] { LAUNCH(race_sums, r.spans() * kv_heads, THREADS, SUMS_SHARED, r.w, r.w.k, r.w.v, r.w.planes, r.heads, r.w.lengths, r.w.matrices, r.w.bits); }, runs);
     double tk = 4.0 * k * BITS, tq = 4.0 * q * BITS;
-    line("sums", s, 2 * (nk + nv) + tk);
+    line("sums", s, in * (nk + nv) + tk);
     float c = timed([&] { r.scan(true); }, runs);
     line("scan", c, 2.0 * r.spans() * kv_heads * MATRIX * 4);
     r.sums(true);
     float f = timed([&] { r.forward(); }, runs);
-    line("forward", f, 2 * (nq + nv) + tk + oe * no);
+    line("forward", f, in * (nq + nv) + tk + oe * no);
     float bq = timed([&] { r.query(); }, runs);
-    line("backward query", bq, 2 * (nq + nv + no) + tk + tq + e * nq);
+    line("backward query", bq, in * (nq + nv + no) + tk + tq + e * nq);
     float a = timed([&] { r.add(r.q_heads()); }, runs);
     line("add", a, 4.0 * r.spans() * r.q_heads() * BITS * (HEAD_DIM + 1));
     float sb = timed([&] { r.scan_back(); }, runs);
     line("scan back", sb, 2.0 * r.spans() * kv_heads * MATRIX * 4);
     float bk = timed([&] { r.key(); }, runs);
-    line("backward key", bk, 2 * (nk + nv + no) + tk + tq + e * (nk + nv));
+    line("backward key", bk, in * (nk + nv + no) + tk + tq + e * (nk + nv));
     float all_f = timed([&] { r.sums(false); r.forward(); }, runs), all_b = timed([&] { r.backward(); }, runs);
     printf("  FORWARD %.3f  BACKWARD %.3f  BOTH %.3f ms\n", all_f, all_b, all_f + all_b);
     r.free_all();

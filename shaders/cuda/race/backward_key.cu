@@ -3,25 +3,38 @@
 // (sequence, span, kv head).
 #include "hash.cuh"
 
-// Channels of dv at a time: fewer registers, where nothing is kept from one head of the group to the next.
-constexpr int WIDTH = GROUP == 1 && VALUE_DIM > 64 && BACKWARD_BLOCKS > 1 ? 64 : VALUE_DIM;
+// Channels of dv at a time: fewer registers or instructions, where nothing is kept from one head of the group to the next.
+constexpr int WIDTH = GROUP == 1 && VALUE_DIM > 64 && (BACKWARD_BLOCKS > 1 || WRITTEN_OUT == 1) ? 64 : VALUE_DIM;
 
 // Products of sixteen rows at a time.
 constexpr int AT_ONCE = BACKWARD_BLOCKS > 1 ? 2 : 4;
 
+// Adds what each key of a tile's sixteen weighs with all buckets alike, over D of sixteen queries that see it.
+__device__ __forceinline__ void add_of_all(float (&to)[2][4], int tiles_apart, const float *inverses, float all) {
+    int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int column = j * 8 + (lane & 3) * 2 + (i & 1), row = (lane >> 2) + (i >> 1) * 8;
+            if (tiles_apart > 0 || column >= row) to[j][i] += all * inverses[column];
+        }
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_backward_key(const Walk p, const void *all_k, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_after, const float2 *all_readings, const float *all_query_bits, const float *all_bits, void *all_dk, void *all_dv, float *all_shares) {
     SHARED_BYTES;
     Carve carve = {shared_bytes};
-    u16 *k_tile = carve.take<u16>(KEY_TILE);
-    u16 *v_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
-    u16 *g_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
-    Planes planes = {carve.take<u16>(Planes::bytes)};
+    Element *k_tile = carve.take<Element>(KEY_BYTES);
+    Element *v_tiles = carve.take<Element>(STAGES * VALUE_BYTES);
+    Element *g_tiles = carve.take<Element>(STAGES * VALUE_BYTES);
+    Planes planes = {carve.take<Element>(Planes::bytes)};
     // Of queries over their D.
-    Weights queries = {carve.take<u16>(Weights::bytes)};
-    FineWeights keys = {carve.take<u16>(FineWeights::bytes)};
-    Entry entry = {carve.take<u16>(Entry::bytes)};
-    Corners corners = {carve.take<u16>(Corners::bytes)};
-    HashGradient du = {carve.take<u16>(HashGradient::bytes)};
+    Weights queries = {carve.take<Element>(Weights::bytes)};
+    FineWeights keys = {carve.take<Element>(FineWeights::bytes)};
+    Entry entry = {carve.take<Element>(Entry::bytes)};
+    Corners corners = {carve.take<Element>(Corners::bytes)};
+    HashGradient du = {carve.take<Element>(HashGradient::bytes)};
     float *masses = carve.take<float>(BUCKETS_UP * 4);
     float *later = carve.take<float>(VALUE_DIM * 4);
     float *inverses = carve.take<float>(ROWS * 4);
@@ -38,9 +51,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     const float *query_bits = all_query_bits + bits_at(p, b, p.q_heads, head * GROUP, first);
     const float *key_bits = all_bits + bits_at(p, b, p.kv_heads, head, first);
     i64 bits_head = bits_at(p, 0, 1, 1, 0);
-    const u16 *k = (const u16 *)all_k + b * p.k_batch + first * p.k_token + head * p.k_head;
-    const u16 *v = (const u16 *)all_v + b * p.v_batch + first * p.v_token + head * p.v_head;
-    const u16 *g = (const u16 *)all_grad_o + b * p.g_batch + first * p.g_token + head * GROUP * p.g_head;
+    const Element *k = (const Element *)all_k + b * p.k_batch + first * p.k_token + head * p.k_head;
+    const Element *v = (const Element *)all_v + b * p.v_batch + first * p.v_token + head * p.v_head;
+    const Element *g = (const Element *)all_grad_o + b * p.g_batch + first * p.g_token + head * GROUP * p.g_head;
     i64 dk_token = (i64)p.kv_heads * HEAD_DIM, dv_token = (i64)p.kv_heads * VALUE_DIM;
     Gradient *dk = (Gradient *)all_dk + ((i64)b * p.tokens + first) * dk_token + head * HEAD_DIM;
     Gradient *dv = (Gradient *)all_dv + ((i64)b * p.tokens + first) * dv_token + head * VALUE_DIM;
@@ -53,8 +66,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     int row0 = (warp & 3) * 16;
     int last = (rows + ROWS - 1) / ROWS - 1;
 
-    auto v_at = [&](int tile) { return v_tiles + (last - tile) % STAGES * ROWS * (VALUE_DIM + 8); };
-    auto g_at = [&](int tile, int in_group) { return g_tiles + ((last - tile) * GROUP + in_group) % STAGES * ROWS * (VALUE_DIM + 8); };
+    auto v_at = [&](int tile) { return v_tiles + (last - tile) % STAGES * VALUE_TILE; };
+    auto g_at = [&](int tile, int in_group) { return g_tiles + ((last - tile) * GROUP + in_group) % STAGES * VALUE_TILE; };
     auto fetch_keys = [&](int tile) { fetch<HEAD_DIM, CARRYING>(k_tile, k + (i64)tile * ROWS * p.k_token, p.k_token, count - tile * ROWS); };
     auto fetch_others = [&](int tile, int in_group) {
         i64 at = tile * ROWS;
@@ -132,18 +145,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                 arrive(tile, in_group);
                 Values gradients = {g_at(tile, in_group)};
                 {
-                    Left<TERMS> alpha[BUCKETS_UP / 16];
-#pragma unroll
-                    for (int s = 0; s < BUCKETS_UP; s += 16) alpha[s / 16] = left(keys, row0, s);
+                    Kept<BUCKETS_UP, FineWeights> alpha(keys, row0);
                     // α·Ψᵀ over D of the tile's own queries: all at once, so that sums do not wait for each other.
                     float products[ROWS / 16][2][4];
 #pragma unroll
                     for (int o = 0; o < ROWS / 16; o++) clear(products[o]);
-#pragma unroll
+#pragma unroll WRITTEN_OUT
                     for (int s = 0; s < BUCKETS_UP; s += 16) {
 #pragma unroll
                         for (int o = 0; o < ROWS / 16; o++) {
-                            if (row0 + o * 16 < ROWS) multiply(products[o][0], products[o][1], alpha[s / 16], right(queries, row0 + o * 16, s));
+                            if (row0 + o * 16 < ROWS) multiply(products[o][0], products[o][1], alpha.at(s), right(queries, row0 + o * 16, s));
                         }
                     }
                     Left<TERMS> seeing[ROWS / 16];
@@ -158,16 +169,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                                 if (o == 0 && column < row) products[o][j][i] = 0.0f;
                             }
                         }
+                        if (SUMS_IN_ONE && centre != 0.0f) add_of_all(products[o], o, inverses + row0 + o * 16, centre * BUCKETS);
                         seeing[o] = as_left<TERMS>(products[o][0], products[o][1]);
                     }
 #pragma unroll 1
                     for (int channel = 0; channel < VALUE_DIM; channel += WIDTH) {
                         if (in_group == 0) {
                             clear(dvalue);
-#pragma unroll
+#pragma unroll WRITTEN_OUT
                             for (int s = 0; s < BUCKETS_UP; s += 16) {
 #pragma unroll
-                                for (int c = 0; c < WIDTH; c += 16) multiply(dvalue[c / 8], dvalue[c / 8 + 1], alpha[s / 16], right_turned(entry, s, channel + c));
+                                for (int c = 0; c < WIDTH; c += 16) multiply(dvalue[c / 8], dvalue[c / 8 + 1], alpha.at(s), right_turned(entry, s, channel + c));
                             }
                         }
 #pragma unroll
@@ -175,24 +187,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                             int other = row0 + o * 16;
                             if (other >= ROWS) continue;
                             Left<PLANE_TERMS> of_all;
-                            if (centre != 0.0f) {
+                            if (!SUMS_IN_ONE && centre != 0.0f) {
                                 float all[2][4];
-#pragma unroll
-                                for (int j = 0; j < 2; j++) {
-#pragma unroll
-                                    for (int i = 0; i < 4; i++) {
-                                        int column = j * 8 + (lane & 3) * 2 + (i & 1), row = (lane >> 2) + (i >> 1) * 8;
-                                        bool sees = o > 0 || column >= row;
-                                        all[j][i] = sees ? centre * BUCKETS * inverses[other + column] : 0.0f;
-                                    }
-                                }
+                                clear(all);
+                                add_of_all(all, o, inverses + other, centre * BUCKETS);
                                 of_all = as_left<PLANE_TERMS>(all[0], all[1]);
                             }
 #pragma unroll
                             for (int c = 0; c < WIDTH; c += 16) {
                                 auto x = right_turned(gradients, other, channel + c);
                                 multiply(dvalue[c / 8], dvalue[c / 8 + 1], seeing[o], x);
-                                if (centre != 0.0f) multiply(dvalue[c / 8], dvalue[c / 8 + 1], of_all, x);
+                                if (!SUMS_IN_ONE && centre != 0.0f) multiply(dvalue[c / 8], dvalue[c / 8 + 1], of_all, x);
                             }
                         }
                         if (in_group + 1 == GROUP) {
@@ -209,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                 }
                 carried.add_scaled(queries, gradients, factors);
                 if (!SPARE && centre != 0.0f && threadIdx.x < VALUE_DIM) {
-                    for (int r = 0; r < ROWS; r++) added += inverses[r] * input_at(gradients.at, VALUE_DIM + 8, r, threadIdx.x);
+                    for (int r = 0; r < ROWS; r++) added += inverses[r] * input_at<VALUE_PITCH>(gradients.at, r, threadIdx.x);
                 }
                 half(tile, in_group);
                 if (!SPARE && in_group + 1 == GROUP && centre != 0.0f && threadIdx.x < VALUE_DIM) later[threadIdx.x] += centre * BUCKETS * added;
@@ -250,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
                                 for (int i = 0; i < 4; i++) products[o][j][i] = factors[(row0 + (from + o) * 16) % ROWS + j * 8 + (lane & 3) * 2 + (i & 1)];
                             }
                         }
-#pragma unroll
+#pragma unroll WRITTEN_OUT
                         for (int c = 0; c < VALUE_DIM; c += 16) {
                             auto value = left(values, row0, c);
                             if (from == 0 && in_group == 0) {

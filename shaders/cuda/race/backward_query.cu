@@ -9,15 +9,15 @@
 extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_backward_query(const Walk p, const void *all_q, const void *all_v, const void *all_grad_o, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_matrices, const float *all_bits, void *all_dq, float *all_of_queries, float2 *all_readings, float *all_query_bits, float *all_shares) {
     SHARED_BYTES;
     Carve carve = {shared_bytes};
-    u16 *q_tiles = carve.take<u16>(LATE_STAGES * ROWS * (HEAD_DIM + 8) * 2);
-    u16 *v_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
-    u16 *g_tiles = carve.take<u16>(STAGES * ROWS * (VALUE_DIM + 8) * 2);
-    Planes planes = {carve.take<u16>(Planes::bytes)};
-    FineWeights queries = {carve.take<u16>(FineWeights::bytes)};
-    Weights keys = {carve.take<u16>(Weights::bytes)};
-    Entry entry = {carve.take<u16>(Entry::bytes)};
-    Corners corners = {carve.take<u16>(Corners::bytes)};
-    HashGradient du = {carve.take<u16>(HashGradient::bytes)};
+    Element *q_tiles = carve.take<Element>(LATE_STAGES * KEY_BYTES);
+    Element *v_tiles = carve.take<Element>(STAGES * VALUE_BYTES);
+    Element *g_tiles = carve.take<Element>(STAGES * VALUE_BYTES);
+    Planes planes = {carve.take<Element>(Planes::bytes)};
+    FineWeights queries = {carve.take<Element>(FineWeights::bytes)};
+    Weights keys = {carve.take<Element>(Weights::bytes)};
+    Entry entry = {carve.take<Element>(Entry::bytes)};
+    Corners corners = {carve.take<Element>(Corners::bytes)};
+    HashGradient du = {carve.take<Element>(HashGradient::bytes)};
     float *bits = carve.take<float>(ROWS * BITS * 4);
     float *masses = carve.take<float>(BUCKETS_UP * 4);
     float *means = carve.take<float>(VALUE_DIM * 4);
@@ -31,11 +31,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     int count = (int)all_lengths[b] - first;
     count = count < 0 ? 0 : count > (int)p.span ? (int)p.span : count;
     int rows = (int)p.tokens - first < (int)p.span ? (int)p.tokens - first : (int)p.span;
-    const u16 *q = (const u16 *)all_q + b * p.q_batch + first * p.q_token + q_head * p.q_head;
+    const Element *q = (const Element *)all_q + b * p.q_batch + first * p.q_token + q_head * p.q_head;
     const float *key_bits = all_bits + bits_at(p, b, p.kv_heads, head, first);
     float *query_bits = all_query_bits + bits_at(p, b, p.q_heads, q_head, first);
-    const u16 *v = (const u16 *)all_v + b * p.v_batch + first * p.v_token + head * p.v_head;
-    const u16 *g = (const u16 *)all_grad_o + b * p.g_batch + first * p.g_token + q_head * p.g_head;
+    const Element *v = (const Element *)all_v + b * p.v_batch + first * p.v_token + head * p.v_head;
+    const Element *g = (const Element *)all_grad_o + b * p.g_batch + first * p.g_token + q_head * p.g_head;
     i64 dq_token = (i64)p.q_heads * HEAD_DIM;
     Gradient *dq = (Gradient *)all_dq + ((i64)b * p.tokens + first) * dq_token + q_head * HEAD_DIM;
     float2 *readings = all_readings + ((i64)b * p.q_heads + q_head) * p.tokens + first;
@@ -54,9 +54,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     float before = matrix[BUCKETS * COLUMNS + VALUE_DIM], sums_row = 0.0f;
     if (threadIdx.x < VALUE_DIM) means[threadIdx.x] = centre != 0.0f ? matrix[BUCKETS * COLUMNS + threadIdx.x] : 0.0f;
 
-    auto q_at = [&](int tile) { return q_tiles + tile % LATE_STAGES * ROWS * (HEAD_DIM + 8); };
-    auto v_at = [&](int tile) { return v_tiles + tile % STAGES * ROWS * (VALUE_DIM + 8); };
-    auto g_at = [&](int tile) { return g_tiles + tile % STAGES * ROWS * (VALUE_DIM + 8); };
+    auto q_at = [&](int tile) { return q_tiles + tile % LATE_STAGES * KEY_TILE; };
+    auto v_at = [&](int tile) { return v_tiles + tile % STAGES * VALUE_TILE; };
+    auto g_at = [&](int tile) { return g_tiles + tile % STAGES * VALUE_TILE; };
     auto fetch_queries = [&](int tile) { fetch<HEAD_DIM, CARRYING>(q_at(tile), q + (i64)tile * ROWS * p.q_token, p.q_token, count - tile * ROWS); };
     auto fetch_values = [&](int tile) { fetch<VALUE_DIM, CARRYING>(v_at(tile), v + (i64)tile * ROWS * p.v_token, p.v_token, count - tile * ROWS); };
     auto fetch_gradients = [&](int tile) { fetch<VALUE_DIM, CARRYING>(g_at(tile), g + (i64)tile * ROWS * p.g_token, p.g_token, count - tile * ROWS); };
@@ -100,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
             carried.add(keys, Values{v_at(tile)});
             float of_mean = 0.0f;
             if (!SPARE && centre != 0.0f && threadIdx.x < VALUE_DIM) {
-                for (int r = 0; r < ROWS; r++) of_mean += input_at(v_at(tile), VALUE_DIM + 8, r, threadIdx.x);
+                for (int r = 0; r < ROWS; r++) of_mean += input_at<VALUE_PITCH>(v_at(tile), r, threadIdx.x);
             }
             if (AHEAD) copies_done();
             barrier();
@@ -108,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
             if (more && STAGES == 1) fetch_values(tile + 1);
             if (!SPARE && centre != 0.0f && threadIdx.x < VALUE_DIM) {
                 means[threadIdx.x] += of_mean;
-                for (int r = 0; r < ROWS; r++) sums_row += inverses[r] * input_at(g_at(tile), VALUE_DIM + 8, r, threadIdx.x);
+                for (int r = 0; r < ROWS; r++) sums_row += inverses[r] * input_at<VALUE_PITCH>(g_at(tile), r, threadIdx.x);
             }
             plane_sums.add(du, Keys{q_at(tile)});
             of_queries.add_scaled(queries, Values{g_at(tile)}, factors);
@@ -148,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
 #pragma unroll
                     for (int o = 0; o < ROWS / 16; o++) clear(products[o]);
                     // Sixteen of the values at a time, from the row's own back: all at once, so that sums do not wait for each other.
-#pragma unroll
+#pragma unroll WRITTEN_OUT
                     for (int c = 0; c < VALUE_DIM; c += 16) {
                         auto grad = left(gradients, row0, c);
 #pragma unroll

@@ -3,18 +3,18 @@
 // o = (Ψ·M + tril(Ψ·αᵀ + c·S)·V + c·S·m) / D over the sums M before the tile, and the tile's own keys.
 #include "hash.cuh"
 
-[[maybe_unused]] constexpr int FORWARD_SHARED = ROWS * (HEAD_DIM + 8) * 2 + FORWARD_STAGES * ROWS * (VALUE_DIM + 8) * 2 + Planes::bytes + 2 * Weights::bytes +
+[[maybe_unused]] constexpr int FORWARD_SHARED = KEY_BYTES + FORWARD_STAGES * VALUE_BYTES + Planes::bytes + 2 * Weights::bytes +
                                Entry::bytes + ROWS * BITS * 4 + BUCKETS_UP * 4 + VALUE_DIM * 4 + ROWS * 4 + 1024;
 
 extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forward(const Walk p, const void *all_q, const void *all_v, const float *all_planes, const float2 *all_heads, const u32 *all_lengths, const float *all_matrices, const float *all_bits, void *all_o) {
     SHARED_BYTES;
     Carve carve = {shared_bytes};
-    u16 *q_tile = carve.take<u16>(ROWS * (HEAD_DIM + 8) * 2);
-    u16 *v_tiles = carve.take<u16>(FORWARD_STAGES * ROWS * (VALUE_DIM + 8) * 2);
-    Planes planes = {carve.take<u16>(Planes::bytes)};
-    Weights queries = {carve.take<u16>(Weights::bytes)};
-    Weights keys = {carve.take<u16>(Weights::bytes)};
-    Entry entry = {carve.take<u16>(Entry::bytes)};
+    Element *q_tile = carve.take<Element>(KEY_BYTES);
+    Element *v_tiles = carve.take<Element>(FORWARD_STAGES * VALUE_BYTES);
+    Planes planes = {carve.take<Element>(Planes::bytes)};
+    Weights queries = {carve.take<Element>(Weights::bytes)};
+    Weights keys = {carve.take<Element>(Weights::bytes)};
+    Entry entry = {carve.take<Element>(Entry::bytes)};
     float *bits = carve.take<float>(ROWS * BITS * 4);
     float *masses = carve.take<float>(BUCKETS_UP * 4);
     float *means = carve.take<float>(VALUE_DIM * 4);
@@ -26,9 +26,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
     int count = (int)all_lengths[b] - first;
     count = count < 0 ? 0 : count > (int)p.span ? (int)p.span : count;
     int rows = (int)p.tokens - first < (int)p.span ? (int)p.tokens - first : (int)p.span;
-    const u16 *q = (const u16 *)all_q + b * p.q_batch + first * p.q_token + q_head * p.q_head;
+    const Element *q = (const Element *)all_q + b * p.q_batch + first * p.q_token + q_head * p.q_head;
     const float *key_bits = all_bits + bits_at(p, b, p.kv_heads, head, first);
-    const u16 *v = (const u16 *)all_v + b * p.v_batch + first * p.v_token + head * p.v_head;
+    const Element *v = (const Element *)all_v + b * p.v_batch + first * p.v_token + head * p.v_head;
     i64 o_token = (i64)p.q_heads * VALUE_DIM;
     i64 o_at = ((i64)b * p.tokens + first) * o_token + q_head * VALUE_DIM;
     float beta = all_heads[head].x, centre = all_heads[head].y;
@@ -54,9 +54,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
     for (int tile = 0; tile * ROWS < rows; tile++) {
         int here = count - tile * ROWS;
         copies_done();
-        if (dirty) clean<VALUE_DIM>(v_tiles + tile % FORWARD_STAGES * ROWS * (VALUE_DIM + 8));
+        if (dirty) clean<VALUE_DIM>(v_tiles + tile % FORWARD_STAGES * VALUE_TILE);
         barrier();
-        Values values = {v_tiles + tile % FORWARD_STAGES * ROWS * (VALUE_DIM + 8)};
+        Values values = {v_tiles + tile % FORWARD_STAGES * VALUE_TILE};
         carried.show(entry, masses);
         if (SPARE && centre != 0.0f) carried.show_last(means, nullptr, 1.0f);
         if (role == 0) {
@@ -72,22 +72,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
         barrier();
         if ((tile + 1) * ROWS < rows) {
             fetch<HEAD_DIM>(q_tile, q + (tile + 1) * ROWS * p.q_token, p.q_token, here - ROWS);
-            if (FORWARD_STAGES > 1) fetch<VALUE_DIM>(v_tiles + (tile + 1) % FORWARD_STAGES * ROWS * (VALUE_DIM + 8), v + (tile + 1) * ROWS * p.v_token, p.v_token, here - ROWS);
+            if (FORWARD_STAGES > 1) fetch<VALUE_DIM>(v_tiles + (tile + 1) % FORWARD_STAGES * VALUE_TILE, v + (tile + 1) * ROWS * p.v_token, p.v_token, here - ROWS);
             prefetch_bits(key_bits + (tile + 1) * ROWS * BITS);
         }
 
-        Left<TERMS> psi[BUCKETS_UP / 16];
-#pragma unroll
-        for (int s = 0; s < BUCKETS_UP; s += 16) psi[s / 16] = left(queries, row0, s);
+        Kept<BUCKETS_UP, Weights> psi(queries, row0);
         // Ψ·αᵀ of the tile's own keys: all at once, so that sums do not wait for each other.
         float products[ROWS / 16][2][4];
 #pragma unroll
         for (int o = 0; o < ROWS / 16; o++) clear(products[o]);
-#pragma unroll
+#pragma unroll WRITTEN_OUT
         for (int s = 0; s < BUCKETS_UP; s += 16) {
 #pragma unroll
             for (int o = 0; o < ROWS / 16; o++) {
-                if (o * 16 <= row0) multiply(products[o][0], products[o][1], psi[s / 16], right(keys, row0 - o * 16, s));
+                if (o * 16 <= row0) multiply(products[o][0], products[o][1], psi.at(s), right(keys, row0 - o * 16, s));
             }
         }
         float divisor[2] = {0.0f, 0.0f};
@@ -104,14 +102,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
                     divisor[i >> 1] += products[o][j][i];
                 }
             }
+            if (SUMS_IN_ONE && centre != 0.0f) {
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        if (o > 0 || j * 8 + (lane & 3) * 2 + (i & 1) <= (lane >> 2) + (i >> 1) * 8) products[o][j][i] += centre * BUCKETS;
+                    }
+                }
+            }
             seen_products[o] = as_left<TERMS>(products[o][0], products[o][1]);
         }
         float o[HALF / 8][4];
         clear(o);
-#pragma unroll
+#pragma unroll WRITTEN_OUT
         for (int s = 0; s < BUCKETS_UP; s += 16) {
 #pragma unroll
-            for (int c = 0; c < HALF; c += 16) multiply(o[c / 8], o[c / 8 + 1], psi[s / 16], right_turned(entry, s, role * HALF + c));
+            for (int c = 0; c < HALF; c += 16) multiply(o[c / 8], o[c / 8 + 1], psi.at(s), right_turned(entry, s, role * HALF + c));
         }
         // Mass that the queries' weights find in the state, four lanes a row.
 #pragma unroll
@@ -131,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
             for (int c = 0; c < HALF; c += 16) {
                 auto x = right_turned(values, other, role * HALF + c);
                 multiply(o[c / 8], o[c / 8 + 1], seen_products[back], x);
-                if (centre != 0.0f) multiply(o[c / 8], o[c / 8 + 1], ones, x);
+                if (!SUMS_IN_ONE && centre != 0.0f) multiply(o[c / 8], o[c / 8 + 1], ones, x);
             }
         }
         float inverse[2];
@@ -161,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
         if (!SPARE && centre != 0.0f) {
             float sum = 0.0f;
             if (threadIdx.x < VALUE_DIM) {
-                for (int r = 0; r < ROWS; r++) sum += input_at(values.at, VALUE_DIM + 8, r, threadIdx.x);
+                for (int r = 0; r < ROWS; r++) sum += input_at<VALUE_PITCH>(values.at, r, threadIdx.x);
             }
             barrier();
             if (threadIdx.x < VALUE_DIM) means[threadIdx.x] += sum;

@@ -3,16 +3,20 @@
 #include "tiles.cuh"
 #include "walk.cuh"
 
-typedef Input<HEAD_DIM + 8> Keys;
-typedef Input<VALUE_DIM + 8> Values;
-typedef Parts<BUCKETS_UP + 8, ROWS, TERMS> Weights;
+constexpr int KEY_PITCH = pitch_of(HEAD_DIM), VALUE_PITCH = pitch_of(VALUE_DIM), BUCKET_PITCH = pitch_of(BUCKETS_UP);
+// Elements of a tile.
+constexpr int KEY_TILE = ROWS * KEY_PITCH, VALUE_TILE = ROWS * VALUE_PITCH;
+constexpr int KEY_BYTES = KEY_TILE * sizeof(Element), VALUE_BYTES = VALUE_TILE * sizeof(Element);
+typedef Input<KEY_PITCH> Keys;
+typedef Input<VALUE_PITCH> Values;
+typedef Parts<BUCKET_PITCH, ROWS, TERMS> Weights;
 // Weights that the gradient of their own hash is made of: rounded to bf16 they would leave errors of one sign in a row's
 // sum, whose terms cancel.
-typedef Fine<BUCKETS_UP + 8, ROWS, TERMS> FineWeights;
-typedef Parts<HEAD_DIM + 8, BITS_UP, PLANE_TERMS> Planes;
+typedef Fine<BUCKET_PITCH, ROWS, TERMS> FineWeights;
+typedef Parts<KEY_PITCH, BITS_UP, PLANE_TERMS> Planes;
 // Tiles of eight bits.
 constexpr int BIT_TILES = (BITS + 7) / 8;
-typedef Parts<VALUE_DIM + 8, BUCKETS_UP, TERMS> Entry;
+typedef Parts<VALUE_PITCH, BUCKETS_UP, TERMS> Entry;
 
 __device__ __forceinline__ float2 make_pair(float x, float y) {
     float2 pair = {x, y};
@@ -39,12 +43,12 @@ __device__ __forceinline__ float bounded_tanh(float x) {
 
 // t of sixteen rows from `row` on, by one warp: t[j] are bits 8j + 2·(lane % 4) and the next, of two rows. If the rows
 // are not clean yet, they are then.
-__device__ __forceinline__ void project(float (&t)[BITS_UP / 8][4], u16 *tile, const Planes &planes, int row) {
+__device__ __forceinline__ void project(float (&t)[BITS_UP / 8][4], Element *tile, const Planes &planes, int row) {
     Keys x = {tile};
 #pragma unroll 1
     for (int turn = 0; turn < 2; turn++) {
         clear(t);
-#pragma unroll
+#pragma unroll WRITTEN_OUT
         for (int c = 0; c < HEAD_DIM; c += 16) {
             auto a = left(x, row, c);
 #pragma unroll
@@ -301,15 +305,7 @@ template <int WARPS> struct Carried {
         if (row_of(at) != BUCKETS) return;
 #pragma unroll
         for (int j = 0; j < PART / 8; j++) {
-            u32 parts[TERMS];
-            split(parts, sums[j][at], sums[j][at + 1]);
-            float2 rest = make_pair(sums[j][at], sums[j][at + 1]);
-#pragma unroll
-            for (int t = 0; t < TERMS; t++) {
-                float2 part = bf16_floats(parts[t]);
-                rest.x -= part.x;
-                rest.y -= part.y;
-            }
+            float2 rest = remainder_of<TERMS>(sums[j][at], sums[j][at + 1]);
             to.set(BUCKETS + 1, column_of(j, 0), rest.x, rest.y);
         }
     }
@@ -338,80 +334,49 @@ template <int WARPS> struct Carried {
     }
     // Adds weightsᵀ·[x, 1] over a tile's rows.
     __device__ __forceinline__ void add(const Weights &weights, const Values &x) {
-        if (!active) return;
-        Right<1> ones;
-#pragma unroll
-        for (int i = 0; i < 4; i++) ones.r[0][i >> 1][i & 1] = 0x3f803f80u;
-        float unused[4];
-        clear(unused);
-#pragma unroll
-        for (int k = 0; k < ROWS; k += 16) {
-            auto a = left_turned(weights, k, bucket);
-#pragma unroll
-            for (int j = 0; j < PART; j += 16) multiply(sums[j / 8], sums[j / 8 + 1], a, right_turned(x, k, channel + j));
-            if (has_mass()) {
-#pragma unroll
-                for (int t = 0; t < TERMS; t++) mma(mass, a.r[t], ones.r[0][0][0], ones.r[0][0][1]);
-            }
-        }
+        float2 one = {1.0f, 1.0f};
+        add(weights, x, [&](int) { return column<1>(one, one); });
     }
     // The same, with a factor of each row in place of the one.
     __device__ __forceinline__ void add_scaled(const Weights &weights, const Values &x, const float *factors) {
+        const float *own = factors + (threadIdx.x & 3) * 2;
+        add(weights, x, [&](int k) { return column<PLANE_TERMS>(make_pair(own[k], own[k + 1]), make_pair(own[k + 8], own[k + 9])); });
+    }
+    template <class F> __device__ __forceinline__ void add(const Weights &weights, const Values &x, F factors_at) {
         if (!active) return;
-        int lane = threadIdx.x & 3;
+        float parts[4];
+        clear(parts);
+        auto &of_mass = SHORT_SUMS ? parts : mass;
+        add_over_rows(
+            sums, PART, [&](int k) { return left_turned(weights, k, bucket); }, [&](int k, int c) { return right_turned(x, k, channel + c); },
+            [&](int k, const Left<TERMS> &a) {
+                if (has_mass()) multiply(of_mass, a, factors_at(k));
+            });
+        if constexpr (SHORT_SUMS) {
 #pragma unroll
-        for (int k = 0; k < ROWS; k += 16) {
-            auto a = left_turned(weights, k, bucket);
-#pragma unroll
-            for (int j = 0; j < PART; j += 16) multiply(sums[j / 8], sums[j / 8 + 1], a, right_turned(x, k, channel + j));
-            if (has_mass()) {
-                u32 low[PLANE_TERMS], high[PLANE_TERMS];
-                split(low, factors[k + lane * 2], factors[k + lane * 2 + 1]);
-                split(high, factors[k + lane * 2 + 8], factors[k + lane * 2 + 9]);
-#pragma unroll
-                for (int t = 0; t < TERMS; t++) {
-#pragma unroll
-                    for (int s = 0; s < PLANE_TERMS; s++) {
-                        if (t + s < PLANE_TERMS) mma(mass, a.r[t], low[s], high[s]);
-                    }
-                }
-            }
+            for (int i = 0; i < 4; i++) mass[i] += parts[i];
         }
     }
 };
 
-// A sum over the rows of a tile, of one channel: weights·x, or x alone.
-__device__ __forceinline__ float input_at(const u16 *tile, int pitch, int row, int c) {
-    u32 x = tile[row * pitch + c];
-    return IN_TYPE == BF16 ? float_of(x << 16) : f16_floats(x).x;
-}
-
 // Weights of a hash gradient: from w = dα·R·φ of sixteen rows and all buckets, s_p = Σ_r w_r (c_rp − m_p), in the layout
 // of t.
-__device__ __forceinline__ u32 corner_pair(int bucket, int bit, bool sign) {
-    u32 pair = 0;
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-        int b = bucket + e;
-        if (b < BUCKETS && bit < BITS && b / RADIX == bit / PLANES) {
-            u32 one = sign && ((b >> (PLANES - 1 - bit % PLANES)) & 1) == 0 ? 0xbf80u : 0x3f80u;
-            pair |= one << (16 * e);
-        }
-    }
-    return pair;
+__device__ __forceinline__ float corner(int bucket, int bit, bool sign) {
+    if (bucket >= BUCKETS || bit >= BITS || bucket / RADIX != bit / PLANES) return 0.0f;
+    return sign && ((bucket >> (PLANES - 1 - bit % PLANES)) & 1) == 0 ? -1.0f : 1.0f;
 }
 
 // Corner signs, then ones where bit and bucket are of one table: `[bit, bucket]`.
-typedef Parts<BUCKETS_UP + 8, BITS_UP * 2, 1> Corners;
+typedef Parts<BUCKET_PITCH, BITS_UP * 2, 1> Corners;
 __device__ __forceinline__ void load_corners(const Corners &to) {
     for (int i = threadIdx.x; i < BITS_UP * 2 * BUCKETS_UP / 2; i += THREADS) {
-        int row = i / (BUCKETS_UP / 2), bucket = i % (BUCKETS_UP / 2) * 2;
-        *(u32 *)(to.at + row * (BUCKETS_UP + 8) + bucket) = corner_pair(bucket, row % BITS_UP, row < BITS_UP);
+        int row = i / (BUCKETS_UP / 2), bucket = i % (BUCKETS_UP / 2) * 2, bit = row % BITS_UP;
+        to.set(row, bucket, corner(bucket, bit, row < BITS_UP), corner(bucket + 1, bit, row < BITS_UP));
     }
 }
 
 // From w to du = β·s·(1 − t²), which goes to `du`; adds Σ t·s of each bit to `of_beta`.
-typedef Parts<BITS_UP + 8, ROWS, PLANE_TERMS> HashGradient;
+typedef Parts<pitch_of(BITS_UP), ROWS, PLANE_TERMS> HashGradient;
 __device__ __forceinline__ void through_hash(const float (&w)[BUCKETS_UP / 8][4], const float (&t)[BITS_UP / 8][4], const Corners &corners,
                                              const HashGradient &du, float (&of_beta)[BITS_UP / 8][2], int row, float beta) {
     float signed_sums[BITS_UP / 8][4], sums[BITS_UP / 8][4];
@@ -522,7 +487,7 @@ __device__ __forceinline__ void store_hash_inputs(void *to, i64 row_step, const 
     Left<PLANE_TERMS> a[BITS_UP / 16];
 #pragma unroll
     for (int k = 0; k < BITS_UP; k += 16) a[k / 16] = left(du, row, k);
-#pragma unroll
+#pragma unroll WRITTEN_OUT
     for (int c = 0; c < width; c += run) {
         float sums[run / 8][4];
         clear(sums);
@@ -541,11 +506,8 @@ __device__ __forceinline__ void add_gains(float (&gain)[2], const Left<Keys::ter
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         float2 mean = *(const float2 *)(means + (lane & 3) * 2 + (i >> 1) * 8);
-#pragma unroll
-        for (int t = 0; t < Keys::terms; t++) {
-            float2 x = bf16_floats(rows.r[t][i]);
-            gain[i & 1] += x.x * mean.x + x.y * mean.y;
-        }
+        float2 x = pair_of(rows, i);
+        gain[i & 1] += x.x * mean.x + x.y * mean.y;
     }
 }
 
@@ -567,15 +529,10 @@ struct PlaneSums {
     __device__ __forceinline__ void add(const HashGradient &du, const Keys &x) {
         if (channel >= HEAD_DIM) return;
 #pragma unroll
-        for (int k = 0; k < ROWS; k += 16) {
-#pragma unroll
-            for (int m = 0; m < BITS_UP; m += 16) {
-                auto a = left_turned(du, k, m);
-#pragma unroll
-                for (int c = 0; c < PLANE_PART; c += 16) {
-                    if (channel + c < HEAD_DIM) multiply(sums[m / 16][c / 8], sums[m / 16][c / 8 + 1], a, right_turned(x, k, channel + c));
-                }
-            }
+        for (int m = 0; m < BITS_UP; m += 16) {
+            add_over_rows(
+                sums[m / 16], HEAD_DIM - channel, [&](int k) { return left_turned(du, k, m); }, [&](int k, int c) { return right_turned(x, k, channel + c); },
+                [](int, const Left<PLANE_TERMS> &) {});
         }
     }
     __device__ __forceinline__ void write(float *to) const {
@@ -619,23 +576,8 @@ __device__ __forceinline__ void write_of_beta(float *to, const float *room) {
     to[bit * (HEAD_DIM + 1) + HEAD_DIM] = sum;
 }
 
-// Left side of a product with ones, or `value`, where a key is seen: of 16 queries and keys of the same sixteen.
-__device__ __forceinline__ Left<1> seen(float value, bool diagonal) {
-    u32 lane = threadIdx.x & 31;
-    int row = lane >> 2, column = (lane & 3) * 2;
-    u32 one = bf16_pair(value, 0.0f) & 0xffffu;
-    Left<1> a;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        int r = row + (i & 1) * 8, c = column + (i >> 1) * 8;
-        a.r[0][i] = (!diagonal || c <= r ? one : 0u) | (!diagonal || c + 1 <= r ? one << 16 : 0u);
-    }
-    return a;
-}
-
 // Shared memory of both backward kernels: what they have in common, and what each has besides.
-constexpr int KEY_TILE = ROWS * (HEAD_DIM + 8) * 2, VALUE_TILE = ROWS * (VALUE_DIM + 8) * 2;
-constexpr int BACKWARD_COMMON = KEY_TILE + 2 * STAGES * VALUE_TILE + Planes::bytes + Weights::bytes + FineWeights::bytes + Entry::bytes + Corners::bytes +
+constexpr int BACKWARD_COMMON = KEY_BYTES + 2 * STAGES * VALUE_BYTES + Planes::bytes + Weights::bytes + FineWeights::bytes + Entry::bytes + Corners::bytes +
                                 HashGradient::bytes + BUCKETS_UP * 4 + VALUE_DIM * 4 + 2 * ROWS * 4 + 4 * BITS_UP * 4 + 512;
-constexpr int OF_QUERY = (LATE_STAGES - 1) * KEY_TILE + ROWS * BITS * 4, OF_KEY = 2 * StagedBits::bytes + StagedBits::items * 8;
+constexpr int OF_QUERY = (LATE_STAGES - 1) * KEY_BYTES + ROWS * BITS * 4, OF_KEY = 2 * StagedBits::bytes + StagedBits::items * 8;
 [[maybe_unused]] constexpr int BACKWARD_SHARED = BACKWARD_COMMON + (OF_QUERY > OF_KEY ? OF_QUERY : OF_KEY);

@@ -76,10 +76,11 @@ __device__ __forceinline__ double from_lane(double x, u32 mask) { return __shfl_
 __device__ __forceinline__ float of_lane(float x, u32 lane) { return __shfl_sync(0xffffffffu, x, lane); }
 __device__ __forceinline__ u32 from_lane(u32 x, u32 mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
-// Of two pairs of 16-bit floats the larger sizes; NaN where either is.
+// Of the sizes of two floats, or of two pairs of 16-bit floats, the larger; NaN where either is. The first is a size.
 template <int TYPE> __device__ __forceinline__ u32 larger_sizes(u32 a, u32 b) {
     u32 r;
-    if (TYPE == BF16) asm("{.reg .b32 x; abs.bf16x2 x, %2; max.NaN.bf16x2 %0, %1, x;}" : "=r"(r) : "r"(a), "r"(b));
+    if (TYPE == F32) r = a > (b & 0x7fffffffu) ? a : b & 0x7fffffffu;
+    else if (TYPE == BF16) asm("{.reg .b32 x; abs.bf16x2 x, %2; max.NaN.bf16x2 %0, %1, x;}" : "=r"(r) : "r"(a), "r"(b));
     else asm("{.reg .b32 x; abs.f16x2 x, %2; max.NaN.f16x2 %0, %1, x;}" : "=r"(r) : "r"(a), "r"(b));
     return r;
 }
@@ -139,13 +140,23 @@ __device__ __forceinline__ float2 bf16_floats(u32 pair) {
     return r;
 }
 
-// Those of a pair of 16-bit floats that are NaN or infinite, as the top bits of their halves.
+// Those of a pair of 16-bit floats that are NaN or infinite, as the top bits of their halves; of a float, its own top bit.
 template <int TYPE> __device__ __forceinline__ u32 not_finite(u32 pair) {
+    if (TYPE == F32) return ((pair & 0x7f800000u) + 0x00800000u) & 0x80000000u;
     return TYPE == BF16 ? ((pair & 0x7f807f80u) + 0x00800080u) & 0x80008000u : ((pair & 0x7c007c00u) + 0x04000400u) & 0x80008000u;
 }
-template <int TYPE> __device__ __forceinline__ u32 finite_pair(u32 pair) {
+// A float or such a pair with zeros in the place of those.
+template <int TYPE> __device__ __forceinline__ u32 finite_word(u32 pair) {
     u32 bad = not_finite<TYPE>(pair);
+    if (TYPE == F32) return bad ? 0u : pair;
     return pair & ~((bad & 0x8000u ? 0xffffu : 0u) | (bad & 0x80000000u ? 0xffff0000u : 0u));
+}
+
+// The two parts of a number: the first is rounded to nearest; of the second, which has either sign, the tensor cores cut off
+// what they have no bits for.
+__device__ __forceinline__ void split_tf32(u32 &high, u32 &rest, float x) {
+    high = (bits_of(x) + 0x1000u) & 0xffffe000u;
+    rest = bits_of(x - float_of(high));
 }
 
 #ifdef TABLES

@@ -2,6 +2,7 @@
 // which walk through tiles of 32 rows of the other side.
 #pragma once
 #define THREADS 128
+#define BF16_PARTS
 #include "window.cuh"
 #include "tiles.cuh"
 

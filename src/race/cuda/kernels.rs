@@ -5,8 +5,8 @@ use crate::engine::cuda::{KernelKey, KernelSource, Stage};
 use crate::race::plan::Geometry;
 use crate::tensor::DType;
 
-/// What a kernel does; with a [`Geometry`] it names one. `terms` is the number of bf16 parts that computed numbers are
-/// kept in, `grad` the dtype of the gradient of o, `channels` those of v that a block has.
+/// What a kernel does; with a [`Geometry`] it names one. `terms` is the number of parts that computed numbers have
+/// in products (bf16; TF32 where inputs are f32), `grad` the dtype of the gradient of o, `channels` those of v that a block has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Kernel {
     // Walking through spans, on the tensor cores.
@@ -63,6 +63,8 @@ const HEADERS: &[(&str, &str)] = &[
     ("machine.cuh", include_str!("../../../shaders/cuda/race/machine.cuh")),
     ("walk.cuh", include_str!("../../../shaders/cuda/race/walk.cuh")),
     ("tiles.cuh", include_str!("../../../shaders/cuda/race/tiles.cuh")),
+    ("fragments_bf16.cuh", include_str!("../../../shaders/cuda/race/fragments_bf16.cuh")),
+    ("fragments_tf32.cuh", include_str!("../../../shaders/cuda/race/fragments_tf32.cuh")),
     ("hash.cuh", include_str!("../../../shaders/cuda/race/hash.cuh")),
     ("state.cuh", include_str!("../../../shaders/cuda/race/state.cuh")),
     ("any.cuh", include_str!("../../../shaders/cuda/race/any/any.cuh")),

@@ -1,6 +1,7 @@
 //! Shared memory of the kernels that walk: the sums of shaders/cuda/race/hash.cuh and of the kernels in Rust.
 
 use crate::race::plan::Geometry;
+use crate::tensor::DType;
 
 /// Rows of a tile.
 const ROWS: usize = 64;
@@ -24,15 +25,19 @@ fn parts(g: &Geometry, terms: usize) -> Parts {
     let buckets_up = [16, 32].into_iter().find(|&n| g.buckets() <= n).unwrap_or(64);
     let bits_up = g.bits().next_multiple_of(16);
     let plane_terms = terms.max(2);
+    // Of f32 a tile keeps the numbers whole, of 16 bits each part; rows are apart so that no bank is met twice.
+    let whole = g.dtype == DType::F32;
+    let row = |width: usize| if whole { width.next_multiple_of(32) * 4 } else { (width + 8) * 2 };
+    let computed = |width: usize, rows: usize, terms: usize| row(width) * rows * if whole { 1 } else { terms };
     Parts {
-        keys: ROWS * (g.head_dim + 8) * 2,
-        values: ROWS * (g.value_dim + 8) * 2,
-        planes: (g.head_dim + 8) * bits_up * plane_terms * 2,
-        weights: (buckets_up + 8) * ROWS * terms * 2,
-        fine_weights: (buckets_up + 8) * ROWS * plane_terms * 2,
-        entry: (g.value_dim + 8) * buckets_up * terms * 2,
-        corners: (buckets_up + 8) * bits_up * 2 * 2,
-        hash_gradient: (bits_up + 8) * ROWS * plane_terms * 2,
+        keys: ROWS * row(g.head_dim),
+        values: ROWS * row(g.value_dim),
+        planes: computed(g.head_dim, bits_up, plane_terms),
+        weights: computed(buckets_up, ROWS, terms),
+        fine_weights: computed(buckets_up, ROWS, plane_terms),
+        entry: computed(g.value_dim, buckets_up, terms),
+        corners: computed(buckets_up, bits_up * 2, 1),
+        hash_gradient: computed(bits_up, ROWS, plane_terms),
         bits: ROWS * g.bits() * 4,
         buckets_up,
         bits_up,
@@ -42,7 +47,8 @@ fn parts(g: &Geometry, terms: usize) -> Parts {
 /// Of the kernel that sums keys.
 pub(super) fn sums(g: &Geometry, terms: usize) -> usize {
     let p = parts(g, terms);
-    2 * p.keys + 2 * p.values + p.planes + p.weights + p.bits + 1024
+    let stages = if g.dtype == DType::F32 { 1 } else { 2 };
+    stages * (p.keys + p.values) + p.planes + p.weights + p.bits + 1024
 }
 
 /// How a kernel is laid out on a device.

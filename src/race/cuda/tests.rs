@@ -88,7 +88,9 @@ pub(crate) fn test_keys() -> Vec<Box<dyn KernelKey>> {
         keys.extend(walking(geometry, 1, bf16, bf16));
         keys.extend(steps(geometry, bf16));
         keys.extend(walking(geometry, 2, full, full));
+        keys.extend(walking(Geometry { dtype: full, ..geometry }, 2, full, full));
     }
+    keys.extend(walking(geometry((8, 2), (64, 64), (1, 5, 3), full, true), 2, full, full));
     keys.extend(walking(geometry((8, 2), (64, 64), (1, 5, 3), half, true), 2, half, full));
     keys.extend(walking(geometry((2, 2), (64, 64), (1, 4, 4), bf16, true), 3, full, full));
     let mut keys: Vec<_> = keys.into_iter().map(|key| Box::new(key) as Box<dyn KernelKey>).collect();

@@ -9,6 +9,8 @@
 //! Computed operands of products are rounded to bf16 in as many parts as the call's output needs: with an output of 16
 //! bits that is one part, or two where the inputs are f16, so gradients (and states) have the relative error of bf16,
 //! which shrinks in sums; with f32 output it is three (some 24 bits), or two where shared memory has no room for them.
+//! Inputs of f32, and what is computed of them, are multiplied as two parts of TF32, and sums over tiles are added up
+//! outside the tensor cores: that is the precision of f32.
 
 use super::CudaRace;
 use super::kernels::Kernel;
@@ -85,7 +87,6 @@ impl CudaRace {
         let g = &self.geometry;
         let fits = g.ratio
             && g.ensembles == 1
-            && g.dtype != DType::F32
             && g.head_dim.is_multiple_of(32)
             && g.head_dim <= 256
             && [32, 64, 128].contains(&g.value_dim)
@@ -103,6 +104,7 @@ impl CudaRace {
         };
         let least = if g.dtype == DType::F16 { 2 } else { 1 };
         let wanted: &[usize] = match call.output {
+            _ if g.dtype == DType::F32 => &[2],
             DType::F32 => &[3, 2],
             _ if least == 2 => &[2],
             _ => &[1],

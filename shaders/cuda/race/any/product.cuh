@@ -38,12 +38,6 @@ template <int N, bool ALONG> __device__ __forceinline__ void element_in(int thre
     k = ALONG ? thread % SLICE : at / N;
 }
 
-// The two parts of a number, both rounded to nearest: what is below the bits that count is cut off.
-__device__ __forceinline__ void split_tf32(u32 &high, u32 &rest, float x) {
-    high = (bits_of(x) + 0x1000u) & 0xffffe000u;
-    rest = bits_of(x - float_of(high)) + 0x1000u;
-}
-
 // What becomes of an element once it has arrived: until then nobody waits for it. Of the kernels' own arrays it stays.
 struct AsItIs {
     __device__ __forceinline__ float operator()(int, float x) const { return x; }
