@@ -45,12 +45,20 @@ struct Work {
     const u64* page_bases;
 };
 
+// The page of a tile that has no gaps; past the last tile, of the last token.
+__device__ __forceinline__ u64 page_of_tile(const Work& w, u32 tile) {
+#if SPARSE
+    return 0;
+#else
+    return page_of(*w.p, w.sequence, w.first + min_u32(tile * TILE, w.count - 1));
+#endif
+}
+
 // Starts to copy tile `tile` to `stage`, by a warp.
-__device__ __forceinline__ void copy_tile(const Work& w, u32 stage, u32 tile, u32 lane) {
+__device__ __forceinline__ void copy_tile(const Work& w, u32 stage, u32 tile, u64 page, u32 lane) {
     u32 base = tile * TILE;
 #if !SPARSE
     u32 first = w.first + min_u32(base, w.count - 1);
-    u64 page = page_of(*w.p, w.sequence, first);
     u64 keys = key_row(page, w.kv_head, first), values = value_row(page, w.kv_head, first);
 #endif
 #pragma unroll
@@ -124,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
         for (u32 s = 0; s < STAGES - 1; s++) {
             u32 tile = warp + s * WARPS;
             u32 to = stage + s >= STAGES ? stage + s - STAGES : stage + s;
-            if (tile < tiles) copy_tile(w, stages + to * STAGE, tile, lane);
+            if (tile < tiles) copy_tile(w, stages + to * STAGE, tile, page_of_tile(w, tile), lane);
             copies_commit();
         }
     };
@@ -263,12 +271,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(ARGUMENTS) {
     start(tiles);
 #endif
 
+    // Asked for a round before it is needed.
+    u64 page = page_of_tile(w, warp + (STAGES - 1) * WARPS);
     for (u32 tile = warp; tile < tiles; tile += WARPS) {
         // The stage that was read in the round before is free: all lanes are past it.
         u32 later = tile + (STAGES - 1) * WARPS, to = stage == 0 ? STAGES - 1 : stage - 1;
         copies_wait<STAGES - 2>();
         __syncwarp();
-        if (later < tiles) copy_tile(w, stages + to * STAGE, later, lane);
+        if (later < tiles) copy_tile(w, stages + to * STAGE, later, page, lane);
+        page = page_of_tile(w, later + WARPS);
         copies_commit();
         u32 keys = stages + stage * STAGE, rows_of_values = keys + TILE * K_ROW;
         stage = stage + 1 == STAGES ? 0 : stage + 1;

@@ -195,13 +195,15 @@ __device__ __forceinline__ void fill_lookup(const Call& p, u64 table_row, void* 
 }
 
 // For four heads from the `block`-th four on.
-template <class Index, class Ready, class Put>
+template <class Page, class Ready, class Put>
 __device__ __forceinline__ void score_keys(const Call& p, const Row& row, u32 kv_head, u64 table_row, u32 block, u32 first,
-                                           u32 end, const void* lookup, const Scales* scales, Index index, Ready ready, Put put) {
+                                           u32 end, const void* lookup, const Scales* scales, Page page_at, Ready ready, Put put) {
     u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     Keys next;
     u32 base = first + warp * 32;
-    if (base < end) load_keys(next, index(base));
+    if (base < end) load_keys(next, index_word(page_at(base), kv_head, 0, base));
+    // Asked for a round before it is needed.
+    u64 page = page_at(base + THREADS);
     ready();
     u32 head = block * 4 + lane % 4;
     bool mine = head < SCORING_HEADS;
@@ -230,7 +232,8 @@ __device__ __forceinline__ void score_keys(const Call& p, const Row& row, u32 kv
     for (; base < end; base += THREADS) {
         Keys keys = next;
         // The next keys are on their way while these are scored.
-        if (base + THREADS < end) load_keys(next, index(base + THREADS));
+        if (base + THREADS < end) load_keys(next, index_word(page, kv_head, 0, base + THREADS));
+        page = page_at(base + 2 * THREADS);
         int sums[2][4] = {};
 #pragma unroll
         for (u32 block_of = 0; block_of < WORD_BLOCKS; block_of++) {
@@ -424,9 +427,11 @@ __device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block
     u32 end = min_u32(row.visible, first + p.span);
     u32 stride = (row.visible + 63) / 64 * 64;
     u16* scores = p.scores + (u64)row.score_base * 64 + (u64)(kv_head * SCORE_ROWS) * stride;
-    auto index = [&](u32 token) { return index_word(page_of(p, row.sequence, token), kv_head, 0, token); };
 #if FAST == 2
+    auto page_at = [&](u32 token) { return page_of(p, row.sequence, min_u32(token, end - 1)); };
     __shared__ Scales scales[HEAD_BLOCKS * 4];
+#else
+    auto index = [&](u32 token) { return index_word(page_of(p, row.sequence, token), kv_head, 0, token); };
 #endif
     for (u32 block = 0; block < (SCORING_HEADS + HEADS_TOGETHER - 1) / HEADS_TOGETHER; block++) {
         u32 first_head = MEAN_SCORE ? 0 : block * HEADS_TOGETHER, heads = min_u32(HEADS_TOGETHER, SCORE_ROWS - first_head);
@@ -451,7 +456,7 @@ __device__ void score_span(const Call& p, const Row& row, u32 kv_head, u32 block
         // Not to be worked out anew for each key.
         asm volatile("" : "+l"(scores_at), "+r"(counts_at));
         Put put_levels = {p, row, first_head, end, scores_at, counts_at};
-        score_keys(p, row, kv_head, table_row, block, first, end, memory, scales, index, ready, put_levels);
+        score_keys(p, row, kv_head, table_row, block, first, end, memory, scales, page_at, ready, put_levels);
 #else
         Put put_levels = {p, row, first_head, end, scores + (u64)first_head * stride, stride};
         score_keys(p, row, kv_head, table_row, block, first, end, memory, index, ready, put_levels);
