@@ -77,6 +77,12 @@ const HEAD: &str = "# What each CUDA kernel takes on each GPU. Made by SOFTHASH_
                     # kernel | GPU | registers | spilled bytes | stack bytes | shared bytes\n";
 
 impl Table {
+    /// Whether every kernel has its line for every GPU.
+    pub fn has_all_of(&self, keys: &[Box<dyn KernelKey>]) -> bool {
+        let at = |key: &dyn KernelKey, arch: Arch| self.lines.contains_key(&(key.label(), arch.name()));
+        keys.iter().all(|key| ARCHS.into_iter().all(|arch| at(key.as_ref(), arch)))
+    }
+
     pub fn parse(text: &str) -> Self {
         let mut table = Self::default();
         for line in text.lines().map(str::trim) {

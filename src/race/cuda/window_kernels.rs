@@ -124,6 +124,8 @@ const HEADERS: &[(&str, &str)] = &[
     ("machine.cuh", include_str!("../../../shaders/cuda/race/machine.cuh")),
     ("window.cuh", include_str!("../../../shaders/cuda/race/window.cuh")),
     ("tiles.cuh", include_str!("../../../shaders/cuda/race/tiles.cuh")),
+    ("fragments_bf16.cuh", include_str!("../../../shaders/cuda/race/fragments_bf16.cuh")),
+    ("fragments_tf32.cuh", include_str!("../../../shaders/cuda/race/fragments_tf32.cuh")),
     ("window_tiles.cuh", include_str!("../../../shaders/cuda/race/window_tiles.cuh")),
     ("window_tile.cuh", include_str!("../../../shaders/cuda/race/any/window_tile.cuh")),
 ];
