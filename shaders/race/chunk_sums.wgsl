@@ -15,6 +15,7 @@
 #else
 @group(0) @binding(4) var<storage, read_write> matrices: array<f32>;
 #endif
+#import stored_matrix
 #ifdef QUERIES
 @group(0) @binding(5) var<storage, read> readings: array<f32>;
 #import readings
@@ -34,23 +35,6 @@ fn store_quad(at: u32, channel: u32, x: vec4<f32>) {
         }
     }
 #endif
-}
-
-// As it has written it.
-fn stored_quad(at: u32, channel: u32) -> vec4<f32> {
-    var x = vec4<f32>();
-#ifdef QUADS
-    if channel < VALUE_DIM {
-        x = matrices[(at + channel) >> 2u];
-    }
-#else
-    for (var i = p.zero; i < 4u; i++) {
-        if channel + i < VALUE_DIM {
-            x[i] = matrices[at + channel + i];
-        }
-    }
-#endif
-    return x;
 }
 
 fn store_mass(at: u32, x: f32) {
@@ -151,25 +135,25 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #repeat h PAIRS
             if tile * 64u + step * 4u < BUCKETS {
                 if done > 1u {
-                    sums$h.a += stored_quad(before + rows, channel + $hu * 64u);
+                    sums$h.a += stored_matrix_quad(before + rows, channel + $hu * 64u);
                 }
                 store_quad(out + rows, channel + $hu * 64u, sums$h.a);
             }
             if tile * 64u + step * 4u + 1u < BUCKETS {
                 if done > 1u {
-                    sums$h.b += stored_quad(before + rows + MATRIX_ROW, channel + $hu * 64u);
+                    sums$h.b += stored_matrix_quad(before + rows + MATRIX_ROW, channel + $hu * 64u);
                 }
                 store_quad(out + rows + MATRIX_ROW, channel + $hu * 64u, sums$h.b);
             }
             if tile * 64u + step * 4u + 2u < BUCKETS {
                 if done > 1u {
-                    sums$h.c += stored_quad(before + rows + 2u * MATRIX_ROW, channel + $hu * 64u);
+                    sums$h.c += stored_matrix_quad(before + rows + 2u * MATRIX_ROW, channel + $hu * 64u);
                 }
                 store_quad(out + rows + 2u * MATRIX_ROW, channel + $hu * 64u, sums$h.c);
             }
             if tile * 64u + step * 4u + 3u < BUCKETS {
                 if done > 1u {
-                    sums$h.d += stored_quad(before + rows + 3u * MATRIX_ROW, channel + $hu * 64u);
+                    sums$h.d += stored_matrix_quad(before + rows + 3u * MATRIX_ROW, channel + $hu * 64u);
                 }
                 store_quad(out + rows + 3u * MATRIX_ROW, channel + $hu * 64u, sums$h.d);
             }

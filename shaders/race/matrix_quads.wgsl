@@ -5,22 +5,7 @@
 #else
 @group(0) @binding(4) var<storage, read> matrices: array<f32>;
 #endif
-
-fn stored_matrix_quad(at: u32, channel: u32) -> vec4<f32> {
-    var x = vec4<f32>();
-#ifdef QUADS
-    if channel < VALUE_DIM {
-        x = matrices[(at + channel) >> 2u];
-    }
-#else
-    for (var i = p.zero; i < 4u; i++) {
-        if channel + i < VALUE_DIM {
-            x[i] = matrices[at + channel + i];
-        }
-    }
-#endif
-    return x;
-}
+#import stored_matrix
 
 fn matrix_quad(sums: Sums, row: u32, channel: u32) -> vec4<f32> {
     var x = stored_matrix_quad(sums.run + row * MATRIX_ROW, channel);
