@@ -1,7 +1,7 @@
 #import params
 #import input
 #ifndef READ
-#import input2
+#import input 2
 #endif
 #import weights
 #import matrix_quads

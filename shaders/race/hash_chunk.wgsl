@@ -1,6 +1,6 @@
 #import params
 #import quads
-#import quads2
+#import quads 2
 #import weights
 #import matrix_quads
 #import panels

@@ -1,5 +1,7 @@
 // What a piece says of its sequences: first the tokens of each, then what the kernels' parameters define.
 @group(0) @binding(1) var<storage, read> info: array<u32>;
+// The first input stands next; where a second one does is the kernel's.
+const INPUT: u32 = 2u;
 
 fn length_of(b: u32) -> u32 {
     return info[b];

@@ -22,9 +22,11 @@ pub(crate) fn dtype_define(prefix: &'static str, dtype: DType) -> &'static str {
 ///
 /// Directives stand on lines of their own: `#import name` is replaced by the snippet of that name the first time
 /// and dropped after that (snippets may import too), `#ifdef X`, `#ifndef X`, `#else` and `#endif` keep or drop
-/// lines and may be nested. `#repeat x N` writes the lines down to its `#end` N times (a number or a constant), with
-/// `$x` replaced by 0, 1 and so on: compilers keep what is indexed by literals in registers. Constants come first, as `const NAME: u32 = ..u;`. `enable` directives, which WGSL wants
-/// before everything else, are moved to the front.
+/// lines and may be nested. `#import name word` is a snippet of its own, where `$n` in the text is the word: what
+/// there is twice, of two bindings, is written once; without a word `$n` is nothing. `#repeat x N` writes the lines
+/// down to its `#end` N times (a number or a constant), with `$x` replaced by 0, 1 and so on: compilers keep what is
+/// indexed by literals in registers. Constants come first, as `const NAME: u32 = ..u;`. `enable` directives, which
+/// WGSL wants before everything else, are moved to the front.
 pub(crate) struct Assembler;
 
 impl Assembler {
@@ -50,7 +52,8 @@ impl Assembler {
 struct Text<'a> {
     snippets: &'a [(&'a str, &'a str)],
     defines: &'a [&'a str],
-    imported: Vec<&'a str>,
+    /// Names and words.
+    imported: Vec<(&'a str, String)>,
     enables: String,
     body: String,
 }
@@ -63,7 +66,7 @@ struct Open {
 }
 
 impl<'a> Text<'a> {
-    fn add(&mut self, part: &str, source: &'a str) -> Result<(), String> {
+    fn add(&mut self, part: &str, source: &str) -> Result<(), String> {
         let mut open: Vec<Open> = Vec::new();
         for (number, line) in source.lines().enumerate() {
             let at = |what: &str| format!("{part}, line {}: {what}", number + 1);
@@ -81,8 +84,10 @@ impl<'a> Text<'a> {
             let mut words = directive.split_whitespace();
             let directive = words.next().unwrap_or_default();
             let argument = words.next();
-            if words.next().is_some() && directive != "repeat" {
-                return Err(at("more than one word after the directive"));
+            let word = words.next();
+            let most = if matches!(directive, "import" | "repeat") { 2 } else { 1 };
+            if word.is_some() && most == 1 || words.next().is_some() {
+                return Err(at(&format!("more words after the directive than {most}")));
             }
             match (directive, argument) {
                 ("ifdef", Some(name)) => open.push(Open { keep: self.defines.contains(&name), has_else: false }),
@@ -98,7 +103,7 @@ impl<'a> Text<'a> {
                 ("endif", None) => {
                     open.pop().ok_or_else(|| at("#endif without #ifdef"))?;
                 }
-                ("import", Some(name)) if keep => self.import(name).map_err(|e| at(&e))?,
+                ("import", Some(name)) if keep => self.import(name, word.unwrap_or_default()).map_err(|e| at(&e))?,
                 ("import", Some(_)) => {}
                 ("repeat" | "end", _) if keep => self.body.push_str(&format!("{line}\n")),
                 ("repeat" | "end", _) => {}
@@ -108,14 +113,14 @@ impl<'a> Text<'a> {
         if open.is_empty() { Ok(()) } else { Err(format!("{part}: {} #ifdef without #endif", open.len())) }
     }
 
-    fn import(&mut self, name: &str) -> Result<(), String> {
-        if self.imported.contains(&name) {
+    fn import(&mut self, name: &str, word: &str) -> Result<(), String> {
+        if self.imported.iter().any(|(n, w)| *n == name && w == word) {
             return Ok(());
         }
         let &(name, source) =
             self.snippets.iter().find(|(n, _)| *n == name).ok_or_else(|| format!("unknown import {name:?}"))?;
-        self.imported.push(name);
-        self.add(name, source)
+        self.imported.push((name, word.into()));
+        self.add(name, &source.replace("$n", word))
     }
 }
 
@@ -160,13 +165,24 @@ fn repeat(body: &str, constants: &[(&str, u32)], out: &mut String) -> Result<(),
 mod tests {
     use super::Assembler;
 
-    const SNIPPETS: &[(&str, &str)] =
-        &[("low", "fn low() {}\n"), ("high", "#import low\nfn high() {}\n"), ("half", "enable f16;\nfn half() {}\n")];
+    const SNIPPETS: &[(&str, &str)] = &[
+        ("low", "fn low() {}\n"),
+        ("high", "#import low\nfn high() {}\n"),
+        ("half", "enable f16;\nfn half() {}\n"),
+        ("each", "#import low\n#ifdef A$n\nvar x$n;\n#else\nvar y$n;\n#endif\n"),
+    ];
 
     #[test]
     fn imports_come_once_and_constants_first() {
         let out = Assembler::assemble("#import high\n  #import low\nfn main() {}\n", SNIPPETS, &[], &[("N", 7)]);
         assert_eq!(out.as_deref(), Ok("const N: u32 = 7u;\nfn low() {}\nfn high() {}\nfn main() {}\n"));
+    }
+
+    #[test]
+    fn a_word_makes_a_snippet_of_its_own() {
+        let main = "#import each\n#import each 2\n#import each\n#import each 2\n";
+        let out = Assembler::assemble(main, SNIPPETS, &["A2"], &[]);
+        assert_eq!(out.as_deref(), Ok("fn low() {}\nvar y;\nvar x2;\n"));
     }
 
     #[test]
@@ -206,7 +222,8 @@ mod tests {
             ("#repeat h 2\n", "#repeat without #end"),
             ("#repeat h M\n#end\n", "unknown count \"M\""),
             ("#repeat h\n#end\n", "takes a name and a count"),
-            ("#ifdef A B\n#endif\n", "more than one word"),
+            ("#ifdef A B\n#endif\n", "more words after the directive than 1"),
+            ("#import low 2 3\n", "more words after the directive than 2"),
         ] {
             let error = Assembler::assemble(main, SNIPPETS, &[], &[]).err();
             assert!(error.as_ref().is_some_and(|e| e.contains(part)), "{main:?}: {error:?}");

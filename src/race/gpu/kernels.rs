@@ -67,10 +67,10 @@ macro_rules! snippets {
 
 pub(super) const SNIPPETS: &[(&str, &str)] = snippets!(
     "common": ["elements", "output", "reduce", "tanh", "square_weights", "online_softmax"],
-    "race": ["info", "params", "input", "input2", "hash", "features", "matrices", "double", "store"],
+    "race": ["info", "params", "input", "hash", "features", "matrices", "double", "store"],
     "race": ["weights", "tile", "sums", "through_hash", "readings", "hash_rows"],
     "race": ["window_params", "window_last", "window_keys", "window_rows"],
-    "race": ["quad", "quads", "quads2", "panels", "segments", "stored_matrix", "matrix_quads", "store_quads"],
+    "race": ["quad", "quads", "panels", "segments", "stored_matrix", "matrix_quads", "store_quads"],
 );
 
 impl Kernel {
