@@ -4,6 +4,7 @@
 #import weights
 #import matrix_quads
 #import panels
+#import meets
 #import tanh
 // Gradients of the hashes of the 64 queries of a chunk and one head, or with KEYS of its keys, where all buckets fit a
 // panel: one workgroup per (unit, chunk, head). Products of a row with those of the chunk that it meets are made once;
@@ -28,14 +29,6 @@ const HEADS: u32 = GROUP;
 #endif
 
 const RADIX: u32 = 1u << PLANES;
-
-// Puts a block's sums into panels, 16 columns to one, rows four to a vector.
-fn fill_block(panel: u32, first_step: u32, row4: u32, x: Block) {
-    panels[panel_at(panel, first_step, row4)] = vec4<f32>(x.a.x, x.b.x, x.c.x, x.d.x);
-    panels[panel_at(panel, first_step + 1u, row4)] = vec4<f32>(x.a.y, x.b.y, x.c.y, x.d.y);
-    panels[panel_at(panel, first_step + 2u, row4)] = vec4<f32>(x.a.z, x.b.z, x.c.z, x.d.z);
-    panels[panel_at(panel, first_step + 3u, row4)] = vec4<f32>(x.a.w, x.b.w, x.c.w, x.d.w);
-}
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) local: u32) {
@@ -149,9 +142,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             gain += panels[panel_at(0u, column4, row4)] * entry;
 #endif
         }
-        // Which of its four columns each of the four rows meets, and how much.
-        let inside = columns < vec4<u32>(count);
 #ifdef KEYS
+        // How much of its four columns each of the four rows meets.
         var factor = vec4<f32>();
         var constant = vec4<f32>();
         for (var i = 0u; i < 4u; i++) {
@@ -161,15 +153,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 constant[i] = weight.y;
             }
         }
-        meet.a = select(vec4<f32>(), meet.a * factor + constant, inside & (columns >= vec4<u32>(rows4.x)));
-        meet.b = select(vec4<f32>(), meet.b * factor + constant, inside & (columns >= vec4<u32>(rows4.y)));
-        meet.c = select(vec4<f32>(), meet.c * factor + constant, inside & (columns >= vec4<u32>(rows4.z)));
-        meet.d = select(vec4<f32>(), meet.d * factor + constant, inside & (columns >= vec4<u32>(rows4.w)));
-#else
-        meet.a = select(vec4<f32>(), meet.a, inside & (columns <= vec4<u32>(rows4.x)));
-        meet.b = select(vec4<f32>(), meet.b, inside & (columns <= vec4<u32>(rows4.y)));
-        meet.c = select(vec4<f32>(), meet.c, inside & (columns <= vec4<u32>(rows4.z)));
-        meet.d = select(vec4<f32>(), meet.d, inside & (columns <= vec4<u32>(rows4.w)));
+        meet = Block(
+            meet.a * factor + constant,
+            meet.b * factor + constant,
+            meet.c * factor + constant,
+            meet.d * factor + constant);
+#endif
+        meet = met_by_rows(meet, row4, columns, count);
+#ifndef KEYS
         let ones = vec4<f32>(1.0);
         gain += vec4<f32>(dot(meet.a, ones), dot(meet.b, ones), dot(meet.c, ones), dot(meet.d, ones));
 #endif
@@ -182,7 +173,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         for (var start = p.zero; start < count; start += 16u) {
             workgroupBarrier();
             if column4 / 4u == start / 16u {
-                fill_block(0u, column4 % 4u * 4u, row4, meet);
+                set_block(0u, column4 % 4u * 4u, row4, meet);
             }
             let sees = start + row4 < count;
 #ifdef KEYS
@@ -207,16 +198,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 hashes = hashes_at(p.k_at + next * BITS, column4 * 4u);
 #endif
             }
-            // The quads that its rows meet; of its own, the part.
-            let own_quad = row4 - min(row4, start / 4u);
-#ifdef KEYS
-            let begins = own_quad;
-            let ends = select(0u, 4u, row4 * 4u < start + 16u);
-#else
-            let begins = 0u;
-            let ends = select(0u, min(own_quad + 1u, 4u), row4 * 4u >= start);
-#endif
-            for (var k = begins; k < ends; k++) {
+            let met = quads_met(row4, start);
+            for (var k = met.x; k < met.y; k++) {
                 let left_at = quad_at(0u, k, row4);
                 let right_at = quad_at(1u, k, column4);
 #repeat u 4
@@ -328,7 +311,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     // Through the hash: with m = tanh(β·t), s_p = Σ_r dφ_r·φ_r·(c_rp − m_p), per table. A constant added to dφ over a
     // table changes nothing.
     workgroupBarrier();
-    fill_block(column4 / 4u, column4 % 4u * 4u, row4, own);
+    set_block(column4 / 4u, column4 % 4u * 4u, row4, own);
     workgroupBarrier();
     let row = local % 64u;
     if row >= rows {

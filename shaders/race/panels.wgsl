@@ -44,6 +44,14 @@ fn set_row(panel: u32, row: u32, quad: u32, x: vec4<f32>) {
     }
 }
 
+// Columns as steps: a block's sums by its four columns, from `step` on, rows four to a vector.
+fn set_block(panel: u32, step: u32, row4: u32, x: Block) {
+    panels[panel_at(panel, step, row4)] = vec4<f32>(x.a.x, x.b.x, x.c.x, x.d.x);
+    panels[panel_at(panel, step + 1u, row4)] = vec4<f32>(x.a.y, x.b.y, x.c.y, x.d.y);
+    panels[panel_at(panel, step + 2u, row4)] = vec4<f32>(x.a.z, x.b.z, x.c.z, x.d.z);
+    panels[panel_at(panel, step + 3u, row4)] = vec4<f32>(x.a.w, x.b.w, x.c.w, x.d.w);
+}
+
 // Sum over the steps of a panel.
 fn panel_sum(panel: u32, four: u32) -> vec4<f32> {
     var sum = vec4<f32>();

@@ -3,19 +3,20 @@
 #import weights
 #import matrix_quads
 #import panels
+#import meets
 #import store_quads
 // What the 64 rows of a chunk read: one workgroup per (unit, chunk, head, block of channels).
 //
 // Queries of one head read the sums before the chunk and the chunk's own keys up to each, o = N / D with
 // N = Ψ·M + tril(Ψ·αᵀ)·v, for Ψ = [α, c·S] and a matrix whose last row is that of sums; D is the same of the column of
-// masses and of ones. With VALUES keys read the gradient of the sums after the chunk and the chunk's own queries from
+// masses and of ones. With KEYS the keys read the gradient of the sums after the chunk and the chunk's own queries from
 // each on, of all heads of the group, dv = α·M + triu(α·Ψᵀ)·(G·scale / D): `input` is grad_o then. With ALONE there are
 // no rows of the chunk to read, and one matrix a unit.
 //
 // Where c = 1 the values that queries read are taken from a constant row μ close to their mean, which all weights
 // together bring back: what a query's weights make of the rest is not rounded with what is the same for all queries.
 @group(0) @binding(3) var<storage, read> t: array<f32>;
-#ifdef VALUES
+#ifdef KEYS
 #ifndef ALONE
 @group(0) @binding(6) var<storage, read> readings: array<f32>;
 #import readings
@@ -49,7 +50,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let rows = min(CHUNK, p.tokens - first);
     let count = min(rows, max(length_of(b), first) - first);
     let token_row = (b * p.tokens + first) * p.heads + head;
-#ifdef VALUES
+#ifdef KEYS
     let matrix = sums_after(unit, chunk, length_of(b));
 #else
     let matrix = sums_before(unit, chunk);
@@ -66,7 +67,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var sums$h = Block();
 #end
 
-#ifdef VALUES
+#ifdef KEYS
     let last = 1.0;
 #else
     if count == 0u {
@@ -89,13 +90,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #end
 #endif
 
-#ifdef VALUES
+#ifdef KEYS
     // Of a chunk of padding, nothing.
     for (var g = select(0u, READ, count == 0u); g < READ; g++) {
 #else
     for (var g = in_group; g <= in_group; g++) {
 #endif
-#ifdef VALUES
+#ifdef KEYS
         let reads_matrix = g == 0u;
 #else
         let reads_matrix = true;
@@ -106,14 +107,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let real_row = min(own_row, count - 1u);
         let k_at = p.k_at + (token_row + real_row * p.heads) * BITS;
         let q_row = (token_row + real_row * p.heads) * GROUP + g;
-#ifdef VALUES
+#ifdef KEYS
         let own_at = k_at;
 #else
         let own_at = p.q_at + q_row * BITS;
 #endif
         var own = hashes_at(own_at, quad * 4u);
 #ifndef ALONE
-#ifdef VALUES
+#ifdef KEYS
         var other = reading_at(q_row, quad * 4u);
 #else
         var other = hashes_at(k_at, quad * 4u);
@@ -130,7 +131,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             let four = start + quad * 4u;
             set_row(0u, own_row, quad, select(vec4<f32>(), alphas_of(own, four, beta, centre), own_row < count));
 #ifndef ALONE
-#ifdef VALUES
+#ifdef KEYS
             let weights = reading_of(other, four, beta, centre);
 #else
             let weights = alphas_of(other, four, beta, centre);
@@ -143,14 +144,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #end
             }
             workgroupBarrier();
-#ifndef VALUES
+#ifndef KEYS
             let entry = matrix_mass(matrix, min(start + column4, BUCKETS - 1u));
 #endif
             let next = start + 16u;
             if next < BUCKETS {
                 own = hashes_at(own_at, next + quad * 4u);
 #ifndef ALONE
-#ifdef VALUES
+#ifdef KEYS
                 other = reading_at(q_row, next + quad * 4u);
 #else
                 other = hashes_at(k_at, next + quad * 4u);
@@ -174,7 +175,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #end
                 }
             }
-#ifndef VALUES
+#ifndef KEYS
             mass += panels[panel_at(0u, column4, row4)] * entry;
 #endif
 #ifndef ALONE
@@ -188,7 +189,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #endif
         }
 #ifndef ALONE
-#ifdef VALUES
+#ifdef KEYS
         let v_head = kv_head * GROUP + g;
 #else
         let v_head = kv_head;
@@ -197,10 +198,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #repeat h PAIRS
         var x$h = input_quad(of_first, channel + $hu * 64u, VALUE_DIM);
 #end
-        // Which of its four columns each of the four rows meets, and how much.
         let columns = vec4<u32>(column4 * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
-        var factor = vec4<f32>(1.0);
-#ifdef VALUES
+#ifdef KEYS
+        // How much of its four columns each of the four rows meets.
+        var factor = vec4<f32>();
         var met_last = vec4<f32>();
         for (var i = 0u; i < 4u; i++) {
             if columns[i] < count {
@@ -209,37 +210,26 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 met_last[i] = reading_of_sums(q_row, centre);
             }
         }
+        meet = Block(
+            (meet.a + met_last) * factor,
+            (meet.b + met_last) * factor,
+            (meet.c + met_last) * factor,
+            (meet.d + met_last) * factor);
 #else
-        let met_last = vec4<f32>(last);
+        meet = Block(meet.a + last, meet.b + last, meet.c + last, meet.d + last);
 #endif
-        let inside = columns < vec4<u32>(count);
-#repeat r 4
-        let row$r = vec4<u32>(row4 * 4u + $ru);
-#end
-#ifdef VALUES
-        meet.a = select(vec4<f32>(), (meet.a + met_last) * factor, inside & (columns >= row0));
-        meet.b = select(vec4<f32>(), (meet.b + met_last) * factor, inside & (columns >= row1));
-        meet.c = select(vec4<f32>(), (meet.c + met_last) * factor, inside & (columns >= row2));
-        meet.d = select(vec4<f32>(), (meet.d + met_last) * factor, inside & (columns >= row3));
-#else
-        meet.a = select(vec4<f32>(), meet.a + met_last, columns <= row0);
-        meet.b = select(vec4<f32>(), meet.b + met_last, columns <= row1);
-        meet.c = select(vec4<f32>(), meet.c + met_last, columns <= row2);
-        meet.d = select(vec4<f32>(), meet.d + met_last, columns <= row3);
+        meet = met_by_rows(meet, row4, columns, count);
+#ifndef KEYS
         let ones = vec4<f32>(1.0);
         own_mass += vec4<f32>(dot(meet.a, ones), dot(meet.b, ones), dot(meet.c, ones), dot(meet.d, ones));
 #endif
         for (var start = 0u; start < count; start += 16u) {
             workgroupBarrier();
             if column4 / 4u == start / 16u {
-                let step = column4 % 4u * 4u;
-                panels[panel_at(0u, step, row4)] = vec4<f32>(meet.a.x, meet.b.x, meet.c.x, meet.d.x);
-                panels[panel_at(0u, step + 1u, row4)] = vec4<f32>(meet.a.y, meet.b.y, meet.c.y, meet.d.y);
-                panels[panel_at(0u, step + 2u, row4)] = vec4<f32>(meet.a.z, meet.b.z, meet.c.z, meet.d.z);
-                panels[panel_at(0u, step + 3u, row4)] = vec4<f32>(meet.a.w, meet.b.w, meet.c.w, meet.d.w);
+                set_block(0u, column4 % 4u * 4u, row4, meet);
             }
 #repeat h PAIRS
-#ifdef VALUES
+#ifdef KEYS
             panels[panel_at(1u + $hu, row4, column4)] = x$h;
 #else
             panels[panel_at(1u + $hu, row4, column4)] = x$h - mean$h;
@@ -252,16 +242,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 x$h = input_quad(at, channel + $hu * 64u, VALUE_DIM);
 #end
             }
-            // The quads that its rows meet.
-            let own_quad = row4 - min(row4, start / 4u);
-#ifdef VALUES
-            let begins = own_quad;
-            let ends = select(0u, 4u, row4 * 4u < start + 16u);
-#else
-            let begins = 0u;
-            let ends = select(0u, min(own_quad + 1u, 4u), row4 * 4u >= start);
-#endif
-            for (var k = begins; k < ends; k++) {
+            let met = quads_met(row4, start);
+            for (var k = met.x; k < met.y; k++) {
                 let left_at = quad_at(0u, k, row4);
                 let right_at = quad_at(1u, k, column4);
 #repeat u 4
@@ -275,7 +257,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #endif
     }
 
-#ifdef VALUES
+#ifdef KEYS
 #repeat h PAIRS
     let ones$h = matrix_quad(matrix, BUCKETS, channel + $hu * 64u);
     store_row(b, first, row4 * 4u, rows, count, kv_head, channel + $hu * 64u, sums$h.a + ones$h);
@@ -309,7 +291,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 #endif
 }
 
-#ifdef VALUES
+#ifdef KEYS
 // Rows of padding are zero. Ensembles after the first add (`flags` = 1).
 fn store_row(b: u32, first: u32, row: u32, rows: u32, count: u32, head: u32, channel: u32, x: vec4<f32>) {
     if row < rows {

@@ -70,7 +70,7 @@ pub(super) const SNIPPETS: &[(&str, &str)] = snippets!(
     "race": ["info", "params", "input", "hash", "features", "matrices", "double", "store"],
     "race": ["weights", "tile", "sums", "through_hash", "readings", "hash_rows"],
     "race": ["window_params", "window_last", "window_keys", "window_rows"],
-    "race": ["quad", "quads", "panels", "segments", "stored_matrix", "matrix_quads", "store_quads"],
+    "race": ["quad", "quads", "panels", "meets", "segments", "stored_matrix", "matrix_quads", "store_quads"],
 );
 
 impl Kernel {
