@@ -15,11 +15,17 @@ const TILES: u32 = (BITS + 15u) / 16u;
 // du of 64 rows by 16 planes, four to a vector; sums of half of the rows at the end.
 var<workgroup> gradients: array<vec4<f32>, 512>;
 
+// Where the numbers of four planes from a multiple of four on stand; past the last plane, others of the row. Of whole
+// fours the first alone is held back, so that compilers see them side by side.
+fn place_of_plane(plane: u32, i: u32) -> u32 {
+    return select(min(plane + i, BITS - 1u), min(plane, max(BITS, 4u) - 4u) + i, BITS % 4u == 0u);
+}
+
 // Four planes' t, and what gradients of hashes say of them; zero past the last plane. Loads without a condition, so that
 // they are under way together.
 fn planes_of(at: u32, plane: u32) -> vec4<f32> {
 #repeat i 4
-    let x$i = t[at + min(plane + $iu, BITS - 1u)];
+    let x$i = t[at + place_of_plane(plane, $iu)];
 #end
     let x = vec4<f32>(x0, x1, x2, x3);
     return select(vec4<f32>(), x, vec4<u32>(plane) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(BITS));
@@ -27,7 +33,7 @@ fn planes_of(at: u32, plane: u32) -> vec4<f32> {
 
 fn gradient_planes_of(place: u32, plane: u32) -> vec4<f32> {
 #repeat i 4
-    let x$i = s[place * S_STRIDE + min(plane + $iu, BITS - 1u)];
+    let x$i = s[place * S_STRIDE + place_of_plane(plane, $iu)];
 #end
     let x = vec4<f32>(x0, x1, x2, x3);
     return select(vec4<f32>(), x, vec4<u32>(plane) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(BITS));
