@@ -1,8 +1,8 @@
-// What a row of a chunk meets of the chunk's other rows: a query the keys up to its own token, with KEYS a key the queries
-// from its own on.
+// What a row of a chunk meets of the chunk's other rows: a query the keys up to its own token, with KEYS a key the
+// queries from its own on.
 
-// Products of rows that meet; zero for others. With queries, columns past `count` are met by rows past it alone, of which
-// nobody keeps anything.
+// Products of rows that meet; zero for others. With queries, columns past `count` are met by rows past it alone, of
+// which nobody keeps anything.
 fn met_by_rows(x: Block, row4: u32, columns: vec4<u32>, count: u32) -> Block {
 #repeat r 4
     let row$r = vec4<u32>(row4 * 4u + $ru);
@@ -23,8 +23,8 @@ fn met_by_rows(x: Block, row4: u32, columns: vec4<u32>, count: u32) -> Block {
 #endif
 }
 
-// Which of the four quads of steps from `start` on four rows meet: the first, and the one after the last. Of the quad that
-// is their own, each row meets a part.
+// Which of the four quads of steps from `start` on four rows meet: the first, and the one after the last. Of the quad
+// that is their own, each row meets a part.
 fn quads_met(row4: u32, start: u32) -> vec2<u32> {
     let own = row4 - min(row4, start / 4u);
 #ifdef KEYS
