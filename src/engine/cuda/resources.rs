@@ -204,5 +204,8 @@ mod tests {
         let excused = Table::parse(&excused.replace(&format!("{version} | planted"), &version));
         assert_eq!(found(SPILLS, limit, &excused).0, Vec::<String>::new());
         assert_eq!(examine(&version, &[], &table).0.len(), 4, "lines of no kernel");
+        let planted: [Box<dyn KernelKey>; 1] = [Box::new(Planted(BROKEN, &[]))];
+        assert!(table.has_all_of(&planted), "a label is a label");
+        assert!(!found(BROKEN, &[], &table).1.has_all_of(&planted), "what does not compile has no line");
     }
 }
