@@ -43,11 +43,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     StagedBits of_keys = {carve.take<float>(StagedBits::bytes)}, of_queries = {carve.take<float>(StagedBits::bytes)};
     float2 *reading_of = carve.take<float2>(StagedBits::items * 8);
 
-    int head = blockIdx.x % p.kv_heads, span = blockIdx.x / p.kv_heads % p.spans, b = blockIdx.x / (p.kv_heads * p.spans);
-    int first = span * p.span;
-    int count = (int)all_lengths[b] - first;
-    count = count < 0 ? 0 : count > (int)p.span ? (int)p.span : count;
-    int rows = (int)p.tokens - first < (int)p.span ? (int)p.tokens - first : (int)p.span;
+    Span at = span_of(p, p.kv_heads, all_lengths);
+    int b = at.b, head = at.head, span = at.index, first = at.first, count = at.count, rows = at.rows;
     const float *query_bits = all_query_bits + bits_at(p, b, p.q_heads, head * GROUP, first);
     const float *key_bits = all_bits + bits_at(p, b, p.kv_heads, head, first);
     i64 bits_head = bits_at(p, 0, 1, 1, 0);
@@ -59,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     Gradient *dv = (Gradient *)all_dv + ((i64)b * p.tokens + first) * dv_token + head * VALUE_DIM;
     const float2 *readings = all_readings + ((i64)b * p.q_heads + head * GROUP) * p.tokens + first;
     float beta = all_heads[head].x, centre = all_heads[head].y;
-    const float *matrix = all_after + ((i64)(b * p.kv_heads + head) * p.spans + span) * MATRIX;
+    const float *matrix = all_after + matrix_at(p, b, p.kv_heads, head, span);
     bool dirty = all_bits[marks_at(p, b, p.kv_heads, head, span)] != 0.0f;
     for (int i = 0; i < GROUP; i++) dirty |= all_query_bits[marks_at(p, b, p.q_heads, head * GROUP + i, span)] != 0.0f;
     int warp = warp_index(), lane = threadIdx.x & 31;

@@ -25,12 +25,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     float *factors = carve.take<float>(ROWS * 4);
     float *room = carve.take<float>(4 * BITS_UP * 4);
 
-    int q_head = blockIdx.x % p.q_heads, span = blockIdx.x / p.q_heads % p.spans, b = blockIdx.x / (p.q_heads * p.spans);
-    int head = q_head / GROUP;
-    int first = span * p.span;
-    int count = (int)all_lengths[b] - first;
-    count = count < 0 ? 0 : count > (int)p.span ? (int)p.span : count;
-    int rows = (int)p.tokens - first < (int)p.span ? (int)p.tokens - first : (int)p.span;
+    Span at = span_of(p, p.q_heads, all_lengths);
+    int b = at.b, q_head = at.head, head = q_head / GROUP, span = at.index, first = at.first, count = at.count, rows = at.rows;
     const Element *q = (const Element *)all_q + b * p.q_batch + first * p.q_token + q_head * p.q_head;
     const float *key_bits = all_bits + bits_at(p, b, p.kv_heads, head, first);
     float *query_bits = all_query_bits + bits_at(p, b, p.q_heads, q_head, first);
@@ -40,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     Gradient *dq = (Gradient *)all_dq + ((i64)b * p.tokens + first) * dq_token + q_head * HEAD_DIM;
     float2 *readings = all_readings + ((i64)b * p.q_heads + q_head) * p.tokens + first;
     float beta = all_heads[head].x, centre = all_heads[head].y;
-    const float *matrix = all_matrices + ((i64)(b * p.kv_heads + head) * p.spans + span) * MATRIX;
+    const float *matrix = all_matrices + matrix_at(p, b, p.kv_heads, head, span);
     int warp = warp_index(), lane = threadIdx.x & 31;
     int row0 = (warp & 3) * 16;
 
@@ -259,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) race_back
     }
     dirty = barrier_or(dirty);
     if (threadIdx.x == 0) all_query_bits[marks_at(p, b, p.q_heads, q_head, span)] = dirty ? 1.0f : 0.0f;
-    float *out = all_of_queries + ((i64)(b * p.q_heads + q_head) * p.spans + span) * MATRIX;
+    float *out = all_of_queries + matrix_at(p, b, p.q_heads, q_head, span);
     of_queries.write(out);
     float *last = out + BUCKETS * COLUMNS;
     if (SPARE && centre != 0.0f) {

@@ -20,19 +20,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) race_forwa
     float *means = carve.take<float>(VALUE_DIM * 4);
     float *divisors = carve.take<float>(ROWS * 4);
 
-    int q_head = blockIdx.x % p.q_heads, span = blockIdx.x / p.q_heads % p.spans, b = blockIdx.x / (p.q_heads * p.spans);
-    int head = q_head / GROUP;
-    int first = span * p.span;
-    int count = (int)all_lengths[b] - first;
-    count = count < 0 ? 0 : count > (int)p.span ? (int)p.span : count;
-    int rows = (int)p.tokens - first < (int)p.span ? (int)p.tokens - first : (int)p.span;
+    Span at = span_of(p, p.q_heads, all_lengths);
+    int b = at.b, q_head = at.head, head = q_head / GROUP, span = at.index, first = at.first, count = at.count, rows = at.rows;
     const Element *q = (const Element *)all_q + b * p.q_batch + first * p.q_token + q_head * p.q_head;
     const float *key_bits = all_bits + bits_at(p, b, p.kv_heads, head, first);
     const Element *v = (const Element *)all_v + b * p.v_batch + first * p.v_token + head * p.v_head;
     i64 o_token = (i64)p.q_heads * VALUE_DIM;
     i64 o_at = ((i64)b * p.tokens + first) * o_token + q_head * VALUE_DIM;
     float beta = all_heads[head].x, centre = all_heads[head].y;
-    const float *matrix = all_matrices + ((i64)(b * p.kv_heads + head) * p.spans + span) * MATRIX;
+    const float *matrix = all_matrices + matrix_at(p, b, p.kv_heads, head, span);
     bool dirty = all_bits[marks_at(p, b, p.kv_heads, head, span)] != 0.0f;
     int warp = warp_index(), lane = threadIdx.x & 31;
     int role = warp >> 2, row0 = (warp & 3) * 16;

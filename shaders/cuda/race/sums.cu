@@ -15,10 +15,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) race_sums(const Walk p,
     Weights weights = {carve.take<Element>(Weights::bytes)};
     float *bits = carve.take<float>(ROWS * BITS * 4);
 
-    int head = blockIdx.x % p.kv_heads, span = blockIdx.x / p.kv_heads % p.spans, b = blockIdx.x / (p.kv_heads * p.spans);
-    int first = span * p.span;
-    int count = (int)all_lengths[b] - first;
-    count = count < 0 ? 0 : count > (int)p.span ? (int)p.span : count;
+    Span at = span_of(p, p.kv_heads, all_lengths);
+    int b = at.b, head = at.head, span = at.index, first = at.first, count = at.count;
     const Element *k = (const Element *)all_k + b * p.k_batch + first * p.k_token + head * p.k_head;
     const Element *v = (const Element *)all_v + b * p.v_batch + first * p.v_token + head * p.v_head;
     float *bits_out = all_bits ? all_bits + bits_at(p, b, p.kv_heads, head, first) : nullptr;
@@ -75,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) race_sums(const Walk p,
     }
     dirty = barrier_or(dirty);
     if (all_bits && threadIdx.x == 0) all_bits[marks_at(p, b, p.kv_heads, head, span)] = dirty ? 1.0f : 0.0f;
-    float *matrix = all_matrices + ((i64)(b * p.kv_heads + head) * p.spans + span) * MATRIX;
+    float *matrix = all_matrices + matrix_at(p, b, p.kv_heads, head, span);
     carried.write(matrix);
     if (SPARE && centre != 0.0f) return;
     if (threadIdx.x >= 128 && threadIdx.x < 128 + VALUE_DIM) matrix[BUCKETS * COLUMNS + threadIdx.x - 128] = row;

@@ -35,3 +35,22 @@ __device__ __forceinline__ i64 bits_at(const Walk &p, int b, u32 heads, int head
 __device__ __forceinline__ i64 marks_at(const Walk &p, int b, u32 heads, int head, int span) {
     return (i64)p.batch * heads * p.spans * p.span * BITS + ((i64)b * heads + head) * p.spans + span;
 }
+
+// What a block walks through: the span of a sequence and head, its first token, how many the sequence has in it, and how
+// many the tensors.
+struct Span {
+    int b, head, index, first, count, rows;
+};
+// Of kernels with a block for each of `heads` heads of a span.
+__device__ __forceinline__ Span span_of(const Walk &p, u32 heads, const u32 *lengths) {
+    Span s;
+    s.head = blockIdx.x % heads;
+    s.index = blockIdx.x / heads % p.spans;
+    s.b = blockIdx.x / (heads * p.spans);
+    s.first = s.index * p.span;
+    s.count = (int)lengths[s.b] - s.first;
+    s.count = s.count < 0 ? 0 : s.count > (int)p.span ? (int)p.span : s.count;
+    s.rows = (int)p.tokens - s.first < (int)p.span ? (int)p.tokens - s.first : (int)p.span;
+    return s;
+}
+__device__ __forceinline__ i64 matrix_at(const Walk &p, int b, u32 heads, int head, int span) { return ((i64)(b * heads + head) * p.spans + span) * MATRIX; }
