@@ -370,7 +370,7 @@ static bool check(int batch, int tokens, int kv_heads, int span, float beta, std
         gbeta += totals[i * (D + 1) + D];
     }
     #ifdef ANY_SHAPE
-    double wide = 1e-3, out_wide = OUT_TYPE == BF16 ? 2.5e-3 : OUT_TYPE == F16 ? 4e-4 : 0;
+    double wide = IN_TYPE == F32 ? 1.5e-3 : 1e-3, out_wide = OUT_TYPE == BF16 ? 2.5e-3 : OUT_TYPE == F16 ? 4e-4 : 0;
 #else
     double wide = IN_TYPE == F32 ? 1.5e-3 : (IN_TYPE == F16 ? 4 : 1) * (TERMS == 1 ? 1 : 1.0 / 256), out_wide = OUT_TYPE == BF16 ? 2.5e-3 : OUT_TYPE == F16 ? 4e-4 : 0;
 #endif
