@@ -262,18 +262,3 @@ template <int STEPS, class X> struct Kept {
     }
     __device__ __forceinline__ const Left<X::terms> &at(int k) const { return all[k / 16]; }
 };
-
-// Adds left·right over a tile's rows, sixteen at a time, to the first `columns` of N tiles of eight: left_at(row),
-// right_at(row, column). What else is made of the left side: also(row, left).
-template <int N, class L, class R, class W>
-__device__ __forceinline__ void add_over_rows(float (&sums)[N][4], int columns, L left_at, R right_at, W also) {
-#pragma unroll
-    for (int k = 0; k < ROWS; k += 16) {
-        auto a = left_at(k);
-#pragma unroll
-        for (int c = 0; c < N * 8; c += 16) {
-            if (c < columns) multiply(sums[c / 8], sums[c / 8 + 1], a, right_at(k, c));
-        }
-        also(k, a);
-    }
-}

@@ -187,25 +187,3 @@ template <int STEPS, class X> struct Kept {
     __device__ __forceinline__ Kept(const X &x, int m) : x(x), m(m) {}
     __device__ __forceinline__ Left<X::terms> at(int k) const { return left(x, m, k); }
 };
-
-// Adds left·right over a tile's rows, sixteen at a time, to the first `columns` of N tiles of eight: left_at(row),
-// right_at(row, column). What else is made of the left side: also(row, left).
-template <int N, class L, class R, class W>
-__device__ __forceinline__ void add_over_rows(float (&sums)[N][4], int columns, L left_at, R right_at, W also) {
-    float parts[N][4];
-    clear(parts);
-#pragma unroll 1
-    for (int k = 0; k < ROWS; k += 16) {
-        auto a = left_at(k);
-#pragma unroll
-        for (int c = 0; c < N * 8; c += 16) {
-            if (c < columns) multiply(parts[c / 8], parts[c / 8 + 1], a, right_at(k, c));
-        }
-        also(k, a);
-    }
-#pragma unroll
-    for (int c = 0; c < N; c++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) sums[c][i] += parts[c][i];
-    }
-}

@@ -43,6 +43,31 @@ __device__ __forceinline__ float row_sum(float x) {
 #include "fragments_bf16.cuh"
 #endif
 
+// Adds left·right over a tile's rows, sixteen at a time, to the first `columns` of N tiles of eight: left_at(row),
+// right_at(row, column). What else is made of the left side: also(row, left).
+template <int N, class L, class R, class W>
+__device__ __forceinline__ void add_over_rows(float (&sums)[N][4], int columns, L left_at, R right_at, W also) {
+    float parts[N][4];
+    clear(parts);
+    auto &of_tile = SHORT_SUMS ? parts : sums;
+#pragma unroll WRITTEN_OUT
+    for (int k = 0; k < ROWS; k += 16) {
+        auto a = left_at(k);
+#pragma unroll
+        for (int c = 0; c < N * 8; c += 16) {
+            if (c < columns) multiply(of_tile[c / 8], of_tile[c / 8 + 1], a, right_at(k, c));
+        }
+        also(k, a);
+    }
+    if constexpr (SHORT_SUMS) {
+#pragma unroll
+        for (int c = 0; c < N; c++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[c][i] += parts[c][i];
+        }
+    }
+}
+
 // Elements of sixteen bytes.
 constexpr int PIECE = 16 / sizeof(Element);
 

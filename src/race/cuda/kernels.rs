@@ -5,8 +5,9 @@ use crate::engine::cuda::{KernelKey, KernelSource, Stage};
 use crate::race::plan::Geometry;
 use crate::tensor::DType;
 
-/// What a kernel does; with a [`Geometry`] it names one. `terms` is the number of parts that computed numbers have
-/// in products (bf16; TF32 where inputs are f32), `grad` the dtype of the gradient of o, `channels` those of v that a block has.
+/// What a kernel does; with a [`Geometry`] it names one. `terms` is the number of parts that computed numbers have in
+/// products (bf16; TF32 where inputs are f32), `grad` the dtype of the gradient of o, `channels` those of v that a block
+/// has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Kernel {
     // Walking through spans, on the tensor cores.
@@ -58,7 +59,8 @@ macro_rules! kernel {
 }
 pub(super) use kernel;
 
-const HEADERS: &[(&str, &str)] = &[
+/// Those of the window beside RACE too.
+pub(super) const HEADERS: &[(&str, &str)] = &[
     ("numbers.cuh", include_str!("../../../shaders/cuda/common/numbers.cuh")),
     ("machine.cuh", include_str!("../../../shaders/cuda/race/machine.cuh")),
     ("walk.cuh", include_str!("../../../shaders/cuda/race/walk.cuh")),
@@ -72,6 +74,9 @@ const HEADERS: &[(&str, &str)] = &[
     ("masses.cuh", include_str!("../../../shaders/cuda/race/any/masses.cuh")),
     ("groups.cuh", include_str!("../../../shaders/cuda/race/any/groups.cuh")),
     ("pending.cuh", include_str!("../../../shaders/cuda/race/any/pending.cuh")),
+    ("window.cuh", include_str!("../../../shaders/cuda/race/window.cuh")),
+    ("window_tiles.cuh", include_str!("../../../shaders/cuda/race/window_tiles.cuh")),
+    ("window_tile.cuh", include_str!("../../../shaders/cuda/race/any/window_tile.cuh")),
 ];
 
 impl Kernel {

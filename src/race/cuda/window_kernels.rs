@@ -1,6 +1,6 @@
 //! The kernels of the window.
 
-use super::kernels::{code, kernel};
+use super::kernels::{HEADERS, code, kernel};
 use crate::engine::cuda::{KernelKey, KernelSource, Stage, Strides};
 use crate::race::window::WindowGeometry;
 use crate::tensor::DType;
@@ -118,17 +118,6 @@ pub(super) struct WindowKey {
     pub kernel: WindowKernel,
     pub geometry: WindowGeometry,
 }
-
-const HEADERS: &[(&str, &str)] = &[
-    ("numbers.cuh", include_str!("../../../shaders/cuda/common/numbers.cuh")),
-    ("machine.cuh", include_str!("../../../shaders/cuda/race/machine.cuh")),
-    ("window.cuh", include_str!("../../../shaders/cuda/race/window.cuh")),
-    ("tiles.cuh", include_str!("../../../shaders/cuda/race/tiles.cuh")),
-    ("fragments_bf16.cuh", include_str!("../../../shaders/cuda/race/fragments_bf16.cuh")),
-    ("fragments_tf32.cuh", include_str!("../../../shaders/cuda/race/fragments_tf32.cuh")),
-    ("window_tiles.cuh", include_str!("../../../shaders/cuda/race/window_tiles.cuh")),
-    ("window_tile.cuh", include_str!("../../../shaders/cuda/race/any/window_tile.cuh")),
-];
 
 impl WindowKernel {
     /// File, text, function.
