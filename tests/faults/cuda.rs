@@ -280,6 +280,7 @@ fn out_of_device_memory_changes_nothing() {
     let error = walking.backward(&of(4), &of(2), &of(2), &of(4), Some(&own), None, &none).map(drop).unwrap_err();
     is!(error, OutOfMemory);
     assert!(held(&walking, &own).a.iter().all(|&a| a == 0.0) && own.tokens(0) == Some(0));
+    pieces_where_the_whole_does_not_fit(&device);
     drop(taken);
     // What fits goes on.
     device.trim();
@@ -289,6 +290,48 @@ fn out_of_device_memory_changes_nothing() {
     assert_eq!(cache.len(1), Some(43));
     race.forward(&q, &k_of(&row, tokens), &v, None).map(drop).unwrap_err();
     race.forward(&q, &endless(tokens, 2, 16), &endless(tokens, 2, 8), None).unwrap();
+}
+
+/// Inputs of the host that the device cannot hold beside the results, in the 3 GiB that are left.
+fn pieces_where_the_whole_does_not_fit(device: &Device) {
+    let shape = RaceShape { head_dim: 64, value_dim: 64, ..RACE };
+    let mut race = Race::new(device, RaceConfig::default(), shape).unwrap();
+    let row = wave(4 * 64);
+    let of = |tokens, heads| TensorView::f32(&row, [1, tokens, heads, 64]).with_strides([0, 0, 64, 1]);
+    // Inputs 3 GiB, results 1.5.
+    let tokens = 3 << 19;
+    let mut own = race.new_state(1).unwrap();
+    let o = race.append(&mut own, &of(tokens, 4), &of(tokens, 2), &of(tokens, 2)).unwrap();
+    assert_eq!(own.tokens(0), Some(tokens as u64));
+    // The mean of equal values is their value.
+    let o = o.read_blocking().unwrap().to_f32();
+    for (i, o) in o.chunks(256).enumerate().step_by(9973) {
+        for (channel, &o) in o.iter().enumerate() {
+            let v = row[channel / 128 * 64 + channel % 64];
+            assert!((o - v).abs() <= 2e-5 * v.abs().max(1e-2), "token {i}, channel {channel}: {o} for {v}");
+        }
+    }
+    // Inputs and results 2.25 and 1.5 GiB.
+    let tokens = 3 << 18;
+    let (q, k, v, none) = (of(tokens, 4), of(tokens, 2), of(tokens, 2), RaceOptions::default());
+    let gradients = race.backward(&q, &k, &v, &of(tokens, 4), None, None, &none).unwrap();
+    let dv = gradients.dv.read_blocking().unwrap().to_f32();
+    // A value has a share 1/t in what token t, counted from one, reads.
+    let mut shares = 0.0;
+    for (s, dv) in dv.chunks(128).enumerate().rev() {
+        shares += 1.0 / (s + 1) as f64;
+        if s % 9973 != 0 {
+            continue;
+        }
+        for (channel, &dv) in dv.iter().enumerate() {
+            let head = channel / 64 * 128 + channel % 64;
+            let expected = shares * f64::from(row[head] + row[head + 64]);
+            assert!(
+                (f64::from(dv) - expected).abs() <= 1e-4 * (shares + expected.abs()),
+                "{s}, {channel}: {dv} for {expected}"
+            );
+        }
+    }
 }
 
 /// Keys of a token less: refused for their shape.

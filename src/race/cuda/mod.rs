@@ -30,7 +30,7 @@ pub(crate) use window::{CudaRing, CudaWindow};
 
 use crate::engine::cuda::{Buffer, Context, KernelKey, Scratch};
 use crate::engine::{Recording, WarmUp};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::race::config::{Normalization, Parameters, RaceConfig, RaceShape};
 use crate::race::executor::{Call, InputGradients, Inputs, ParameterSums, Pass, RaceExecutor, StateData, StateStorage};
 use crate::race::plan::{Geometry, centre};
@@ -152,9 +152,15 @@ impl RaceExecutor for CudaRace {
         }
         self.fold(op, state)?;
         if let Some(gait) = self.walks(call, inputs, false) {
-            let staged = self.staged(call, inputs, false)?;
-            if self.walkable(&staged) {
-                return self.walk_forward(call, &staged, state, gait);
+            let walked = match self.staged(call, inputs, false) {
+                Ok(staged) if !self.walkable(&staged) => None,
+                Ok(staged) => Some(self.walk_forward(call, &staged, state, gait)),
+                Err(error) => Some(Err(error)),
+            };
+            match walked {
+                // What the device has no room for at once goes piece by piece.
+                None | Some(Err(Error::OutOfMemory { .. })) => {}
+                Some(result) => return result,
             }
         }
         self.any_forward(call, inputs, state)
@@ -176,9 +182,16 @@ impl RaceExecutor for CudaRace {
         self.own_sums(op, sums)?;
         self.fold(op, state)?;
         if let Some(gait) = self.walks(call, inputs, true) {
-            let staged = self.staged(call, inputs, true)?;
-            if self.walkable(&staged) {
-                return self.walk_backward(call, &staged, state, gradient, sums, gait);
+            let walked = match self.staged(call, inputs, true) {
+                Ok(staged) if !self.walkable(&staged) => None,
+                Ok(staged) => Some(self.walk_backward(call, &staged, state, gradient, sums, gait)),
+                Err(error) => Some(Err(error)),
+            };
+            match walked {
+                None => {}
+                // As above; pieces have gradients of f32 alone.
+                Some(Err(Error::OutOfMemory { .. })) if call.gradients == DType::F32 => {}
+                Some(result) => return result,
             }
         }
         call.wide_gradients("what the tensor cores do not take (see RaceOptions::gradients)")?;
