@@ -166,3 +166,34 @@ fn what_is_not_finite_is_stored_as_zero_and_counted() {
     assert_eq!(results[0].0, results[1].0);
     assert_eq!([results[0].1, results[1].1], [6, 0]);
 }
+
+/// A mean of values of one sign, which sums that are cut off would bend.
+#[test]
+fn long_sums_have_the_precision_of_f32() {
+    let Some(device) = cuda() else { return };
+    let tokens = (1 << 17) + 100;
+    let k = numbers(1, tokens * 2 * DIM);
+    let v: Vec<_> = numbers(2, tokens * 2 * DIM).iter().map(|x| half::bf16::from_f32(x.to_f32().abs())).collect();
+    let mut cache = SocketCache::new(&device, SocketConfig::fast(), SHAPE, 1).unwrap();
+    cache.append(&view(&k, tokens, 2), &view(&v, tokens, 2)).unwrap();
+    let mut means = [0.0f64; 2 * DIM];
+    for v in v.chunks(2 * DIM) {
+        means.iter_mut().zip(v).for_each(|(mean, v)| *mean += v.to_f64());
+    }
+    // All logits are zero, in a query of each head and in three of them.
+    let q = vec![0.0; 3 * 8 * DIM];
+    let dense = DecodeOptions { mode: Mode::Dense, ..DecodeOptions::default() };
+    let decoded = cache.decode_with(&TensorView::f32(&q[..8 * DIM], [1, 1, 8, DIM]), &dense).unwrap();
+    let prefilled = cache.prefill(&TensorView::f32(&q, [1, 3, 8, DIM])).unwrap();
+    for (what, attended) in [("decode", decoded), ("prefill", prefilled)] {
+        let o = attended.o.read_blocking().unwrap().to_f32();
+        let last = &o[o.len() - 8 * DIM..];
+        let error = last.iter().enumerate().map(|(i, &o)| {
+            let mean = means[i / DIM / 4 * DIM + i % DIM] / tokens as f64;
+            (f64::from(o) / mean - 1.0).abs()
+        });
+        let worst = error.fold(0.0, f64::max);
+        println!("{what}: {worst:.1e}");
+        assert!(worst < 5e-6, "{what}: {worst:.1e}");
+    }
+}

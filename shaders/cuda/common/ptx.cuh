@@ -101,6 +101,16 @@ __device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], u32 addres
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
+// 16 bytes of shared memory.
+__device__ __forceinline__ uint4 load_four(u32 address) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
+    return x;
+}
+__device__ __forceinline__ void store_four(u32 address, const uint4& x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+
 // Copies 16 bytes to shared memory in the background; zeros where not `valid`.
 __device__ __forceinline__ void copy_piece(u32 to, u64 from, bool valid) {
     u32 bytes = valid ? 16 : 0;

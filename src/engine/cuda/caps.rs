@@ -7,6 +7,9 @@ use cudarc::driver::CudaContext;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
 
+/// Compute capability times ten from which on there are copies of runs of bytes and barriers that count them.
+pub(crate) const BULK_COPIES: i32 = 90;
+
 /// What was found out about a device.
 #[derive(Clone, Debug)]
 pub(crate) struct Caps {
@@ -51,6 +54,11 @@ impl Caps {
             memory: unsafe { result::device::total_mem(device) }? as u64,
             clusters: capability >= (9, 0),
         })
+    }
+
+    /// Whether kernels can have runs of bytes copied to shared memory by the hardware.
+    pub fn bulk_copies(&self) -> bool {
+        self.arch().is_ok_and(|arch| arch.has(BULK_COPIES))
     }
 
     /// What kernels are compiled for.

@@ -43,6 +43,11 @@ impl Arch {
         Some(Self { number, fit })
     }
 
+    /// Whether code made for this may use what GPUs of `number`, a compute capability times ten, have.
+    pub fn has(self, number: i32) -> bool {
+        self.number >= number
+    }
+
     /// The option's value: from 9.0 on the variant with all of that GPU's instructions, which runs nowhere else.
     pub fn name(self) -> String {
         let number = self.number;

@@ -30,6 +30,8 @@ pub(crate) mod resources;
 mod tests;
 
 pub(crate) use cache::Place;
+#[cfg(test)]
+pub(crate) use caps::BULK_COPIES;
 pub(crate) use context::Context;
 pub(crate) use driver::{Found, devices, driver};
 pub use graph::CudaGraph;

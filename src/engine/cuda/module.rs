@@ -24,6 +24,11 @@ pub(crate) trait KernelKey: Send + Sync {
     fn label(&self) -> String;
     /// The kernel.
     fn source(&self) -> KernelSource;
+    /// Compute capability times ten from which on it compiles.
+    #[cfg(test)]
+    fn least_capability(&self) -> i32 {
+        0
+    }
 }
 
 /// A kernel's text, and how it is compiled.

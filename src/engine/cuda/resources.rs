@@ -11,6 +11,12 @@ use std::fmt::Write;
 /// The GPUs that the kernels are compiled for in tests.
 const ARCHS: [Arch; 4] = [Arch::real(80), Arch::real(89), Arch::real(90), Arch::real(100)];
 
+/// Every kernel with every GPU that it compiles for.
+fn jobs(keys: &[Box<dyn KernelKey>]) -> impl Iterator<Item = (&dyn KernelKey, Arch)> {
+    let all = keys.iter().flat_map(|key| ARCHS.map(|arch| (key.as_ref(), arch)));
+    all.filter(|(key, arch)| arch.has(key.least_capability()))
+}
+
 /// What the assembler says of one kernel on one GPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Usage {
@@ -80,7 +86,7 @@ impl Table {
     /// Whether every kernel has its line for every GPU.
     pub fn has_all_of(&self, keys: &[Box<dyn KernelKey>]) -> bool {
         let at = |key: &dyn KernelKey, arch: Arch| self.lines.contains_key(&(key.label(), arch.name()));
-        keys.iter().all(|key| ARCHS.into_iter().all(|arch| at(key.as_ref(), arch)))
+        jobs(keys).all(|(key, arch)| at(key, arch))
     }
 
     pub fn parse(text: &str) -> Self {
@@ -115,7 +121,7 @@ impl Table {
 /// version of the compiler are not compared, spills are.
 pub(crate) fn examine(version: &str, keys: &[Box<dyn KernelKey>], kept: &Table) -> (Vec<String>, Table) {
     use rayon::prelude::*;
-    let jobs: Vec<_> = keys.iter().flat_map(|key| ARCHS.map(|arch| (key.as_ref(), arch))).collect();
+    let jobs: Vec<_> = jobs(keys).collect();
     let measured: Vec<_> = jobs.par_iter().map(|(key, arch)| measure(*key, *arch)).collect();
     let mut wrong = Vec::new();
     let mut now = Table { compiler: version.into(), lines: BTreeMap::new() };

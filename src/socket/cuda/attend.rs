@@ -67,8 +67,11 @@ impl CudaExecutor {
     /// Every kernel that calls with these dtypes may launch.
     pub(super) fn kernels(&self, q: DType, output: DType) -> Vec<Kernel> {
         let s = &self.sizes;
-        let mut kernels =
-            vec![Kernel::StoreKv, Kernel::HashStep, Kernel::HashQuery { q }, Kernel::Score, Kernel::Select];
+        let mut kernels = vec![Kernel::StoreKv, Kernel::HashStep, Kernel::HashQuery { q }, Kernel::Select];
+        kernels.push(Kernel::Score { runs: false });
+        if s.score_stages().is_some() {
+            kernels.push(Kernel::Score { runs: true });
+        }
         kernels.push(if s.hash_tiles_shared().is_some() { Kernel::HashTiles } else { Kernel::HashKeys });
         kernels.push(Kernel::Collect);
         kernels.extend([true, false].map(|sparse| self.attend_kernel(q, output, sparse)));
@@ -82,7 +85,9 @@ impl CudaExecutor {
     }
 
     fn attend_kernel(&self, q: DType, output: DType, sparse: bool) -> Kernel {
-        if self.sizes.on_matrix_unit(q) {
+        if !sparse && self.sizes.bulk_fits(q) {
+            Kernel::AttendBulk { q, output }
+        } else if self.sizes.on_matrix_unit(q) {
             Kernel::Attend { q, output, sparse }
         } else {
             Kernel::AttendAny { q, output, sparse }
@@ -225,7 +230,14 @@ impl CudaExecutor {
         let s = self.sizes;
         let g = s.g;
         let tokens: usize = problem.rows.iter().map(|r| r.visible).sum();
-        let attend = s.attend_span(problem.rows.iter().map(|r| r.visible), sparse);
+        let lens = problem.rows.iter().map(|r| r.visible);
+        let kernel = self.attend_kernel(q, problem.output, sparse);
+        let (together, stages) = s.bulk_blocks(q, tokens);
+        let attend = match kernel {
+            _ if sparse => s.sparse_span(lens),
+            Kernel::AttendBulk { .. } => s.dense_span(lens, 64, together),
+            _ => s.dense_span(lens, 16, 2),
+        };
         let spans = Spans { score: s.score_span(tokens), select: s.select_span(tokens), attend };
         let (rows, blocks) = self.blocks(problem, sparse, spans.attend);
         let mut most = [0u64; 6];
@@ -275,19 +287,19 @@ impl CudaExecutor {
             };
             if sparse {
                 launch(Kernel::HashQuery { q }, 0, [s.query_blocks() as u64, kv_heads, rows], 0)?;
-                let shared = s.score_shared();
-                launch(Kernel::Score, spans.score, [over(spans.score), kv_heads, rows], shared)?;
+                let runs = s.score_in_runs(spans.score);
+                let copied = s.score_stages().filter(|_| runs).map_or(0, |(_, bytes)| bytes);
+                let blocks = [over(spans.score), kv_heads, rows];
+                launch(Kernel::Score { runs }, spans.score, blocks, s.score_shared() + copied)?;
                 launch(Kernel::Select, spans.select, [over(spans.select), score_rows, 1], 0)?;
             }
-            let (span, output) = (spans.attend, problem.output);
-            let kernel = self.attend_kernel(q, output, sparse);
-            match kernel {
-                Kernel::Attend { .. } => {
-                    let shared = s.attend_shared(sparse, span);
-                    launch(kernel, span, [over(span), kv_heads * tiles as u64, rows], shared)?;
-                }
-                _ => launch(kernel, span, [over(span), g.num_q_heads as u64, rows], 0)?,
-            }
+            let span = spans.attend;
+            let (blocks, shared) = match kernel {
+                Kernel::Attend { .. } => (kv_heads * tiles as u64, s.attend_shared(sparse, span)),
+                Kernel::AttendBulk { .. } => (kv_heads * tiles as u64, s.bulk_shared(stages)),
+                _ => (g.num_q_heads as u64, 0),
+            };
+            launch(kernel, span, [over(span), blocks, rows], shared)?;
             if problem.want_selection && sparse {
                 launch(Kernel::Collect, 0, [score_rows, 1, 1], 0)?;
             }

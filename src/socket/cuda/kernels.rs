@@ -1,6 +1,8 @@
 //! The kernels: a typed key each, from which alone its text and constants follow.
 
-use super::plan::{BINS, CANDIDATES, Fast, Sizes};
+use super::plan::{BINS, CANDIDATES, Fast, MOST_BULK_STAGES, Sizes};
+#[cfg(test)]
+use crate::engine::cuda::BULK_COPIES;
 use crate::engine::cuda::{HEADERS, KernelKey, KernelSource, Stage};
 use crate::socket::config::Scoring;
 use crate::tensor::DType;
@@ -16,7 +18,10 @@ pub(crate) enum Kernel {
     HashQuery {
         q: DType,
     },
-    Score,
+    Score {
+        /// Keys are copied by the hardware.
+        runs: bool,
+    },
     Select,
     Collect,
     /// On the matrix unit.
@@ -24,6 +29,11 @@ pub(crate) enum Kernel {
         q: DType,
         output: DType,
         sparse: bool,
+    },
+    /// The same over all keys, which the hardware copies in runs.
+    AttendBulk {
+        q: DType,
+        output: DType,
     },
     /// In f32.
     AttendAny {
@@ -49,7 +59,14 @@ const SOCKET_HEADERS: &[(&str, &str)] = &[
     ("ptx.cuh", include_str!("../../../shaders/cuda/common/ptx.cuh")),
     ("params.cuh", include_str!("../../../shaders/cuda/common/params.cuh")),
     ("partials.cuh", include_str!("../../../shaders/cuda/common/partials.cuh")),
+    ("bulk.cuh", include_str!("../../../shaders/cuda/common/bulk.cuh")),
+    ("attend_tile.cuh", include_str!("../../../shaders/cuda/attention/attend_tile.cuh")),
     ("scoring.cuh", include_str!("../../../shaders/cuda/common/scoring.cuh")),
+    ("score_levels.cuh", include_str!("../../../shaders/cuda/socket/score_levels.cuh")),
+    ("score_halves.cuh", include_str!("../../../shaders/cuda/socket/score_halves.cuh")),
+    ("score_bytes.cuh", include_str!("../../../shaders/cuda/socket/score_bytes.cuh")),
+    ("score_codes.cuh", include_str!("../../../shaders/cuda/socket/score_codes.cuh")),
+    ("score_any.cuh", include_str!("../../../shaders/cuda/socket/score_any.cuh")),
 ];
 
 macro_rules! text {
@@ -68,10 +85,11 @@ impl Kernel {
             Self::HashTiles => (text!("socket/hash_tiles.cu"), "hash_tiles"),
             Self::HashStep => (text!("socket/hash_step.cu"), "hash_step"),
             Self::HashQuery { .. } => (text!("socket/hash_query.cu"), "hash_query"),
-            Self::Score => (text!("socket/score.cu"), "score"),
+            Self::Score { .. } => (text!("socket/score.cu"), "score"),
             Self::Select => (text!("socket/select.cu"), "select_keys"),
             Self::Collect => (text!("socket/collect.cu"), "collect"),
             Self::Attend { .. } => (text!("attention/attend.cu"), "attend"),
+            Self::AttendBulk { .. } => (text!("attention/attend_bulk.cu"), "attend_bulk"),
             Self::AttendAny { .. } => (text!("attention/attend_any.cu"), "attend_any"),
             Self::Prefill { .. } => (text!("attention/prefill.cu"), "prefill"),
         };
@@ -91,9 +109,10 @@ impl Key {
     /// Threads of a block.
     pub fn threads(&self) -> u32 {
         match self.kernel {
-            Kernel::Score => self.sizes.score_threads(),
+            Kernel::Score { runs } => self.sizes.score_threads(runs),
             Kernel::HashStep | Kernel::Select => 512,
             Kernel::Attend { .. } | Kernel::Prefill { .. } => 128,
+            Kernel::AttendBulk { .. } => 160,
             _ => 256,
         }
     }
@@ -167,16 +186,27 @@ impl Key {
                 all.extend(scoring);
                 all.push(("Q_DTYPE", dtype(q)));
             }
-            Kernel::Score => {
+            Kernel::Score { runs } => {
                 all.extend(scoring);
                 let (tables, heads) = s.score_blocks();
                 all.extend([("BLOCK_TABLES", tables), ("HEADS_PER_PASS", heads)]);
+                all.push(("BULK", runs.into()));
+                if let Some((stages, _)) = s.score_stages().filter(|_| runs) {
+                    all.push(("STAGES", stages));
+                }
             }
             Kernel::Attend { q, output, sparse } | Kernel::AttendAny { q, output, sparse } => {
                 all.extend(attention(q, output, sparse));
                 if sparse {
                     all.extend(scoring);
                 }
+            }
+            Kernel::AttendBulk { q, output } => {
+                all.extend(
+                    attention(q, output, false).into_iter().filter(|(name, _)| !["SPARSE", "STAGES"].contains(name)),
+                );
+                let together = if s.bulk_stages(q, 2) >= 2 { 2 } else { 1 };
+                all.extend([("MOST_STAGES", MOST_BULK_STAGES), ("BLOCKS_TOGETHER", together)]);
             }
             Kernel::Prefill { q, output } => {
                 all.extend(attention(q, output, false).into_iter().filter(|(name, _)| *name != "P_SPLITS"));
@@ -194,16 +224,21 @@ impl Stage for Key {
             Kernel::MeanKeys => "mean",
             Kernel::HashKeys | Kernel::HashTiles | Kernel::HashStep => "hash keys",
             Kernel::HashQuery { .. } => "hash query",
-            Kernel::Score => "score",
+            Kernel::Score { .. } => "score",
             Kernel::Select => "select",
             Kernel::Collect => "collect",
-            Kernel::Attend { .. } | Kernel::AttendAny { .. } => "attend",
+            Kernel::Attend { .. } | Kernel::AttendBulk { .. } | Kernel::AttendAny { .. } => "attend",
             Kernel::Prefill { .. } => "prefill",
         }
     }
 }
 
 impl KernelKey for Key {
+    #[cfg(test)]
+    fn least_capability(&self) -> i32 {
+        if matches!(self.kernel, Kernel::AttendBulk { .. } | Kernel::Score { runs: true }) { BULK_COPIES } else { 0 }
+    }
+
     fn label(&self) -> String {
         let constants: Vec<_> = self.constants().iter().map(|(name, value)| format!("{name}={value}")).collect();
         format!("{} {}", self.kernel.text().2, constants.join(" "))

@@ -70,8 +70,12 @@ impl CudaExecutor {
         let op = "new";
         ctx.check_alive(op)?;
         let (g, caps) = (Geometry::new(spec), ctx.caps());
-        let sizes =
-            Sizes { g, shared: caps.shared_memory as usize, multiprocessors: caps.multiprocessors.max(1) as usize };
+        let sizes = Sizes {
+            g,
+            shared: caps.shared_memory as usize,
+            multiprocessors: caps.multiprocessors.max(1) as usize,
+            bulk: caps.bulk_copies(),
+        };
         let bits = spec.config.layout().bits();
         let planes = Planes::new(&spec.config.hyperplanes, bits, g.head_dim, g.num_kv_heads)?;
         let one = bits * g.head_dim;

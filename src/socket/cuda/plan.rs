@@ -18,6 +18,12 @@ pub(crate) const STEP_TOKENS: usize = 16;
 /// bits.
 const CHOSEN: usize = 2048;
 const MOST_CHOSEN_SPAN: usize = 32768;
+/// Most tiles of a block of the attention that are copied in runs: more are slower.
+pub(crate) const MOST_BULK_STAGES: usize = 5;
+/// Tiles up to which a block of the attention is short: measured, see benches/NOTES.md.
+const SHORT_BLOCK: usize = 48;
+/// Most rounds of keys of a block of the scorer that are copied in runs.
+const MOST_SCORE_STAGES: usize = 3;
 
 /// How scores are stored first, see shaders/cuda/socket/score.cu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -39,6 +45,8 @@ pub(crate) struct Sizes {
     /// Bytes of shared memory that a block can have.
     pub shared: usize,
     pub multiprocessors: usize,
+    /// Whether the hardware copies runs of bytes to shared memory by itself.
+    pub bulk: bool,
 }
 
 impl Sizes {
@@ -59,9 +67,10 @@ impl Sizes {
         }
     }
 
-    /// Threads of the scorer's blocks.
-    pub fn score_threads(&self) -> u32 {
-        if self.fast() == Fast::Bytes { 256 } else { 512 }
+    /// Threads of the scorer's blocks; with a warp more where keys are copied in `runs`.
+    pub fn score_threads(&self, runs: bool) -> u32 {
+        let scorers = if self.fast() == Fast::Bytes { 256 } else { 512 };
+        if runs { scorers + 32 } else { scorers }
     }
 
     /// Tables and heads that the scorer in f32 holds at once.
@@ -84,8 +93,38 @@ impl Sizes {
             }
             Fast::Halves => g.tables.next_multiple_of(4) * 2 * 16 * 8 + 4 * BINS * 4,
             Fast::Codes => g.scoring_heads() * g.words * 512 + g.score_rows() * BINS * 4,
-            Fast::Bytes => g.score_rows() * BINS * 4 + g.scoring_heads().div_ceil(4) * g.words * 64 * 4,
+            Fast::Bytes => self.score_bytes_shared(),
         }
+    }
+
+    /// What the scorer of bytes takes beside keys: counts of four heads, and fragments of all.
+    fn score_bytes_shared(&self) -> usize {
+        let g = &self.g;
+        g.score_rows().min(4) * BINS * 4 + g.scoring_heads().div_ceil(4) * g.words * 64 * 4
+    }
+
+    /// The index of 256 keys, which is copied in runs.
+    fn score_stage(&self) -> usize {
+        self.g.index_words() * 256 * 4
+    }
+
+    /// Rounds of 256 keys that a block of the scorer holds at once, and their shared memory; where the hardware copies them.
+    pub fn score_stages(&self) -> Option<(usize, usize)> {
+        if !self.bulk || self.fast() != Fast::Bytes {
+            return None;
+        }
+        // A block takes a KiB more than it asks for, and some for its barriers.
+        let stages = |together: usize| {
+            let room = (self.shared / together).saturating_sub(self.score_bytes_shared() + 2048);
+            (room / self.score_stage()).min(MOST_SCORE_STAGES)
+        };
+        let stages = [3, 2, 1].map(stages).into_iter().find(|&stages| stages >= 2)?;
+        Some((stages, stages * self.score_stage()))
+    }
+
+    /// Whether blocks of `span` tokens have their keys copied in runs: a few rounds are faster without.
+    pub fn score_in_runs(&self, span: usize) -> bool {
+        span >= 8 * 256 && self.score_stages().is_some()
     }
 
     /// Floats of a query's side of scoring: look-up tables, projections, bounds, shift.
@@ -151,11 +190,45 @@ impl Sizes {
         (room / (4 * self.stage())).clamp(2, 3)
     }
 
-    pub fn attend_shared(&self, sparse: bool, span: usize) -> usize {
+    /// Results of a block's four warps.
+    fn results(&self) -> usize {
         let (heads, _) = self.head_tiles();
-        let results = 4 * heads * (self.g.value_dim.div_ceil(16) * 16 + 4) * 4;
-        let tiles = (4 * self.stages(sparse) * self.stage()).max(results);
+        4 * heads * (self.g.value_dim.div_ceil(16) * 16 + 4) * 4
+    }
+
+    pub fn attend_shared(&self, sparse: bool, span: usize) -> usize {
+        let tiles = (4 * self.stages(sparse) * self.stage()).max(self.results());
         tiles + if sparse { CHOSEN * 4 + (span / self.g.page + 2) * 8 } else { 0 }
+    }
+
+    /// A tile of 64 keys that is copied in runs.
+    fn bulk_stage(&self) -> usize {
+        64 * 2 * (self.g.head_dim + self.g.value_dim)
+    }
+
+    /// Whether the device, types and channels let tiles be copied in runs.
+    pub fn bulk_fits(&self, q: DType) -> bool {
+        let whole = self.g.head_dim.is_multiple_of(64) && self.g.value_dim.is_multiple_of(64);
+        self.bulk && self.on_matrix_unit(q) && whole && self.bulk_stages(q, 1) >= 2
+    }
+
+    /// Tiles that a block of the attention copied in runs holds, of `together` that share a multiprocessor.
+    pub fn bulk_stages(&self, q: DType, together: usize) -> usize {
+        // A block takes a KiB more than it asks for.
+        let room = (self.shared / together).saturating_sub(self.attend_static(q) + 1024);
+        if room < self.results() { 0 } else { (room / self.bulk_stage()).min(MOST_BULK_STAGES) }
+    }
+
+    /// Blocks that share a multiprocessor over rows of `tokens` tokens in all, and the tiles that each holds: one where there
+    /// is little to read, as fewer parts are to be merged then.
+    pub fn bulk_blocks(&self, q: DType, tokens: usize) -> (usize, usize) {
+        let tiles = (tokens * self.g.num_kv_heads * self.head_tiles().1).div_ceil(64);
+        let two = self.bulk_stages(q, 2);
+        if two >= 2 && tiles > 2 * self.multiprocessors * SHORT_BLOCK { (2, two) } else { (1, self.bulk_stages(q, 1)) }
+    }
+
+    pub fn bulk_shared(&self, stages: usize) -> usize {
+        (stages * self.bulk_stage()).max(self.results())
     }
 
     /// Keys of a tile of the prompt's attention, as far as registers go.
@@ -215,32 +288,36 @@ impl Sizes {
         self.span(tokens * self.g.scores_per_row() as usize, 2, 4096)
     }
 
-    /// Tokens of a block of the attention over rows of `lens` tokens: whole tiles; of the sparse one a power of two, so that
-    /// a block's pages are whole or one.
-    pub fn attend_span(&self, lens: impl Iterator<Item = usize> + Clone, sparse: bool) -> usize {
+    /// Tokens of a block of the attention over rows of `lens` tokens: a power of two, so that a block's pages are whole or
+    /// one.
+    pub fn sparse_span(&self, lens: impl Iterator<Item = usize>) -> usize {
+        let (_, tiles) = self.head_tiles();
+        let work = lens.sum::<usize>() * self.g.num_kv_heads * tiles;
+        self.span(work, 2, 16).next_power_of_two().clamp(64, MOST_CHOSEN_SPAN)
+    }
+
+    /// The same of the attention over all keys: whole tiles of `tile` keys, for `together` blocks of a multiprocessor.
+    pub fn dense_span(&self, lens: impl Iterator<Item = usize> + Clone, tile: usize, together: usize) -> usize {
         let (_, tiles) = self.head_tiles();
         let heads = self.g.num_kv_heads * tiles;
         let work = lens.clone().sum::<usize>() * heads;
-        if sparse {
-            return self.span(work, 2, 16).next_power_of_two().clamp(64, MOST_CHOSEN_SPAN);
-        }
         // As many blocks as run at once and none after them, or they would end at different times.
-        let together = 2 * self.multiprocessors;
+        let together = together * self.multiprocessors;
         let blocks = |span: usize| lens.clone().map(|len| len.div_ceil(span)).sum::<usize>() * heads;
-        let tiles_of = |tokens: usize| tokens.div_ceil(16).max(1);
+        let tiles_of = |tokens: usize| tokens.div_ceil(tile).max(1);
         let (mut least, mut most) = (tiles_of(work / together), tiles_of(lens.clone().max().unwrap_or(0)));
         while least < most {
             let middle = least.midpoint(most);
-            if blocks(middle * 16) <= together {
+            if blocks(middle * tile) <= together {
                 most = middle;
             } else {
                 least = middle + 1;
             }
         }
-        let span = most * 16;
+        let span = most * tile;
         // Where they do not fit, or some would have far more to do than others, more of them.
         if blocks(span) > together || 2 * work < span * together {
-            return self.span(work, 6, 16).max(256);
+            return self.span(work, 6, tile).max(256);
         }
         span.max(256)
     }

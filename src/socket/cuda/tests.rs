@@ -17,7 +17,7 @@ use crate::tensor::{DType, TensorView};
 /// Shared memory and multiprocessors of an H200.
 fn sizes(config: SocketConfig, shape: CacheShape, page_tokens: usize) -> Sizes {
     let g = Geometry::new(&CacheSpec { config, shape, page_tokens });
-    Sizes { g, shared: 227 << 10, multiprocessors: 132 }
+    Sizes { g, shared: 227 << 10, multiprocessors: 132, bulk: true }
 }
 
 /// Every kernel of this room, for the table of resources.
@@ -49,7 +49,11 @@ pub(crate) fn test_keys() -> Vec<Box<dyn KernelKey>> {
     ];
     for (config, shape, q, output) in cases {
         let s = sizes(config, shape, 1024);
-        let mut kernels = vec![Kernel::StoreKv, Kernel::HashStep, Kernel::HashQuery { q }, Kernel::Score];
+        let mut kernels = vec![Kernel::StoreKv, Kernel::HashStep, Kernel::HashQuery { q }];
+        kernels.push(Kernel::Score { runs: false });
+        if s.score_stages().is_some() {
+            kernels.push(Kernel::Score { runs: true });
+        }
         kernels.extend([Kernel::Select, Kernel::Collect]);
         kernels.push(if s.hash_tiles_shared().is_some() { Kernel::HashTiles } else { Kernel::HashKeys });
         if s.g.center {
@@ -61,6 +65,9 @@ pub(crate) fn test_keys() -> Vec<Box<dyn KernelKey>> {
             } else {
                 Kernel::AttendAny { q, output, sparse }
             });
+        }
+        if s.bulk_fits(q) {
+            kernels.push(Kernel::AttendBulk { q, output });
         }
         if s.prefill_on_matrix_unit(q, output) {
             kernels.push(Kernel::Prefill { q, output });
@@ -80,15 +87,19 @@ fn blocks_stay_within_shared_memory() {
                 for dtype in [DType::F16, DType::Bf16] {
                     let shape = CacheShape { num_q_heads: q, num_kv_heads: kv, head_dim, value_dim, dtype };
                     let s = Sizes { shared, ..sizes(SocketConfig::paper(), shape, 1024) };
-                    assert!(s.score_shared() <= shared);
+                    assert!(s.score_shared() + s.score_stages().map_or(0, |(_, bytes)| bytes) <= shared);
                     if !s.on_matrix_unit(dtype) {
                         continue;
                     }
                     for tokens in [1, 5000, 1 << 20] {
-                        for sparse in [true, false] {
-                            let span = s.attend_span(std::iter::once(tokens), sparse);
-                            assert!(s.attend_shared(sparse, span) <= shared, "{shape:?} {span}");
-                        }
+                        let (lens, any) = (std::iter::once(tokens), s.attend_shared(false, 0));
+                        let sparse = s.attend_shared(true, s.sparse_span(lens));
+                        assert!(sparse <= shared && any <= shared, "{shape:?} {tokens}");
+                    }
+                    for tokens in [1, 5000, 1 << 20].into_iter().filter(|_| s.bulk_fits(dtype)) {
+                        let (blocks, stages) = s.bulk_blocks(dtype, tokens);
+                        let taken = blocks * s.bulk_shared(stages);
+                        assert!((2..=5).contains(&stages) && taken <= shared, "{shape:?} {stages} {blocks}");
                     }
                 }
             }
@@ -224,14 +235,15 @@ fn dense_blocks_run_at_once() {
         let shape = CacheShape { num_q_heads: q, num_kv_heads: kv, head_dim: 128, value_dim: 128, dtype: DType::Bf16 };
         let s = sizes(SocketConfig::paper(), shape, 1024);
         let heads = kv * s.head_tiles().1;
-        for lens in [vec![1 << 14], vec![1 << 20], vec![100_003], vec![1 << 15; 4], vec![2048, 40_000, 131_072]] {
-            let span = s.attend_span(lens.iter().copied(), false);
+        let cases = [vec![1 << 14], vec![1 << 20], vec![100_003], vec![1 << 15; 4], vec![2048, 40_000, 131_072]];
+        for (lens, tile) in cases.iter().flat_map(|lens| [16, 64].map(|tile| (lens, tile))) {
+            let span = s.dense_span(lens.iter().copied(), tile, 2);
             let blocks = lens.iter().map(|len| len.div_ceil(span)).sum::<usize>() * heads;
-            assert!(span.is_multiple_of(16), "{lens:?} {span}");
+            assert!(span.is_multiple_of(tile), "{lens:?} {span}");
             assert!(blocks <= 264, "{lens:?}, {kv} kv heads: {blocks} blocks");
             // No block has more than twice its share.
             let work = lens.iter().sum::<usize>() * heads;
-            assert!(span <= (2 * work / 264).next_multiple_of(16).max(256), "{lens:?}, {kv} kv heads: {span}");
+            assert!(span <= (2 * work / 264).next_multiple_of(tile).max(256), "{lens:?}, {kv} kv heads: {span}");
         }
     }
 }
