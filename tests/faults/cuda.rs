@@ -298,8 +298,8 @@ fn pieces_where_the_whole_does_not_fit(device: &Device) {
     let mut race = Race::new(device, RaceConfig::default(), shape).unwrap();
     let row = wave(4 * 64);
     let of = |tokens, heads| TensorView::f32(&row, [1, tokens, heads, 64]).with_strides([0, 0, 64, 1]);
-    // Inputs 3 GiB, results 1.5.
-    let tokens = 3 << 19;
+    // Inputs and results are 2.25 and 1.125 GiB.
+    let tokens = 9 << 17;
     let mut own = race.new_state(1).unwrap();
     let o = race.append(&mut own, &of(tokens, 4), &of(tokens, 2), &of(tokens, 2)).unwrap();
     assert_eq!(own.tokens(0), Some(tokens as u64));
@@ -311,8 +311,8 @@ fn pieces_where_the_whole_does_not_fit(device: &Device) {
             assert!((o - v).abs() <= 2e-5 * v.abs().max(1e-2), "token {i}, channel {channel}: {o} for {v}");
         }
     }
-    // Inputs and results 2.25 and 1.5 GiB.
-    let tokens = 3 << 18;
+    // Inputs and results are 1.69 and 1.125 GiB, and what the forward pass works with stays.
+    let tokens = 9 << 16;
     let (q, k, v, none) = (of(tokens, 4), of(tokens, 2), of(tokens, 2), RaceOptions::default());
     let gradients = race.backward(&q, &k, &v, &of(tokens, 4), None, None, &none).unwrap();
     let dv = gradients.dv.read_blocking().unwrap().to_f32();
