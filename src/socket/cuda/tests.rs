@@ -13,6 +13,7 @@ use crate::socket::image;
 use crate::socket::plan::Geometry;
 use crate::socket::problem::{AttendProblem, CacheSpec, Kind, SeqState, query_rows};
 use crate::tensor::{DType, TensorView};
+use std::sync::Arc;
 
 /// Shared memory and multiprocessors of an H200.
 fn sizes(config: SocketConfig, shape: CacheShape, page_tokens: usize) -> Sizes {
@@ -143,7 +144,7 @@ const HARD: [Hard; 6] = [
 ];
 
 /// The sequence of a case: its index is made, not hashed.
-fn sequence(g: &Geometry, case: &Hard) -> SequenceData {
+fn sequence(g: &Geometry, tokens: usize, case: &Hard) -> SequenceData {
     let mut x = 1u64;
     let mut next = || {
         x ^= x << 13;
@@ -151,8 +152,7 @@ fn sequence(g: &Geometry, case: &Hard) -> SequenceData {
         x ^= x << 17;
         (x >> 16) as u32
     };
-    assert_eq!(g.tables_per_word() * g.planes, 32, "every bit of a word is used in these cases");
-    let mut data = image::empty(g, SeqState { len: TOKENS, indexed: TOKENS });
+    let mut data = image::empty(g, SeqState { len: tokens, indexed: tokens });
     for bytes in data.k.chunks_mut(2).chain(data.v.chunks_mut(2)) {
         let value = half::bf16::from_f32((next() % 1000) as f32 * 2e-3 - 1.0);
         bytes.copy_from_slice(&value.to_bits().to_le_bytes());
@@ -167,18 +167,18 @@ fn sequence(g: &Geometry, case: &Hard) -> SequenceData {
     data
 }
 
-/// One step with what it selected.
-fn decode(executor: &mut dyn Executor, spec: &CacheSpec, data: &SequenceData) -> Attended {
+/// One step; a sparse one with what it selected.
+fn decode(executor: &mut dyn Executor, spec: &CacheSpec, data: &SequenceData, kind: Kind) -> Attended {
     executor.fork(None, SeqState::default()).unwrap();
     executor.import(0, data).unwrap();
     let shape = &spec.shape;
     let wave = |i: usize| half::bf16::from_f32((i as f32 * 0.7).sin());
     let q: Vec<_> = (0..shape.num_q_heads * shape.head_dim).map(wave).collect();
     let q = TensorView::bf16(&q, [1, 1, shape.num_q_heads, shape.head_dim]);
-    let rows = query_rows(&spec.config, Kind::Sparse, &[data.state], 1);
-    let (kind, output) = (Kind::Sparse, DType::F32);
+    let rows = query_rows(&spec.config, kind, &[data.state], 1);
+    let (want_selection, output) = (kind == Kind::Sparse, DType::F32);
     let seqs = vec![data.state];
-    let problem = AttendProblem { kind, op: "decode", tq: 1, rows, seqs, scale: 0.125, output, want_selection: true };
+    let problem = AttendProblem { kind, op: "decode", tq: 1, rows, seqs, scale: 0.125, output, want_selection };
     executor.attend(Recording::Run, &q, &problem).unwrap()
 }
 
@@ -197,13 +197,18 @@ fn listed(executor: &mut CudaExecutor) -> Vec<usize> {
     words.chunks_exact(row).map(|row| row[BINS] as usize).collect()
 }
 
+fn cuda() -> Option<Arc<Context>> {
+    if !std::env::var("SOFTHASH_TEST_DEVICE").is_ok_and(|name| name.starts_with("cuda")) {
+        println!("left out: SOFTHASH_TEST_DEVICE names no CUDA device");
+        return None;
+    }
+    Some(Context::open(0, Place::Off).unwrap())
+}
+
 /// Keys that are hard to tell apart: the CPU's selection, by every way that finds it.
 #[test]
 fn hard_selections_are_those_of_the_cpu() {
-    if !std::env::var("SOFTHASH_TEST_DEVICE").is_ok_and(|name| name.starts_with("cuda")) {
-        return println!("left out: SOFTHASH_TEST_DEVICE names no CUDA device");
-    }
-    let ctx = Context::open(0, Place::Off).unwrap();
+    let Some(ctx) = cuda() else { return };
     let small = |config| SocketConfig { budget: Budget::Tokens(CHOSEN), sink: 4, window: 8, center: None, ..config };
     let (paper, fast) = (small(SocketConfig::paper()), small(SocketConfig::fast()));
     let group = SocketConfig { scope: SelectionScope::PerGroup, ..fast.clone() };
@@ -215,17 +220,68 @@ fn hard_selections_are_those_of_the_cpu() {
             let spec = CacheSpec { config, shape, page_tokens: 1024 };
             let what =
                 format!("{}: {:?}, {num_q_heads} heads, {:?}", case.name, spec.config.scoring, spec.config.scope);
-            let data = sequence(&Geometry::new(&spec), case);
+            let g = Geometry::new(&spec);
+            assert_eq!(g.tables_per_word() * g.planes, 32, "every bit of a word is used in these cases");
+            let data = sequence(&g, TOKENS, case);
             let mut executor = CudaExecutor::make(ctx.clone(), &spec).unwrap();
-            let found = selected(&decode(&mut executor, &spec, &data));
+            let found = selected(&decode(&mut executor, &spec, &data, Kind::Sparse));
             let mut cpu = CpuExecutor::new(&spec).unwrap();
-            assert!(found == selected(&decode(&mut cpu, &spec, &data)), "{what}: not what the CPU selects");
+            let expected = selected(&decode(&mut cpu, &spec, &data, Kind::Sparse));
+            assert!(found == expected, "{what}: not what the CPU selects");
             let listed = listed(&mut executor);
             println!("{what}: {listed:?} near the threshold");
             met = met || listed.iter().any(|&count| (case.listed.0..=case.listed.1).contains(&count));
         }
         // Not by every config: a linear score may be negative, where the order of the gains turns around.
         assert!(met, "{}: no row lists as many as this case is for", case.name);
+    }
+}
+
+/// With spans long enough that each block goes through its ring of keys more than once, and pages shorter than a round.
+#[test]
+fn long_spans_of_the_scorer_select_the_same() {
+    let Some(ctx) = cuda() else { return };
+    let small = |config| SocketConfig { budget: Budget::Tokens(CHOSEN), sink: 4, window: 8, center: None, ..config };
+    let fast = small(SocketConfig::fast());
+    let group = SocketConfig { scope: SelectionScope::PerGroup, ..fast.clone() };
+    for (config, num_q_heads, page_tokens) in [(fast.clone(), 8, 1024), (fast, 12, 64), (group, 2, 128)] {
+        let shape = CacheShape { num_q_heads, num_kv_heads: 2, head_dim: 64, value_dim: 64, dtype: DType::Bf16 };
+        let spec = CacheSpec { config, shape, page_tokens };
+        let data = sequence(&Geometry::new(&spec), TOKENS, &HARD[0]);
+        let mut cpu = CpuExecutor::new(&spec).unwrap();
+        let expected = selected(&decode(&mut cpu, &spec, &data, Kind::Sparse));
+        for bulk in [true, false] {
+            let mut executor = CudaExecutor::make(ctx.clone(), &spec).unwrap();
+            executor.sizes.multiprocessors = 2;
+            executor.sizes.bulk &= bulk;
+            let sizes = executor.sizes;
+            assert_eq!(sizes.score_in_runs(sizes.score_span(TOKENS)), sizes.bulk);
+            let found = selected(&decode(&mut executor, &spec, &data, Kind::Sparse));
+            assert!(found == expected, "{num_q_heads} heads, {page_tokens} tokens a page, in runs: {}", sizes.bulk);
+        }
+    }
+}
+
+/// By tiles that are copied in runs and by those that are not, in blocks of a few tiles and of many.
+#[test]
+fn dense_decoding_is_that_of_the_cpu() {
+    let Some(ctx) = cuda() else { return };
+    for (num_q_heads, num_kv_heads, dim) in [(1, 1, 64), (8, 2, 128), (16, 2, 64), (16, 1, 256), (4, 1, 80)] {
+        let shape = CacheShape { num_q_heads, num_kv_heads, head_dim: dim, value_dim: dim, dtype: DType::Bf16 };
+        let spec = CacheSpec { config: SocketConfig::fast(), shape, page_tokens: 64 };
+        for tokens in [1, 63, 64, 65, 2047, 5000] {
+            let data = sequence(&Geometry::new(&spec), tokens, &HARD[0]);
+            let mut cpu = CpuExecutor::new(&spec).unwrap();
+            let expected = decode(&mut cpu, &spec, &data, Kind::Dense).o.read_blocking().unwrap().to_f32();
+            for (bulk, multiprocessors) in [(true, 132), (true, 1), (false, 132), (false, 1)] {
+                let mut executor = CudaExecutor::make(ctx.clone(), &spec).unwrap();
+                executor.sizes.multiprocessors = multiprocessors;
+                executor.sizes.bulk &= bulk;
+                let found = decode(&mut executor, &spec, &data, Kind::Dense).o.read_blocking().unwrap().to_f32();
+                let worst = expected.iter().zip(&found).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(worst <= 2e-5, "{shape:?}, {tokens} tokens, {bulk} {multiprocessors}: {worst:.1e} apart");
+            }
+        }
     }
 }
 
