@@ -152,15 +152,15 @@ impl RaceExecutor for CudaRace {
         }
         self.fold(op, state)?;
         if let Some(gait) = self.walks(call, inputs, false) {
-            let walked = match self.staged(call, inputs, false) {
-                Ok(staged) if !self.walkable(&staged) => None,
-                Ok(staged) => Some(self.walk_forward(call, &staged, state, gait)),
-                Err(error) => Some(Err(error)),
+            let walk = match self.staged(call, inputs, false) {
+                Ok(staged) if staged.aligned() => self.walk_forward(call, &staged, state, gait).map(Some),
+                other => other.map(|_| None),
             };
-            match walked {
-                // What the device has no room for at once goes piece by piece.
-                None | Some(Err(Error::OutOfMemory { .. })) => {}
-                Some(result) => return result,
+            match walk {
+                Ok(Some((ready, o))) => return ready.run(&self.ctx, op).map(|()| o),
+                // What the device has no room for at once goes piece by piece; nothing has run yet.
+                Ok(None) | Err(Error::OutOfMemory { .. }) => {}
+                Err(error) => return Err(error),
             }
         }
         self.any_forward(call, inputs, state)
@@ -182,16 +182,18 @@ impl RaceExecutor for CudaRace {
         self.own_sums(op, sums)?;
         self.fold(op, state)?;
         if let Some(gait) = self.walks(call, inputs, true) {
-            let walked = match self.staged(call, inputs, true) {
-                Ok(staged) if !self.walkable(&staged) => None,
-                Ok(staged) => Some(self.walk_backward(call, &staged, state, gradient, sums, gait)),
-                Err(error) => Some(Err(error)),
+            let walk = match self.staged(call, inputs, true) {
+                Ok(staged) if staged.aligned() => {
+                    self.walk_backward(call, &staged, state, gradient, sums, gait).map(Some)
+                }
+                other => other.map(|_| None),
             };
-            match walked {
-                None => {}
+            match walk {
+                Ok(Some((ready, gradients))) => return ready.run(&self.ctx, op).map(|()| gradients),
                 // As above; pieces have gradients of f32 alone.
-                Some(Err(Error::OutOfMemory { .. })) if call.gradients == DType::F32 => {}
-                Some(result) => return result,
+                Err(Error::OutOfMemory { .. }) if call.gradients == DType::F32 => {}
+                Ok(None) => {}
+                Err(error) => return Err(error),
             }
         }
         call.wide_gradients("what the tensor cores do not take (see RaceOptions::gradients)")?;

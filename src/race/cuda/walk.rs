@@ -17,7 +17,7 @@ use super::kernels::Kernel;
 use super::params::{Scan, Shares, Walk};
 use super::shared::{self, Fit};
 use super::state::{CudaParameterSums, CudaState};
-use crate::engine::cuda::{Bind, Buffer, Grid, Input, Passes, bytes_of, stage};
+use crate::engine::cuda::{Bind, Buffer, Grid, Input, Passes, Ready, bytes_of, stage};
 use crate::error::Result;
 use crate::race::executor::{Call, InputGradients, Inputs, Pass, needed};
 use crate::tensor::{DType, Tensor};
@@ -49,7 +49,8 @@ pub(super) struct Staged {
 }
 
 impl Staged {
-    fn aligned(&self) -> bool {
+    /// Whether all can be read sixteen bytes at a time, as kernels that walk do.
+    pub fn aligned(&self) -> bool {
         [&self.q, &self.k, &self.v, &self.grad_o].into_iter().flatten().all(|input| input.alignment >= 16)
     }
 }
@@ -110,11 +111,6 @@ impl CudaRace {
             _ => &[1],
         };
         wanted.iter().find_map(|&terms| gait(terms))
-    }
-
-    /// Whether staged inputs can be read sixteen bytes at a time.
-    pub(super) fn walkable(&self, staged: &Staged) -> bool {
-        staged.aligned()
     }
 
     fn walk(&self, call: &Call, staged: &Staged) -> Walk {
@@ -216,14 +212,14 @@ impl CudaRace {
         passes.dispatch(self.key(Kernel::Scan { reverse }), scan, grid, binds)
     }
 
-    /// A forward pass; o where it reads.
+    /// Makes a forward pass ready; o where it reads.
     pub(super) fn walk_forward(
         &mut self,
         call: &Call,
         staged: &Staged,
         state: &CudaState,
         gait: Gait,
-    ) -> Result<Option<Tensor>> {
+    ) -> Result<(Ready, Option<Tensor>)> {
         let (op, g, ctx) = (call.op, self.geometry, self.ctx.clone());
         let Gait { terms, fit } = gait;
         let walk = self.walk(call, staged);
@@ -254,11 +250,10 @@ impl CudaRace {
             let shape = vec![call.batch(), call.tokens, g.num_q_heads, g.value_dim];
             o = Some(Tensor::cuda(call.output, shape, buffer));
         }
-        passes.ready()?.run(&ctx, op)?;
-        Ok(o)
+        Ok((passes.ready()?, o))
     }
 
-    /// A causal backward pass.
+    /// Makes a causal backward pass ready.
     pub(super) fn walk_backward(
         &mut self,
         call: &Call,
@@ -267,7 +262,7 @@ impl CudaRace {
         gradient: &CudaState,
         sums: &CudaParameterSums,
         gait: Gait,
-    ) -> Result<InputGradients> {
+    ) -> Result<(Ready, InputGradients)> {
         let (op, g, ctx) = (call.op, self.geometry, self.ctx.clone());
         let Gait { terms, fit } = gait;
         let walk = self.walk(call, staged);
@@ -329,8 +324,7 @@ impl CudaRace {
         let grid = Self::walk_grid(&walk, walk.kv_heads, fit.bytes);
         passes.dispatch(self.key(Kernel::BackwardKey { terms, fit, gradients }), walk, grid, binds)?;
         self.add_shares(&mut passes, &shares, parts as usize, g.num_kv_heads, 1, 0, 0, sums)?;
-        passes.ready()?.run(&ctx, op)?;
-        Ok(InputGradients { dq: Some(dq_tensor), dk: Some(dk_tensor), dv: Some(dv_tensor) })
+        Ok((passes.ready()?, InputGradients { dq: Some(dq_tensor), dk: Some(dk_tensor), dv: Some(dv_tensor) }))
     }
 
     /// Adds shares `[part, head, bits, head_dim + 1]` to the sums of `ensemble`; the first head belongs to kv head
