@@ -562,5 +562,7 @@ mod buffers;
 /// What only CUDA can do wrong.
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod cuda_memory;
 #[cfg(all(feature = "cuda", target_os = "linux"))]
 mod drivers;

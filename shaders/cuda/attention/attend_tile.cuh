@@ -31,9 +31,6 @@
 #define QUERY_ROW (K_STEPS * 16 + 8)
 #define QUERY_PARTS (Q_PASSES * 16 * QUERY_ROW)
 
-// What rounding x to 16 bits leaves.
-__device__ __forceinline__ float rest_of(float x) { return x - widen<KV_DTYPE>(narrow<KV_DTYPE>(x)); }
-
 __device__ __forceinline__ u32 word_of(const uint4& words, u32 word) {
     return word == 0 ? words.x : word == 1 ? words.y : word == 2 ? words.z : words.w;
 }
@@ -265,18 +262,7 @@ struct Attention {
 #else
             load_matrices_transposed(b, values_at + step * 32);
 #endif
-            // The matrix unit cuts off what it adds up, always towards zero: over a long span that bends the sum. So it
-            // adds within a tile only.
-            float of_tile[2][4] = {};
-#pragma unroll
-            for (u32 pass = 0; pass < P_PASSES; pass++) {
-                mma16<KV_DTYPE>(of_tile[0], a[pass], b[0], b[1]);
-                mma16<KV_DTYPE>(of_tile[1], a[pass], b[2], b[3]);
-            }
-#pragma unroll
-            for (u32 i = 0; i < 2; i++)
-#pragma unroll
-                for (u32 c = 0; c < 4; c++) values[step * 2 + i][c] += of_tile[i][c];
+            add_values<true>(&values[step * 2], a, b);
         }
     }
 

@@ -15,8 +15,6 @@
 
 extern __shared__ __align__(16) u8 memory[];
 
-__device__ __forceinline__ float rest_of(float x) { return x - widen<KV_DTYPE>(narrow<KV_DTYPE>(x)); }
-
 __device__ __forceinline__ void copy_tile(const Call& p, u32 stage, u32 sequence, u32 kv_head, u32 first, u32 reach) {
     u64 page = page_of(p, sequence, first);
     u64 keys = key_row(page, kv_head, first), values = value_row(page, kv_head, first);
@@ -159,22 +157,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prefill(ARGUMENTS) {
             for (u32 step = 0; step < V_STEPS; step++) {
                 u32 b[4];
                 load_matrices_transposed(b, rows_of_values + (n * 16 + lane % 16) * V_ROW + lane / 16 * 16 + step * 32);
-                // The matrix unit cuts off what it adds up: where that would be seen, it adds up 16 keys at a time.
-                const bool apart = P_SPLITS > 1;
-                float sums[2][4];
-#pragma unroll
-                for (u32 i = 0; i < 2; i++)
-#pragma unroll
-                    for (u32 c = 0; c < 4; c++) sums[i][c] = apart ? 0.0f : values[step * 2 + i][c];
-#pragma unroll
-                for (u32 split = 0; split < P_SPLITS; split++) {
-                    mma16<KV_DTYPE>(sums[0], a[split], b[0], b[1]);
-                    mma16<KV_DTYPE>(sums[1], a[split], b[2], b[3]);
-                }
-#pragma unroll
-                for (u32 i = 0; i < 2; i++)
-#pragma unroll
-                    for (u32 c = 0; c < 4; c++) values[step * 2 + i][c] = apart ? values[step * 2 + i][c] + sums[i][c] : sums[i][c];
+                // Where results are of 16 bits, what is cut off is not seen.
+                add_values<(P_SPLITS > 1)>(&values[step * 2], a, b);
             }
         }
     }

@@ -3,6 +3,29 @@
 #pragma once
 #include "params.cuh"
 
+// What rounding x to 16 bits leaves.
+__device__ __forceinline__ float rest_of(float x) { return x - widen<KV_DTYPE>(narrow<KV_DTYPE>(x)); }
+
+// Adds the products of 16 weights, in several parts, with 16 rows of values to two tiles of sums. The matrix unit cuts off
+// what it adds up, always towards zero, which bends a long sum: APART it adds up these 16 alone.
+template <bool APART, u32 PARTS>
+__device__ __forceinline__ void add_values(float (*values)[4], const u32 (&weights)[PARTS][4], const u32 (&rows)[4]) {
+    float sums[2][4];
+#pragma unroll
+    for (u32 i = 0; i < 2; i++)
+#pragma unroll
+        for (u32 c = 0; c < 4; c++) sums[i][c] = APART ? 0.0f : values[i][c];
+#pragma unroll
+    for (u32 part = 0; part < PARTS; part++) {
+        mma16<KV_DTYPE>(sums[0], weights[part], rows[0], rows[1]);
+        mma16<KV_DTYPE>(sums[1], weights[part], rows[2], rows[3]);
+    }
+#pragma unroll
+    for (u32 i = 0; i < 2; i++)
+#pragma unroll
+        for (u32 c = 0; c < 4; c++) values[i][c] = APART ? values[i][c] + sums[i][c] : sums[i][c];
+}
+
 // Finite: no real logit comes near.
 #define MASKED -1.0e30f
 
