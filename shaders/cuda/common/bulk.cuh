@@ -37,7 +37,8 @@ __device__ __forceinline__ u32 dynamic_shared() {
     return bytes;
 }
 
-// Starts to copy `bytes`, whole 16, at addresses that are whole 16.
+// Starts to copy `bytes`, whole 16, at addresses that are whole 16; fast only where `to` is a whole 128. To racecheck this is
+// a write of the lane that starts it, which no barrier puts in order: it reports the reads of other warps, rightly ordered.
 __device__ __forceinline__ void copy_bulk(u32 to, u64 from, u32 bytes, Barrier* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(to), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
