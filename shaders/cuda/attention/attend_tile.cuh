@@ -199,19 +199,7 @@ struct Attention {
             top[r] = fmaxf(peak[r], most);
             grew = grew || top[r] > peak[r];
         }
-        if (__any_sync(FULL_WARP, grew)) {
-            float keep[ROWS];
-#pragma unroll
-            for (u32 r = 0; r < ROWS; r++) {
-                keep[r] = exp2_fast(peak[r] - top[r]);
-                sum[r] *= keep[r];
-                peak[r] = top[r];
-            }
-#pragma unroll
-            for (u32 i = 0; i < V_STEPS * 2; i++)
-#pragma unroll
-                for (u32 c = 0; c < 4; c++) values[i][c] *= keep[PACKED ? 0 : c / 2];
-        }
+        if (__any_sync(FULL_WARP, grew)) raise_peaks(peak, sum, values, top);
 #pragma unroll
         for (u32 r = 0; r < ROWS; r++)
 #pragma unroll

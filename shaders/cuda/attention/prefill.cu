@@ -121,17 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prefill(ARGUMENTS) {
             top[r] = fmaxf(top[r], __shfl_xor_sync(FULL_WARP, top[r], 1));
             top[r] = fmaxf(top[r], __shfl_xor_sync(FULL_WARP, top[r], 2));
         }
-        float keep[2];
-#pragma unroll
-        for (u32 r = 0; r < 2; r++) {
-            keep[r] = exp2_fast(peak[r] - top[r]);
-            sum[r] *= keep[r];
-            peak[r] = top[r];
-        }
-#pragma unroll
-        for (u32 i = 0; i < V_STEPS * 2; i++)
-#pragma unroll
-            for (u32 c = 0; c < 4; c++) values[i][c] *= keep[c / 2];
+        raise_peaks(peak, sum, values, top);
 #pragma unroll
         for (u32 n = 0; n < KEYS / 8; n++)
 #pragma unroll

@@ -26,6 +26,23 @@ __device__ __forceinline__ void add_values(float (*values)[4], const u32 (&weigh
         for (u32 c = 0; c < 4; c++) values[i][c] = APART ? values[i][c] + sums[i][c] : sums[i][c];
 }
 
+// Raises the peaks of a lane's rows to `top`: what was added before counts less by as much. Of two rows the second has the
+// last two of each four values.
+template <u32 ROWS, u32 TILES>
+__device__ __forceinline__ void raise_peaks(float (&peak)[ROWS], float (&sum)[ROWS], float (&values)[TILES][4], const float (&top)[ROWS]) {
+    float keep[ROWS];
+#pragma unroll
+    for (u32 r = 0; r < ROWS; r++) {
+        keep[r] = exp2_fast(peak[r] - top[r]);
+        sum[r] *= keep[r];
+        peak[r] = top[r];
+    }
+#pragma unroll
+    for (u32 i = 0; i < TILES; i++)
+#pragma unroll
+        for (u32 c = 0; c < 4; c++) values[i][c] *= keep[ROWS == 1 ? 0 : c / 2];
+}
+
 // Finite: no real logit comes near.
 #define MASKED -1.0e30f
 
