@@ -144,8 +144,8 @@ impl Patience {
     }
 }
 
-/// Runs uncounted, then counted by `clock`, as `patience` has it.
-pub fn samples(patience: Patience, clock: &Clock, mut run: impl FnMut() -> Outcome<f64>) -> Outcome<Vec<f64>> {
+/// Runs uncounted, one after the other without waiting, until a GPU's clocks are up.
+pub fn raise_clocks(patience: Patience, clock: &Clock, mut run: impl FnMut() -> Outcome<f64>) -> Outcome<()> {
     let start = Instant::now();
     clock.settle(true);
     let settled = loop {
@@ -155,7 +155,12 @@ pub fn samples(patience: Patience, clock: &Clock, mut run: impl FnMut() -> Outco
         }
     };
     clock.settle(false);
-    settled?;
+    settled.map(drop)
+}
+
+/// Runs uncounted, then counted by `clock`, as `patience` has it.
+pub fn samples(patience: Patience, clock: &Clock, mut run: impl FnMut() -> Outcome<f64>) -> Outcome<Vec<f64>> {
+    raise_clocks(patience, clock, &mut run)?;
     let (mut samples, start) = (Vec::new(), Instant::now());
     let enough = |count: usize| {
         let passed = start.elapsed().as_secs_f64() / patience.seconds;
