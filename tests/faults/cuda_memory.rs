@@ -124,8 +124,9 @@ fn pieces_where_the_whole_does_not_fit(device: &Device) {
     let o = race.append(&mut own, &of(tokens, 4), &of(tokens, 2), &of(tokens, 2)).unwrap();
     assert_eq!(own.tokens(0), Some(tokens as u64));
     // The mean of equal values is their value.
-    let o = o.read_blocking().unwrap().to_f32();
-    for (i, o) in o.chunks(256).enumerate().step_by(9973) {
+    let read = o.read_blocking().unwrap().to_f32();
+    drop(o);
+    for (i, o) in read.chunks(256).enumerate().step_by(9973) {
         for (channel, &o) in o.iter().enumerate() {
             let v = row[channel / 128 * 64 + channel % 64];
             assert!((o - v).abs() <= 2e-5 * v.abs().max(1e-2), "token {i}, channel {channel}: {o} for {v}");

@@ -116,6 +116,32 @@ pub(super) fn with(params: PieceParams, x: Option<&Input>, y: Option<&Input>) ->
     PieceParams { x: strides(x), y: strides(y), ..params }
 }
 
+/// What the pieces of a call change: where there are several it is a copy until all have run, so that a call which fails
+/// half way changes nothing.
+pub(super) struct Working {
+    pub buffer: Buffer,
+    copied: bool,
+}
+
+impl Working {
+    pub fn new(op: &'static str, original: &Buffer, pieces: &[Piece]) -> Result<Self> {
+        let (ctx, bytes) = (original.context(), original.size());
+        if pieces.len() <= 1 {
+            return Ok(Self { buffer: original.clone(), copied: false });
+        }
+        let buffer = ctx.uninit(op, bytes)?;
+        ctx.copy(op, (original, 0), (&buffer, 0), bytes)?;
+        Ok(Self { buffer, copied: true })
+    }
+
+    pub fn finish(self, op: &'static str, original: &Buffer) -> Result<()> {
+        if !self.copied {
+            return Ok(());
+        }
+        original.context().copy(op, (&self.buffer, 0), (original, 0), original.size())
+    }
+}
+
 impl CudaRace {
     /// Pieces that have work.
     pub(super) fn any_pieces(&self, call: &Call) -> Result<Vec<Piece>> {
@@ -316,8 +342,11 @@ impl CudaRace {
         } else {
             None
         };
-        let mut passes = Passes::new(&ctx, op);
-        for piece in &self.any_pieces(call)? {
+        let pieces = self.any_pieces(call)?;
+        let working = Working::new(op, &state.buffer, &pieces)?;
+        for piece in &pieces {
+            // Each runs on its own, so that its inputs make room for the next one's.
+            let mut passes = Passes::new(&ctx, op);
             let keys = if call.pass.absorbs() {
                 Some((self.piece_input(call, piece, "k", inputs.k)?, self.piece_input(call, piece, "v", inputs.v)?))
             } else {
@@ -334,7 +363,7 @@ impl CudaRace {
                         self.chunk_sums(&mut passes, &block, v, &room)?;
                     }
                     let (alone, first) = (keys.is_none(), piece.sequences.start);
-                    self.any_scan(&mut passes, &block, &state.buffer, first, &room, false, false, alone)?;
+                    self.any_scan(&mut passes, &block, &working.buffer, first, &room, false, false, alone)?;
                     if alone {
                         block.params.slots = 1;
                     }
@@ -345,8 +374,9 @@ impl CudaRace {
                     }
                 }
             }
+            passes.ready()?.run(&ctx, op)?;
         }
-        passes.ready()?.run(&ctx, op)?;
+        working.finish(op, &state.buffer)?;
         let shape = vec![call.batch(), call.tokens, g.num_q_heads, g.value_dim];
         Ok(output.map(|buffer| Tensor::cuda(call.output, shape, buffer)))
     }

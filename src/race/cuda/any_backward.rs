@@ -2,7 +2,7 @@
 //! the keys for the state before each.
 
 use super::CudaRace;
-use super::any::{ADD, Block, Room, column_tiles, grid, matrix_tiles, row_tiles, tiles, with};
+use super::any::{ADD, Block, Room, Working, column_tiles, grid, matrix_tiles, row_tiles, tiles, with};
 use super::kernels::Kernel;
 use super::params::PieceParams;
 use super::state::{CudaParameterSums, CudaState};
@@ -36,18 +36,25 @@ impl CudaRace {
         };
         let results = Results { dq: gradient_of(inputs.q)?, dk: gradient_of(inputs.k)?, dv: gradient_of(inputs.v)? };
         let all = self.any_pieces(call)?;
-        let mut passes = Passes::new(&ctx, op);
+        let of_state = Working::new(op, &gradient.buffer, &all)?;
+        let of_sums = Working::new(op, &sums.totals, &all)?;
+        let into_state = CudaState { buffer: of_state.buffer.clone(), pending: gradient.pending.clone() };
+        let into_sums = CudaParameterSums { totals: of_sums.buffer.clone(), ..*sums };
         for some in all.chunk_by(|a, b| a.sequences == b.sequences) {
-            let mut entries = self.entries(&mut passes, call, inputs, state, some)?;
+            let mut entries = self.entries(call, inputs, state, some)?;
             for piece in some.iter().rev() {
+                let mut passes = Passes::new(&ctx, op);
                 let (entry, first) = match entries.pop() {
                     Some(entry) => (entry, 0),
                     None => (state.buffer.clone(), piece.sequences.start),
                 };
+                let (gradient, sums) = (&into_state, &into_sums);
                 self.backward_piece(&mut passes, call, inputs, (&entry, first), piece, &results, gradient, sums)?;
+                passes.ready()?.run(&ctx, op)?;
             }
         }
-        passes.ready()?.run(&ctx, op)?;
+        of_state.finish(op, &gradient.buffer)?;
+        of_sums.finish(op, &sums.totals)?;
         let tensor = |view: Option<TensorView<'_>>, buffer: Option<Buffer>| {
             let (view, buffer) = (view?, buffer?);
             Some(Tensor::cuda(DType::F32, view.shape().to_vec(), buffer))
@@ -59,7 +66,6 @@ impl CudaRace {
     /// Of a causal pass, the states of the pieces' sequences before each piece: one ascending sweep over the keys.
     fn entries(
         &mut self,
-        passes: &mut Passes<'_>,
         call: &Call,
         inputs: &Inputs<'_>,
         state: &CudaState,
@@ -78,21 +84,23 @@ impl CudaRace {
                 Some(last) => Bind::from(last),
                 None => Bind::at(&state.buffer, piece.sequences.start as u64 * one),
             };
+            let mut passes = Passes::new(&ctx, op);
             passes.copy(from, Bind::from(&next), bytes);
             if let Some(done) = i.checked_sub(1).and_then(|i| pieces.get(i)) {
                 let k = self.piece_input(call, done, "k", inputs.k)?;
                 let v = self.piece_input(call, done, "v", inputs.v)?;
                 let room = self.room(op, done, true)?;
-                let lengths = Self::piece_lengths(passes, call, done);
+                let lengths = Self::piece_lengths(&mut passes, call, done);
                 for heads in self.head_blocks(done) {
                     for ensemble in 0..self.geometry.ensembles {
                         let block = self.any_block(done, &lengths, heads.clone(), ensemble);
-                        self.hashes(passes, &block, &k, false, &room)?;
-                        self.chunk_sums(passes, &block, &v, &room)?;
-                        self.any_scan(passes, &block, &next, 0, &room, false, false, false)?;
+                        self.hashes(&mut passes, &block, &k, false, &room)?;
+                        self.chunk_sums(&mut passes, &block, &v, &room)?;
+                        self.any_scan(&mut passes, &block, &next, 0, &room, false, false, false)?;
                     }
                 }
             }
+            passes.ready()?.run(&ctx, op)?;
             entries.push(next);
         }
         Ok(entries)

@@ -159,10 +159,10 @@ fn an_append_without_memory_moves_nothing() {
     let device = Device::by_name(&name).unwrap();
     let ctx = device.cuda_context().unwrap();
     let shape = RaceShape { num_q_heads: 2, num_kv_heads: 1, head_dim: 16, value_dim: 16, dtype: DType::F32 };
-    for tokens in [1, 3] {
+    // The last is more than one piece.
+    for (batch, tokens) in [(17, 1), (17, 3), (4, 40_000)] {
         let config = RaceConfig { window: 4, ..RaceConfig::default() };
         let mut race = Race::new(&device, config, shape).unwrap();
-        let batch = 17;
         let values: Vec<f32> = (0..batch * tokens * 32).map(|i| (i as f32 * 0.37).sin()).collect();
         let view = |heads: usize| TensorView::f32(&values[..batch * tokens * heads * 16], [batch, tokens, heads, 16]);
         let (q, kv) = (view(2), view(1));
