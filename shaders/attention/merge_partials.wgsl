@@ -65,12 +65,14 @@ fn main(place: Place) {
             for (var i = merge_group; i < count; i += 8u * MERGE_GROUPS) {
 #repeat u 8
                 let part$u = i + $uu * MERGE_GROUPS;
-                let values$u = partials[(first + base + min(part$u, count - 1u)) * VECS + at];
+                let weight$u = select(0.0, weights[min(part$u, count - 1u)], part$u < count);
+                var values$u = vec4<f32>();
+                if weight$u > 0.0 {
+                    values$u = partials[(first + base + part$u) * VECS + at];
+                }
 #end
 #repeat u 8
-                if part$u < count {
-                    value += values$u * weights[part$u];
-                }
+                value += values$u * weight$u;
 #end
             }
         }

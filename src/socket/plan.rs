@@ -66,8 +66,10 @@ pub(crate) const CANDIDATES: usize = 16384;
 pub(crate) const RESCORE_SLICES: usize = 16;
 /// Workgroups of scoring that keep every core of a large GPU busy.
 pub(crate) const SCORE_GROUPS: u64 = 1024;
-/// Chunks that a workgroup scores at most: their keys are counted in 16 bits.
-const MOST_SPAN: u64 = 4;
+/// Workgroups of attention that keep every core of a large GPU busy.
+pub(crate) const ATTEND_GROUPS: u64 = 512;
+/// Chunks of a workgroup at most: scoring counts their keys in 16 bits, and listing them numbers chunks in 6.
+const MOST_SPAN: u64 = 16;
 /// Rows of more keys than these have their candidates scored again by a dispatch of its own.
 pub(crate) const RESCORE_FUSED_KEYS: u64 = 64 << 10;
 /// Header words (bounds, shift, errors) before a query's look-up tables.
@@ -237,6 +239,18 @@ impl Geometry {
     /// `busy` workgroups stay, for every core to have some. The mean over heads is kept for one chunk.
     pub fn score_span(&self, chunks: u64, busy: u64) -> u64 {
         if self.mean_score() { 1 } else { (chunks / busy).clamp(1, MOST_SPAN) }
+    }
+
+    /// The same of looking for keys near the thresholds, where half as many workgroups are enough.
+    pub fn candidates_span(&self, chunks: u64, busy: u64) -> u64 {
+        (2 * chunks / busy).clamp(1, MOST_SPAN)
+    }
+
+    /// Chunks that a workgroup of attention takes one after the other, where attend_rows.wgsl serves: it sets up and merges
+    /// once for all of them. At least `busy` workgroups stay, of `tokens` in all sequences.
+    pub fn attend_span(&self, chunk: usize, tokens: usize, queries: usize, busy: u64) -> u64 {
+        let chunks = (tokens / chunk) as u64 * (self.num_kv_heads * queries) as u64;
+        (chunks / busy).clamp(1, MOST_SPAN)
     }
 
     /// Every chunk size that [`Geometry::chunk`] may choose.

@@ -142,8 +142,9 @@ impl GpuExecutor {
         let (batch, tq) = (problem.batch(), problem.tq);
         let q_dtype = q.dtype();
         let q = stage(&self.ctx, op, q, 0..batch, 0..tq)?;
-        let limit = self.scratch_limit;
-        let Blocks { rows, blocks, chunk } = Blocks::new(&g, problem, sparse, limit, |b| self.sequences[b].slot);
+        let (limit, busy) = (self.scratch_limit, self.attend_groups);
+        let Blocks { rows, blocks, chunk, span } =
+            Blocks::new(&g, problem, sparse, limit, busy, |b| self.sequences[b].slot);
         let mut bytes = [0u64; 5];
         for block in &blocks {
             let needed = block.load.bytes(&g, sparse);
@@ -205,6 +206,7 @@ impl GpuExecutor {
                 params,
                 block,
                 chunk,
+                span,
                 q_dtype,
                 &q,
                 &rows_part,
@@ -249,13 +251,15 @@ impl GpuExecutor {
             ];
             (Params { first_entry: entries.start, entries: entries.len() as u32, ..params }, groups, binds)
         };
+        // Chunks of all heads and tokens, of which a workgroup takes `span` of one head and token.
+        let per_place = (g.num_kv_heads as u64 * u64::from(params.tokens)).max(1);
+        let spread = |params: Params, chunks: u64, span: u64| {
+            let groups = (chunks / per_place).div_ceil(span) * per_place;
+            (Params { max_count: span as u32, ..params }, groups)
+        };
         for slab in self.entries() {
             let (params, chunks, binds) = of_slab(slab);
-            // Chunks of all heads and tokens, of which a workgroup takes some of one head and token.
-            let per_place = (g.num_kv_heads as u64 * u64::from(params.tokens)).max(1);
-            let span = g.score_span(chunks, self.score_groups);
-            let params = Params { max_count: span as u32, ..params };
-            let groups = (chunks / per_place).div_ceil(span) * per_place;
+            let (params, groups) = spread(params, chunks, g.score_span(chunks, self.score_groups));
             passes.dispatch(self.key(Kernel::Score { chunk, coarse }), params, groups, binds)?;
         }
         let score_rows = block.load.rows * g.scores_per_row();
@@ -264,8 +268,9 @@ impl GpuExecutor {
         let binds = vec![rows.clone(), Bind::from(&s.tables), Bind::from(&s.scores), Bind::from(&s.histogram)];
         passes.dispatch(self.key(Kernel::Bounds { coarse }), params, score_rows, binds)?;
         for slab in self.entries() {
-            let (params, groups, mut binds) = of_slab(slab);
+            let (params, chunks, mut binds) = of_slab(slab);
             binds.push(Bind::from(&s.candidates));
+            let (params, groups) = spread(params, chunks, g.candidates_span(chunks, self.score_groups));
             passes.dispatch(self.key(Kernel::Candidates { chunk, coarse }), params, groups, binds)?;
             // Lists hold places in this slab's index, which only now are bound with it.
             if coarse && !fused {
@@ -296,6 +301,7 @@ impl GpuExecutor {
         params: Params,
         block: &Block,
         chunk: usize,
+        span: u64,
         q_dtype: DType,
         q: &Input,
         rows: &Bind,
@@ -310,7 +316,11 @@ impl GpuExecutor {
             let entries = slab.starts[block.sequences.start]..slab.starts[block.sequences.end];
             let per_entry = g.page / chunk * g.num_kv_heads * g.group.div_ceil(heads);
             let groups = entries.len() as u64 * per_entry as u64 * u64::from(params.tokens);
-            let params = Params { first_entry: entries.start, ..params };
+            let span = if g.attend_rows(chunk, sparse).is_some() { span } else { 1 };
+            let units = (entries.len() * (g.page / chunk)) as u64;
+            let groups = groups / units.max(1) * units.div_ceil(span);
+            let (first_entry, entries) = (entries.start, entries.len() as u32);
+            let params = Params { first_entry, entries, max_count: span as u32, ..params };
             let s = &self.pool.slabs[slab.slab];
             let mut binds = vec![
                 q.bind.clone(),

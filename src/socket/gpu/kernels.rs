@@ -244,7 +244,7 @@ impl Key {
                 constants.push(("CHUNK", chunk));
                 constants.push(("TOKENS", chunk.div_ceil(256)));
             }
-            Kernel::Candidates { chunk, .. } => constants.push(("CHUNK", chunk)),
+            Kernel::Candidates { chunk, .. } => constants.extend([("CHUNK", chunk), ("QUADS", 4)]),
             Kernel::Rescore { slices } => constants.push(("SLICES", slices)),
             Kernel::Attend { chunk, sparse, .. } => {
                 let heads = g.attend_heads(chunk, sparse);

@@ -23,7 +23,7 @@ use crate::socket::gpu::kernels::{Kernel, Key};
 use crate::socket::gpu::pages::{Pool, Slab};
 use crate::socket::pages::Page;
 use crate::socket::plan::{
-    Geometry, MOST_WORKGROUP_MEMORY, RESCORE_FUSED_KEYS, RESCORE_SLICES, SCORE_GROUPS, WORKGROUP_MEMORY,
+    ATTEND_GROUPS, Geometry, MOST_WORKGROUP_MEMORY, RESCORE_FUSED_KEYS, RESCORE_SLICES, SCORE_GROUPS, WORKGROUP_MEMORY,
 };
 use crate::socket::problem::{AppendRow, AttendProblem, CacheSpec, SeqState};
 use crate::tensor::{DType, TensorView};
@@ -58,8 +58,9 @@ pub(crate) struct GpuExecutor {
     scratch_limit: u64,
     /// Rows of at most so many keys get exact scores of their candidates by the workgroup that searches them.
     fused_keys: u64,
-    /// Workgroups of scoring that are enough.
+    /// Workgroups of scoring that are enough, and of attention.
     score_groups: u64,
+    attend_groups: u64,
 }
 
 const STORAGE: wgpu::BufferUsages =
@@ -109,6 +110,7 @@ impl GpuExecutor {
             scratch_limit: ctx.caps().max_storage_binding,
             fused_keys: RESCORE_FUSED_KEYS,
             score_groups: SCORE_GROUPS,
+            attend_groups: ATTEND_GROUPS,
             geometry,
             ctx,
         })

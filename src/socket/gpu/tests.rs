@@ -165,7 +165,7 @@ fn untouched(executor: &GpuExecutor, buffer: &wgpu::Buffer, from: u64, to: u64, 
 /// Scratch space past the call's plan, where the shaders could write: all of it is bound.
 fn scratch_ends_where_planned(executor: &GpuExecutor, problem: &AttendProblem, word: u32) {
     let (g, sparse) = (&executor.geometry, problem.kind == Kind::Sparse);
-    let plan = Blocks::new(g, problem, sparse, 1 << 27, |_| 0);
+    let plan = Blocks::new(g, problem, sparse, 1 << 27, 1, |_| 0);
     let mut planned = plan.blocks[0].load.bytes(g, sparse);
     if problem.kind == Kind::Prefill {
         planned[4] = (problem.tq * g.num_q_heads * g.part_stride() * 4) as u64;
@@ -305,6 +305,7 @@ fn blocks_of_rows_give_the_same_bits() {
         executor.scratch_limit = limit;
         // Several chunks a workgroup of scoring, across sequences; then one.
         executor.score_groups = if found.is_empty() { 1 } else { 1 << 20 };
+        executor.attend_groups = 1;
         let rows: Vec<_> = (0..batch)
             .map(|b| {
                 executor.fork(None, SeqState::default()).unwrap();
@@ -316,7 +317,7 @@ fn blocks_of_rows_give_the_same_bits() {
         let rows = query_rows(&config, Kind::Sparse, &seqs, tq);
         let (kind, output) = (Kind::Sparse, DType::F32);
         let problem = AttendProblem { kind, op: "decode", tq, rows, seqs, scale: 0.3, output, want_selection: true };
-        let plan = Blocks::new(&executor.geometry, &problem, true, limit, |_| 0);
+        let plan = Blocks::new(&executor.geometry, &problem, true, limit, 1, |_| 0);
         assert_eq!(plan.blocks.len(), blocks);
         let attended = executor.attend(Recording::Run, &q, &problem).unwrap();
         let selection = attended.selection.unwrap();
@@ -325,6 +326,75 @@ fn blocks_of_rows_give_the_same_bits() {
     }
     for other in &found[1..] {
         assert_eq!(&found[0], other);
+    }
+}
+
+/// Workgroups that attend runs of chunks give what those that take one chunk give, and a sequence in a batch what it gives
+/// alone, bit for bit.
+#[test]
+fn runs_of_chunks_are_attended_as_chunks_are() {
+    let name = std::env::var("SOFTHASH_DEVICE").unwrap_or_else(|_| "llvmpipe".into());
+    let device = crate::Device::by_name(&name).unwrap();
+    let ctx = device.context().unwrap().clone();
+    let shape = CacheShape { num_q_heads: 6, num_kv_heads: 2, head_dim: 20, value_dim: 12, dtype: DType::F32 };
+    let wave = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<_>>();
+    // Less than a page, whole runs of 16 pages of 64 tokens, one token more, several runs.
+    let lens = [1, 63, 1024, 1025, 2047, 130, 3000];
+    let most = 3000;
+    let (k, v) = (wave(most * 2 * 20, 0.37), wave(most * 2 * 12, 0.61));
+    let q = wave(lens.len() * 6 * 20, 0.83);
+    let config = SocketConfig { sink: 2, window: 4, budget: Budget::Tokens(90), ..SocketConfig::fast() };
+    let spec = CacheSpec { config: config.clone(), shape, page_tokens: 64 };
+    // Outputs of some of the sequences; every second gets its pages after the others.
+    let attend = |which: &[usize], kind, attend_groups| -> Vec<Vec<f32>> {
+        let mut executor = GpuExecutor::new(ctx.clone(), &spec).unwrap();
+        executor.attend_groups = attend_groups;
+        assert!(executor.geometry.attend_rows(64, kind == Kind::Sparse).is_some());
+        let mut seqs = vec![SeqState::default(); which.len()];
+        which.iter().for_each(|_| executor.fork(None, SeqState::default()).unwrap());
+        for later in [0, 1] {
+            for b in (0..which.len()).filter(|b| b % 2 == later) {
+                let len = lens[which[b]];
+                let row = AppendRow::new(&config, b, 0, SeqState::default(), len);
+                seqs[b] = row.after(SeqState::default());
+                let k = TensorView::f32(&k[..len * 40], [1, len, 2, 20]);
+                let v = TensorView::f32(&v[..len * 24], [1, len, 2, 12]);
+                executor.append(Recording::Run, &k, &v, &[row]).unwrap();
+            }
+        }
+        let q: Vec<f32> = which.iter().flat_map(|&i| q[i * 120..(i + 1) * 120].to_vec()).collect();
+        let q = TensorView::f32(&q, [which.len(), 1, 6, 20]);
+        let mut once = || {
+            let rows = query_rows(&config, kind, &seqs, 1);
+            let (op, seqs, output, want_selection) = ("decode", seqs.clone(), DType::F32, false);
+            let problem = AttendProblem { kind, op, tq: 1, rows, seqs, scale: 0.3, output, want_selection };
+            let attended = executor.attend(Recording::Run, &q, &problem).unwrap();
+            let read = [attended.o, attended.lse].map(|tensor| tensor.read_blocking().unwrap().to_f32());
+            // What is left there would outweigh everything.
+            for buffer in executor.workspace.buffers() {
+                let words = vec![900f32.to_bits(); (buffer.size() / 4) as usize];
+                ctx.write("poison", buffer, 0, bytemuck::cast_slice(&words)).unwrap();
+            }
+            read
+        };
+        let first = once();
+        assert_eq!(once(), first, "{kind:?}");
+        let [o, lse] = first;
+        let one = |i| [&o[i * 72..(i + 1) * 72], &lse[i * 6..(i + 1) * 6]].concat();
+        (0..which.len()).map(one).collect()
+    };
+    let all: Vec<usize> = (0..lens.len()).collect();
+    for kind in [Kind::Dense, Kind::Sparse] {
+        let chunks = attend(&all, kind, u64::MAX);
+        let runs = attend(&all, kind, 1);
+        for (i, (chunks, runs)) in chunks.iter().zip(&runs).enumerate() {
+            let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 2e-6 * a.abs().max(1.0);
+            assert!(chunks.iter().zip(runs).all(near), "{kind:?}, {} tokens: {runs:?} for {chunks:?}", lens[i]);
+        }
+        // Runs of one length in both.
+        for alone in [4, 6] {
+            assert_eq!(attend(&[alone], kind, 1)[0], runs[alone], "{kind:?}, {} tokens alone", lens[alone]);
+        }
     }
 }
 
