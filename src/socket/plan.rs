@@ -66,10 +66,15 @@ pub(crate) const CANDIDATES: usize = 16384;
 pub(crate) const RESCORE_SLICES: usize = 16;
 /// Workgroups of scoring that keep every core of a large GPU busy.
 pub(crate) const SCORE_GROUPS: u64 = 1024;
-/// Workgroups of attention that keep every core of a large GPU busy.
-pub(crate) const ATTEND_GROUPS: u64 = 512;
-/// Chunks of a workgroup at most: scoring counts their keys in 16 bits, and listing them numbers chunks in 6.
-const MOST_SPAN: u64 = 16;
+/// Workgroups of sparse attention that keep every core of a large GPU busy. Dense attention takes twice as many: each reads
+/// longer, and the last of them run while other cores have nothing to do.
+pub(crate) const ATTEND_GROUPS: u64 = 1024;
+/// Chunks that a workgroup of attention takes at most.
+const MOST_ATTEND_SPAN: u64 = 8;
+/// Chunks that a workgroup scores at most: their keys are counted in 16 bits.
+const MOST_SPAN: u64 = 4;
+/// Chunks that a workgroup looks through at most: it numbers them in 6 bits.
+const MOST_CANDIDATES_SPAN: u64 = 16;
 /// Rows of more keys than these have their candidates scored again by a dispatch of its own.
 pub(crate) const RESCORE_FUSED_KEYS: u64 = 64 << 10;
 /// Header words (bounds, shift, errors) before a query's look-up tables.
@@ -243,14 +248,17 @@ impl Geometry {
 
     /// The same of looking for keys near the thresholds, where half as many workgroups are enough.
     pub fn candidates_span(&self, chunks: u64, busy: u64) -> u64 {
-        (2 * chunks / busy).clamp(1, MOST_SPAN)
+        (2 * chunks / busy).clamp(1, MOST_CANDIDATES_SPAN)
     }
 
     /// Chunks that a workgroup of attention takes one after the other, where attend_rows.wgsl serves: it sets up and merges
-    /// once for all of them. At least `busy` workgroups stay, of `tokens` in all sequences.
-    pub fn attend_span(&self, chunk: usize, tokens: usize, queries: usize, busy: u64) -> u64 {
-        let chunks = (tokens / chunk) as u64 * (self.num_kv_heads * queries) as u64;
-        (chunks / busy).clamp(1, MOST_SPAN)
+    /// once for all of them. At least `busy` workgroups stay in each dispatch, over `tokens` in all sequences: there is one
+    /// for each piece of memory, of at most `limit` bytes.
+    pub fn attend_span(&self, chunk: usize, tokens: usize, queries: usize, limit: u64, busy: u64) -> u64 {
+        let [keys, values, _] = self.page_bytes();
+        let bytes = tokens.div_ceil(self.page) as u64 * keys.max(values);
+        let chunks = (tokens / chunk) as u64 * (self.num_kv_heads * queries) as u64 / bytes.div_ceil(limit).max(1);
+        (chunks / busy).clamp(1, MOST_ATTEND_SPAN)
     }
 
     /// Every chunk size that [`Geometry::chunk`] may choose.
@@ -444,6 +452,24 @@ mod tests {
         let sparse = g.least_bytes([400, 600].into_iter(), Some(77));
         assert_eq!(sparse, LeastBytes { index: pairs * 64, rows: 77 * 512, ends: 2 * ends });
         assert_eq!(g.append_bytes(1000), pairs * (512 + 512 + 64));
+    }
+
+    #[test]
+    fn runs_of_chunks_leave_enough_workgroups() {
+        let of = |num_kv_heads, tokens, limit, busy| {
+            let shape = CacheShape { num_q_heads: 32, num_kv_heads, head_dim: 128, value_dim: 128, dtype: DType::Bf16 };
+            let g = Geometry::new(&CacheSpec { config: SocketConfig::fast(), shape, page_tokens: 1024 });
+            g.attend_span(1024, tokens, 1, limit, busy)
+        };
+        let limit = (1 << 31) - 1;
+        assert_eq!(of(8, 1 << 17, limit, 1024), 1);
+        assert_eq!(of(8, 1 << 19, limit, 1024), 4);
+        assert_eq!(of(8, 1 << 19, limit, 2048), 2);
+        // In two pieces of memory, and in five.
+        assert_eq!(of(8, 1 << 20, limit, 1024), 4);
+        assert_eq!(of(32, 1 << 20, limit, 1024), 6);
+        assert_eq!(of(32, 1 << 20, 1 << 40, 1024), 8);
+        assert_eq!(of(8, 1, limit, 1), 1);
     }
 
     #[test]

@@ -103,6 +103,11 @@ impl AttendProblem {
         self.seqs.len()
     }
 
+    /// Keys of all sequences.
+    pub fn tokens(&self) -> usize {
+        self.seqs.iter().map(|seq| seq.len).sum()
+    }
+
     /// Width of the selected-indices result: the most keys any row selects.
     pub fn selection_width(&self, config: &SocketConfig) -> usize {
         let of = |r: &QueryRow| r.heavy.saturating_add(config.sink).saturating_add(config.window).min(r.visible);

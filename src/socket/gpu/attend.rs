@@ -142,9 +142,14 @@ impl GpuExecutor {
         let (batch, tq) = (problem.batch(), problem.tq);
         let q_dtype = q.dtype();
         let q = stage(&self.ctx, op, q, 0..batch, 0..tq)?;
-        let (limit, busy) = (self.scratch_limit, self.attend_groups);
-        let Blocks { rows, blocks, chunk, span } =
-            Blocks::new(&g, problem, sparse, limit, busy, |b| self.sequences[b].slot);
+        let limit = self.scratch_limit;
+        let Blocks { rows, blocks, chunk } = Blocks::new(&g, problem, sparse, limit, |b| self.sequences[b].slot);
+        let span = if g.attend_rows(chunk, sparse).is_some() {
+            let busy = if sparse { self.attend_groups } else { self.attend_groups.saturating_mul(2) };
+            g.attend_span(chunk, problem.tokens(), tq, self.ctx.caps().max_storage_binding, busy)
+        } else {
+            1
+        };
         let mut bytes = [0u64; 5];
         for block in &blocks {
             let needed = block.load.bytes(&g, sparse);
@@ -316,7 +321,6 @@ impl GpuExecutor {
             let entries = slab.starts[block.sequences.start]..slab.starts[block.sequences.end];
             let per_entry = g.page / chunk * g.num_kv_heads * g.group.div_ceil(heads);
             let groups = entries.len() as u64 * per_entry as u64 * u64::from(params.tokens);
-            let span = if g.attend_rows(chunk, sparse).is_some() { span } else { 1 };
             let units = (entries.len() * (g.page / chunk)) as u64;
             let groups = groups / units.max(1) * units.div_ceil(span);
             let (first_entry, entries) = (entries.start, entries.len() as u32);

@@ -73,27 +73,16 @@ pub(super) struct Block {
 pub(super) struct Blocks {
     pub rows: Vec<Row>,
     pub blocks: Vec<Block>,
-    /// Tokens per workgroup of scoring, and of a piece of attention.
+    /// Tokens per workgroup, or per step of one that takes several chunks.
     pub chunk: usize,
-    /// Chunks per workgroup of attention.
-    pub span: u64,
 }
 
 impl Blocks {
     /// Blocks as large as `limit` bytes per scratch buffer allow. A row that is too large alone has a block of its own,
-    /// whose buffers are then refused. `busy` workgroups of attention are enough. `slots` are the sequences' places in the
-    /// state buffer.
-    pub fn new(
-        g: &Geometry,
-        problem: &AttendProblem,
-        sparse: bool,
-        limit: u64,
-        busy: u64,
-        slots: impl Fn(usize) -> u32,
-    ) -> Self {
+    /// whose buffers are then refused. `slots` are the sequences' places in the state buffer.
+    pub fn new(g: &Geometry, problem: &AttendProblem, sparse: bool, limit: u64, slots: impl Fn(usize) -> u32) -> Self {
         let tq = problem.tq;
-        let tokens = problem.seqs.iter().map(|s| s.len).sum();
-        let chunk = g.chunk(tokens);
+        let chunk = g.chunk(problem.tokens());
         let load = |visible: usize| Load {
             rows: 1,
             score_words: if sparse { score_stride(visible) as u64 * g.scores_per_row() } else { 0 },
@@ -133,7 +122,7 @@ impl Blocks {
                 block.load = block.load.plus(own);
             }
         }
-        Self { rows, blocks, chunk, span: g.attend_span(chunk, tokens, tq, busy) }
+        Self { rows, blocks, chunk }
     }
 }
 
@@ -154,7 +143,7 @@ mod tests {
         let rows = query_rows(&config, Kind::Sparse, &seqs, tq);
         let (kind, op, output, want_selection) = (Kind::Sparse, "decode", DType::F32, false);
         let problem = AttendProblem { kind, op, tq, rows, seqs, scale: 1.0, output, want_selection };
-        (g, Blocks::new(&g, &problem, true, limit, 1, |b| b as u32))
+        (g, Blocks::new(&g, &problem, true, limit, |b| b as u32))
     }
 
     /// Each row in one block, in order; blocks within the limit; rows of a block side by side in the scratch buffers.

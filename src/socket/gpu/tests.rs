@@ -165,7 +165,7 @@ fn untouched(executor: &GpuExecutor, buffer: &wgpu::Buffer, from: u64, to: u64, 
 /// Scratch space past the call's plan, where the shaders could write: all of it is bound.
 fn scratch_ends_where_planned(executor: &GpuExecutor, problem: &AttendProblem, word: u32) {
     let (g, sparse) = (&executor.geometry, problem.kind == Kind::Sparse);
-    let plan = Blocks::new(g, problem, sparse, 1 << 27, 1, |_| 0);
+    let plan = Blocks::new(g, problem, sparse, 1 << 27, |_| 0);
     let mut planned = plan.blocks[0].load.bytes(g, sparse);
     if problem.kind == Kind::Prefill {
         planned[4] = (problem.tq * g.num_q_heads * g.part_stride() * 4) as u64;
@@ -317,7 +317,7 @@ fn blocks_of_rows_give_the_same_bits() {
         let rows = query_rows(&config, Kind::Sparse, &seqs, tq);
         let (kind, output) = (Kind::Sparse, DType::F32);
         let problem = AttendProblem { kind, op: "decode", tq, rows, seqs, scale: 0.3, output, want_selection: true };
-        let plan = Blocks::new(&executor.geometry, &problem, true, limit, 1, |_| 0);
+        let plan = Blocks::new(&executor.geometry, &problem, true, limit, |_| 0);
         assert_eq!(plan.blocks.len(), blocks);
         let attended = executor.attend(Recording::Run, &q, &problem).unwrap();
         let selection = attended.selection.unwrap();
@@ -338,7 +338,7 @@ fn runs_of_chunks_are_attended_as_chunks_are() {
     let ctx = device.context().unwrap().clone();
     let shape = CacheShape { num_q_heads: 6, num_kv_heads: 2, head_dim: 20, value_dim: 12, dtype: DType::F32 };
     let wave = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<_>>();
-    // Less than a page, whole runs of 16 pages of 64 tokens, one token more, several runs.
+    // Less than a page, whole runs of 8 pages of 64 tokens, one token more, several runs.
     let lens = [1, 63, 1024, 1025, 2047, 130, 3000];
     let most = 3000;
     let (k, v) = (wave(most * 2 * 20, 0.37), wave(most * 2 * 12, 0.61));
