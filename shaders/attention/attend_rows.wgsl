@@ -46,7 +46,7 @@ fn first_token(unit: u32) -> u32 {
 // Whether a chunk is attended apart from the one before it in the list: runs are `max_count` chunks of a sequence, counted
 // from its first, so that a result does not depend on what else is in the list.
 fn starts_run(unit: u32) -> bool {
-    if unit == 0u {
+    if unit == 0u || p.max_count == 1u {
         return true;
     }
     let own = entries[p.first_entry + unit / UNITS];

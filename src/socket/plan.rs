@@ -28,13 +28,15 @@ const ANY: usize = usize::MAX;
 
 /// The shortest length measured in `benches/NOTES.md` from which on sparse won at every longer one too. The first row
 /// that fits decides; one selection for a group is never slower than one per head, so rows of the latter serve both.
-const CROSSOVERS: [Crossover; 9] = [
+const CROSSOVERS: [Crossover; 11] = [
     row("cpu", 128, false, 1, 4 << 10),
     row("cpu", ANY, false, 1, 16 << 10),
+    // H200, 32/32 and 32/8 heads of 128 channels.
+    row("gpu", 128, false, 32, 16 << 10),
+    row("gpu", ANY, false, 32, 16 << 10),
     row("gpu", 128, true, 1, 32 << 10),
     row("gpu", 128, false, 1, 128 << 10),
-    row("gpu", ANY, false, 1, 256 << 10),
-    // H200, 32/32 and 32/8 heads of 128 channels.
+    row("gpu", ANY, false, 1, 512 << 10),
     row("cuda", 128, false, 32, 16 << 10),
     row("cuda", ANY, false, 32, 16 << 10),
     row("cuda", 128, false, 1, 32 << 10),
@@ -66,9 +68,10 @@ pub(crate) const CANDIDATES: usize = 16384;
 pub(crate) const RESCORE_SLICES: usize = 16;
 /// Workgroups of scoring that keep every core of a large GPU busy.
 pub(crate) const SCORE_GROUPS: u64 = 1024;
-/// Workgroups of sparse attention that keep every core of a large GPU busy. Dense attention takes twice as many: each reads
-/// longer, and the last of them run while other cores have nothing to do.
-pub(crate) const ATTEND_GROUPS: u64 = 1024;
+/// Workgroups of sparse attention that keep every core of a large GPU busy, and those of dense attention in their place: its
+/// last ones run longer while other cores have nothing to do.
+pub(crate) const ATTEND_GROUPS: u64 = 512;
+pub(crate) const DENSE_PER_SPARSE: u64 = 4;
 /// Chunks that a workgroup of attention takes at most.
 const MOST_ATTEND_SPAN: u64 = 8;
 /// Chunks that a workgroup scores at most: their keys are counted in 16 bits.
@@ -478,9 +481,11 @@ mod tests {
         let cases = [
             ("cpu", 16, head, 2, 4096),
             ("cpu", 17, head, 2, 16384),
-            ("gpu", 16, group, 2, 32768),
-            ("gpu", 16, head, 2, 131072),
-            ("gpu", 17, head, 2, 262144),
+            ("gpu", 16, head, 32, 16384),
+            ("gpu", 17, head, 32, 16384),
+            ("gpu", 16, group, 31, 32768),
+            ("gpu", 16, head, 31, 131072),
+            ("gpu", 17, head, 31, 524_288),
             ("cuda", 16, head, 32, 16384),
             ("cuda", 17, head, 32, 16384),
             ("cuda", 16, head, 31, 32768),

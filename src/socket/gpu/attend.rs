@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::socket::executor::StageTime;
 use crate::socket::executor::{Attended, Selection};
 use crate::socket::pages::{local_of, slab_of};
-use crate::socket::plan::{BINS, RESCORE_SLICES};
+use crate::socket::plan::{BINS, DENSE_PER_SPARSE, RESCORE_SLICES};
 use crate::socket::problem::{AttendProblem, Kind};
 use crate::tensor::{DType, Tensor, TensorView};
 use std::ops::Range;
@@ -145,7 +145,8 @@ impl GpuExecutor {
         let limit = self.scratch_limit;
         let Blocks { rows, blocks, chunk } = Blocks::new(&g, problem, sparse, limit, |b| self.sequences[b].slot);
         let span = if g.attend_rows(chunk, sparse).is_some() {
-            let busy = if sparse { self.attend_groups } else { self.attend_groups.saturating_mul(2) };
+            let times = if sparse { 1 } else { DENSE_PER_SPARSE };
+            let busy = self.attend_groups.saturating_mul(times);
             g.attend_span(chunk, problem.tokens(), tq, self.ctx.caps().max_storage_binding, busy)
         } else {
             1
