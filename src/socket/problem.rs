@@ -104,6 +104,7 @@ impl AttendProblem {
     }
 
     /// Keys of all sequences.
+    #[cfg(feature = "wgpu")]
     pub fn tokens(&self) -> usize {
         self.seqs.iter().map(|seq| seq.len).sum()
     }
