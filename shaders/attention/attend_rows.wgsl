@@ -2,6 +2,7 @@
 #import place
 #import rows
 #import entries
+#import runs
 #import query
 #import pieces
 #ifdef SPARSE
@@ -27,8 +28,6 @@
 const MASKED: f32 = -1e30;
 const GROUPS: u32 = WIDTH / LANES;
 const VALUES: u32 = ROWS * SLOTS;
-// Chunks of a page.
-const UNITS: u32 = PAGE / CHUNK;
 // Spare words keep the channels of a lane in different banks.
 const SUMS_ROW: u32 = WIDTH + 4u;
 var<workgroup> shared_sums: array<f32, PIECE * SUMS_ROW>;
@@ -38,22 +37,14 @@ var<workgroup> states: array<vec2<f32>, GROUPS * SLOTS>;
 var<workgroup> chosen: array<u32, CHUNK>;
 #endif
 
-// The first token of a chunk of the list of pages.
-fn first_token(unit: u32) -> u32 {
-    return entries[p.first_entry + unit / UNITS].logical * PAGE + unit % UNITS * CHUNK;
-}
-
 // Whether a chunk is attended apart from the one before it in the list: runs are `max_count` chunks of a sequence, counted
 // from its first, so that a result does not depend on what else is in the list.
 fn starts_run(unit: u32) -> bool {
     if unit == 0u || p.max_count == 1u {
         return true;
     }
-    let own = entries[p.first_entry + unit / UNITS];
-    let before = entries[p.first_entry + (unit - 1u) / UNITS];
-    let place = own.logical * UNITS + unit % UNITS;
-    let place_before = before.logical * UNITS + (unit - 1u) % UNITS;
-    return own.sequence != before.sequence || place / p.max_count != place_before / p.max_count;
+    let run_tokens = p.max_count * CHUNK;
+    return sequence_of(unit) != sequence_of(unit - 1u) || first_token(unit) / run_tokens != first_token(unit - 1u) / run_tokens;
 }
 
 fn part_of(row: Row, head: u32, unit: u32) -> u32 {
@@ -116,7 +107,7 @@ fn choose(local: u32, row: Row, row_index: u32, kv_head: u32, first_head: u32, f
 // Attends chunks of one sequence, of which the first are the first to lie past its last key. The result is that of the
 // first of them, and the others' are nothing.
 fn attend_run(place: Place, local: u32, token_index: u32, tile_index: u32, kv_head: u32, run: u32, run_end: u32) {
-    let sequence = entries[p.first_entry + run / UNITS].sequence;
+    let sequence = sequence_of(run);
     let row_index = sequence * p.tq + token_index;
     let row = rows[row_index];
     let first_head = tile_index * HEADS;

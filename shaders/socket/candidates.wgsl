@@ -1,6 +1,7 @@
 #import params
 #import rows
 #import entries
+#import runs
 #import order
 #import ranges
 #import exact_key
@@ -18,8 +19,6 @@
 
 // Keys that a workgroup keeps until its end; more are handed over one by one.
 const FOUND: u32 = 1024u;
-// Chunks of a page.
-const UNITS: u32 = PAGE / CHUNK;
 // Token in the chunk, chunk of the run from bit 10 on, head from bit 16 on; and the key.
 var<workgroup> found: array<vec2<u32>, FOUND>;
 var<workgroup> found_count: atomic<u32>;
@@ -39,10 +38,6 @@ struct Run {
     first_score: u32,
     // The first chunk.
     unit: u32,
-}
-
-fn first_token(unit: u32) -> u32 {
-    return entries[p.first_entry + unit / UNITS].logical * PAGE + unit % UNITS * CHUNK;
 }
 
 // Where an invocation's four scores lie of one chunk and head, numbered head by head and chunk by chunk.
@@ -133,8 +128,8 @@ fn look_through(run: Run, quad: Quad, keys: vec4<u32>) -> u32 {
 }
 
 // Looks through chunks of one sequence, of which the first are the first to lie past its last key.
-fn list_run(local: u32, token_index: u32, kv_head: u32, sequence: u32, run_start: u32, run_end: u32) {
-    let row_index = sequence * p.tq + token_index;
+fn list_run(local: u32, token_index: u32, kv_head: u32, run_start: u32, run_end: u32) {
+    let row_index = sequence_of(run_start) * p.tq + token_index;
     let group = (row_index - p.first_row) * KV_HEADS + kv_head;
     let row = rows[row_index];
     let stride = score_stride(row.visible);
@@ -227,12 +222,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let first_unit = index / (p.tokens * KV_HEADS) * p.max_count;
     let last_unit = min(first_unit + p.max_count, p.entries * UNITS);
     for (var run = first_unit; run < last_unit;) {
-        let sequence = entries[p.first_entry + run / UNITS].sequence;
-        var run_end = run + 1u;
-        while run_end < last_unit && entries[p.first_entry + run_end / UNITS].sequence == sequence {
-            run_end++;
-        }
-        list_run(local, token_index, kv_head, sequence, run, run_end);
+        let run_end = end_of_run(run, last_unit);
+        list_run(local, token_index, kv_head, run, run_end);
         run = run_end;
     }
 }

@@ -1,6 +1,7 @@
 #import params
 #import rows
 #import entries
+#import runs
 #import order
 #import ranges
 // Scores every key of some chunks for the query heads of its kv head, and counts the scores in the row's histogram.
@@ -31,8 +32,6 @@ fn part(looked: Looked, way: u32) -> f32 {
 #endif
 
 const BLOCK_ENTRIES: u32 = BLOCK_TABLES * DIGITS * 16u;
-// Chunks of a page.
-const UNITS: u32 = PAGE / CHUNK;
 const CODE_MASK: u32 = (1u << PLANES) - 1u;
 const HEADS_PER_PASS: u32 = PASS_PAIRS * WAYS;
 #ifdef MEAN_SCORE
@@ -83,8 +82,8 @@ fn coarse_sums(sums: u32) -> vec2<f32> {
 #endif
 
 // Scores chunks of one sequence, of which the first are the first to lie past its last key.
-fn score_run(local: u32, token_index: u32, kv_head: u32, sequence: u32, run: u32, run_end: u32) {
-    let row_index = sequence * p.tq + token_index;
+fn score_run(local: u32, token_index: u32, kv_head: u32, run: u32, run_end: u32) {
+    let row_index = sequence_of(run) * p.tq + token_index;
     let block_row = row_index - p.first_row;
     let row = rows[row_index];
     let table_row = (block_row * KV_HEADS + kv_head) * SCORING_HEADS;
@@ -119,7 +118,7 @@ fn score_run(local: u32, token_index: u32, kv_head: u32, sequence: u32, run: u32
 #endif
         for (var unit = run; unit < run_end; unit++) {
             let entry = entries[p.first_entry + unit / UNITS];
-            let first = entry.logical * PAGE + unit % UNITS * CHUNK;
+            let first = first_token(unit);
             if first >= row.visible {
                 break;
             }
@@ -336,12 +335,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let first_unit = index / (p.tokens * KV_HEADS) * p.max_count;
     let last_unit = min(first_unit + p.max_count, p.entries * UNITS);
     for (var run = first_unit; run < last_unit;) {
-        let sequence = entries[p.first_entry + run / UNITS].sequence;
-        var run_end = run + 1u;
-        while run_end < last_unit && entries[p.first_entry + run_end / UNITS].sequence == sequence {
-            run_end++;
-        }
-        score_run(local, token_index, kv_head, sequence, run, run_end);
+        let run_end = end_of_run(run, last_unit);
+        score_run(local, token_index, kv_head, run, run_end);
         run = run_end;
     }
 }

@@ -17,7 +17,7 @@ mod trace;
 #[cfg(test)]
 pub(crate) mod shader_tests;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub(crate) use assemble::{Assembler, dtype_define};
 pub(crate) use caps::{is_software, requirements};

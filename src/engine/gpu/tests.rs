@@ -22,7 +22,8 @@ fn adapter() -> wgpu::Adapter {
         .expect("these tests need lavapipe (Debian: mesa-vulkan-drivers)")
 }
 
-fn context(unchecked: bool) -> Arc<Context> {
+/// Of that adapter, for other tests too. Without run-time checks of the shaders only where `unchecked`.
+pub(crate) fn context(unchecked: bool) -> Arc<Context> {
     pollster::block_on(open(&adapter(), unchecked, None)).unwrap()
 }
 

@@ -10,7 +10,7 @@ use crate::engine::Recording;
 use crate::engine::gpu::shader_tests::{
     WORKGROUP_MEMORY, same_layout, stays_in_limits, structs, validates_and_translates,
 };
-use crate::engine::gpu::{Context, KernelKey, adapters_best_first, open};
+use crate::engine::gpu::{Context, KernelKey};
 use crate::race::config::{Parameters, RaceConfig, RaceShape};
 use crate::race::executor::{Call, Inputs, Pass, RaceExecutor};
 use crate::race::plan::Geometry;
@@ -193,13 +193,8 @@ fn structs_have_the_offsets_of_their_rust_twins() {
 }
 
 pub(super) fn context() -> Arc<Context> {
-    let name = std::env::var("SOFTHASH_DEVICE").unwrap_or_else(|_| "llvmpipe".into()).to_lowercase();
-    let adapter = pollster::block_on(adapters_best_first())
-        .into_iter()
-        .find(|adapter| adapter.get_info().name.to_lowercase().contains(&name))
-        .expect("these tests need lavapipe (Debian: mesa-vulkan-drivers)");
     // With run-time checks: what reaches outside a buffer reads zero, and shows.
-    pollster::block_on(open(&adapter, false, None)).unwrap()
+    crate::engine::gpu::tests::context(false)
 }
 
 pub(super) fn wave(count: usize, step: f32) -> Vec<f32> {

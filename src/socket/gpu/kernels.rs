@@ -70,6 +70,7 @@ pub(super) const SNIPPETS: &[(&str, &str)] = snippets!(
     "place",
     "rows",
     "entries",
+    "runs",
     "items",
     "elements",
     "query",

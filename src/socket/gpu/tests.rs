@@ -10,6 +10,7 @@ use super::params::{Entry, Item, Params, Row};
 use crate::engine::Recording;
 use crate::engine::gpu::KernelKey;
 use crate::engine::gpu::shader_tests::{same_layout, stays_in_limits, structs, validates_and_translates};
+use crate::engine::gpu::tests::context;
 use crate::socket::config::{Budget, CacheShape, Rule, Scoring, SelectionScope, SocketConfig, Temperature};
 use crate::socket::executor::Executor;
 use crate::socket::pages::{local_of, slab_of};
@@ -213,9 +214,7 @@ fn storage_of_others_is_left_alone(executor: &GpuExecutor, len: usize, k: u32, v
 /// And all of it that is not the call's to write is as it was afterwards.
 #[test]
 fn stale_memory_changes_nothing() {
-    let name = std::env::var("SOFTHASH_DEVICE").unwrap_or_else(|_| "llvmpipe".into());
-    let device = crate::Device::by_name(&name).unwrap();
-    let ctx = device.context().unwrap().clone();
+    let ctx = context(true);
     let shape = CacheShape { num_q_heads: 4, num_kv_heads: 2, head_dim: 20, value_dim: 12, dtype: DType::F32 };
     let wave = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<_>>();
     let (k, v, q) = (wave(150 * 2 * 20, 0.37), wave(150 * 2 * 12, 0.61), wave(4 * 20, 0.83));
@@ -285,9 +284,7 @@ fn stale_memory_changes_nothing() {
 /// query tokens of one sequence by themselves.
 #[test]
 fn blocks_of_rows_give_the_same_bits() {
-    let name = std::env::var("SOFTHASH_DEVICE").unwrap_or_else(|_| "llvmpipe".into());
-    let device = crate::Device::by_name(&name).unwrap();
-    let ctx = device.context().unwrap().clone();
+    let ctx = context(true);
     let shape = CacheShape { num_q_heads: 4, num_kv_heads: 2, head_dim: 20, value_dim: 12, dtype: DType::F32 };
     let wave = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<_>>();
     let (batch, tokens, tq) = (3, 150, 2);
@@ -333,9 +330,7 @@ fn blocks_of_rows_give_the_same_bits() {
 /// alone, bit for bit.
 #[test]
 fn runs_of_chunks_are_attended_as_chunks_are() {
-    let name = std::env::var("SOFTHASH_DEVICE").unwrap_or_else(|_| "llvmpipe".into());
-    let device = crate::Device::by_name(&name).unwrap();
-    let ctx = device.context().unwrap().clone();
+    let ctx = context(true);
     let shape = CacheShape { num_q_heads: 6, num_kv_heads: 2, head_dim: 20, value_dim: 12, dtype: DType::F32 };
     let wave = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<_>>();
     // Less than a page, whole runs of 8 pages of 64 tokens, one token more, several runs.
@@ -413,9 +408,7 @@ struct Coarse {
 /// list of candidates holds.
 #[test]
 fn coarse_scores_select_the_same_keys() {
-    let name = std::env::var("SOFTHASH_DEVICE").unwrap_or_else(|_| "llvmpipe".into());
-    let device = crate::Device::by_name(&name).unwrap();
-    let ctx = device.context().unwrap().clone();
+    let ctx = context(true);
     let shape = CacheShape { num_q_heads: 8, num_kv_heads: 2, head_dim: 32, value_dim: 32, dtype: DType::F32 };
     let mut state = 1u64;
     let mut noise = |n: usize| -> Vec<f32> {
